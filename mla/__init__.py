@@ -1,0 +1,11 @@
+"""Multi-head latent attention of DeepSeek-V2 and V3, and grouped-query attention to compare it with.
+
+Needs torch and einops only; the folder works copied alone into another project.
+"""
+
+from .attention import MultiheadLatentAttention, RMSNorm
+from .cache import KVCache, LatentCache
+from .grouped_query import GroupedQueryAttention
+from .rope import RotaryEmbedding
+
+__all__ = ["GroupedQueryAttention", "KVCache", "LatentCache", "MultiheadLatentAttention", "RMSNorm", "RotaryEmbedding"]

@@ -1,0 +1,139 @@
+"""What attention remembers of past tokens, in memory allocated once."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+class Cache:
+    """One entry of `width` numbers a token, rows of a batch filled each to its own length.
+
+    Attributes:
+        entries: (batch, max_length, width); past a row's length, whatever was there.
+        length: (batch,) int64 on the CPU, the tokens that each row holds.
+
+    Raises:
+        ValueError: a size is below 1; new entries do not fit in shape, dtype, device or number.
+    """
+
+    def __init__(self, batch: int, max_length: int, width: int, dtype: torch.dtype | None, device=None):
+        if batch < 1 or max_length < 1 or width < 1:
+            raise ValueError(f"batch={batch}, max_length={max_length} and width={width} must be at least 1")
+        self.entries = torch.zeros(batch, max_length, width, dtype=dtype, device=device)
+        self.lengths = [0] * batch  # a plain list: asking a tensor on a GPU would make it wait
+
+    @property
+    def length(self) -> Tensor:
+        return torch.tensor(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return self.entries.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.entries.nbytes
+
+    def write(self, new: Tensor) -> Tensor:
+        """Put new (batch, time, width) behind what each row holds -> (batch, total, width), up to the longest row."""
+        batch, max_length, width = self.entries.shape
+        if new.ndim != 3 or new.shape[0] != batch or new.shape[2] != width:
+            raise ValueError(
+                f"new entries have shape {tuple(new.shape)}; the cache was made for ({batch}, time, {width})"
+            )
+        if new.dtype != self.entries.dtype or new.device != self.entries.device:
+            raise ValueError(
+                f"new entries are {new.dtype} on {new.device}; the cache is {self.entries.dtype} on {self.entries.device}"
+            )
+        time, start = new.shape[1], self.lengths
+        total = max(start) + time
+        if total > max_length:
+            raise ValueError(
+                f"cache full: position {total - 1} was asked for, but max_length={max_length} ends at {max_length - 1}"
+            )
+        if new.requires_grad or self.entries.requires_grad:
+            self.entries = self.entries.clone()  # backward of earlier chunks still needs the old ones
+        if min(start) == max(start):
+            self.entries[:, start[0] : total] = new
+        else:
+            rows = torch.arange(batch, device=new.device).unsqueeze(1)  # (batch, 1)
+            self.entries[rows, slots(start, time, new.device)] = new
+        self.lengths = [row + time for row in start]
+        return self.entries[:, :total]
+
+    def truncate(self, length: int | Tensor | list[int]) -> None:
+        """Forget all but the first length tokens, of every row or (batch,) of each.
+
+        Raises:
+            ValueError: a length is negative or above what the row holds.
+        """
+        batch = len(self.lengths)
+        wanted = [length] * batch if isinstance(length, int) else [int(row) for row in length]
+        if len(wanted) != batch:
+            raise ValueError(f"length has {len(wanted)} entries; the cache has {batch} rows")
+        for row, (new, old) in enumerate(zip(wanted, self.lengths)):
+            if not 0 <= new <= old:
+                raise ValueError(f"length={new} for row {row} must lie in 0..{old}, what the row holds")
+        self.lengths = wanted
+
+
+class LatentCache(Cache):
+    """MLA's cache: the normed latent and the rotated rope key, shared by all heads (V2 section 2.1.2).
+
+    kv_lora_rank + qk_rope_head_dim numbers a token: 576 in V3, where keys and values would be 40,960.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_length: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        dtype: torch.dtype | None = None,
+        device=None,
+    ):
+        super().__init__(batch, max_length, kv_lora_rank + qk_rope_head_dim, dtype, device)
+        self.kv_lora_rank = kv_lora_rank
+
+    def append(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens' entries, return those of all tokens so far.
+
+        latent (batch, time, latent), k_rope (batch, time, rope) -> the same with total for time
+        """
+        entries = self.write(torch.cat((latent, k_rope), dim=-1))
+        return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
+
+
+class KVCache(Cache):
+    """The classic cache of MHA, GQA and MQA: a rotated key and a value for each key-value head."""
+
+    def __init__(
+        self,
+        batch: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device=None,
+    ):
+        super().__init__(batch, max_length, 2 * num_kv_heads * head_dim, dtype, device)
+        self.num_kv_heads = num_kv_heads
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens' keys and values, return those of all tokens so far.
+
+        key, value (batch, time, kv_heads, head_dim) -> the same with total for time
+        """
+        new = rearrange([key, value], "two batch time heads head_dim -> batch time (two heads head_dim)")
+        both = rearrange(
+            self.write(new), "batch total (two heads head_dim) -> two batch total heads head_dim", two=2, heads=self.num_kv_heads
+        )
+        return both[0], both[1]
+
+
+def slots(start: list[int], time: int, device: torch.device) -> Tensor:
+    """Where in the cache `time` new tokens of each row go -> (time,) if all rows start alike, else (batch, time)"""
+    steps = torch.arange(time, device=device)
+    if min(start) == max(start):
+        return steps + start[0]
+    return torch.tensor(start, device=device).unsqueeze(1) + steps

@@ -1,0 +1,58 @@
+"""Grouped-query attention (arXiv 2305.13245), and with it MHA (every head its own keys) and MQA (one for all)."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import check_positive, softmax_attention, where_and_what
+from .cache import KVCache
+from .rope import RotaryEmbedding
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal attention in which groups of query heads share a key-value head; the call of MultiheadLatentAttention.
+
+    x (batch, time, dim) -> y (batch, time, dim)
+
+    Args:
+        num_kv_heads: num_heads is MHA, 1 is MQA, a divisor between them is GQA.
+        rope: a module (x, positions) -> x over head_dim; None: plain RotaryEmbedding.
+
+    Raises:
+        ValueError: a size is below 1, num_kv_heads does not divide num_heads; x, positions, mask or cache do not fit.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rope: nn.Module | None = None):
+        super().__init__()
+        check_positive(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.rope = RotaryEmbedding(head_dim) if rope is None else rope
+        self.q = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.k = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Arguments as in `MultiheadLatentAttention.forward`."""
+        positions, visible = where_and_what(x, self.dim, cache, positions, mask)
+        heads = "batch time (heads head_dim) -> batch time heads head_dim"
+        query = self.rope(rearrange(self.q(x), heads, head_dim=self.head_dim), positions)
+        key = self.rope(rearrange(self.k(x), heads, head_dim=self.head_dim), positions)
+        value = rearrange(self.v(x), heads, head_dim=self.head_dim)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        context = softmax_attention(query, key, value, self.head_dim**-0.5, visible)
+        return self.out(rearrange(context, "batch time heads head_dim -> batch time (heads head_dim)"))
+
+    def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache on this module's device; dtype None: that of its weights."""
+        weight = self.k.weight
+        dtype = weight.dtype if dtype is None else dtype
+        return KVCache(batch, max_length, self.num_kv_heads, self.head_dim, dtype, weight.device)

@@ -1,0 +1,11 @@
+"""Mixture-of-Experts layers of DeepSeek-V2 and V3: routers, experts, balance.
+
+Needs torch and einops only; the folder works copied alone into another project.
+"""
+
+from . import balance
+from .experts import Experts, SwiGLU
+from .layer import MoE
+from .router import Routing, SigmoidRouter, SoftmaxRouter
+
+__all__ = ["Experts", "MoE", "Routing", "SigmoidRouter", "SoftmaxRouter", "SwiGLU", "balance"]

@@ -1,0 +1,182 @@
+"""Keeping experts busy: balance losses, the loss-free bias update, and how uneven the load is.
+
+Losses come without their coefficient. Each is 1 at perfect balance (z_loss: its own value), differentiable in
+the scores, and 0 with gradient 0 where there is no token. `mask` (same leading axes as the routing, True for a
+real token) keeps padding out. Loads are counted from the experts actually chosen, so with the selection bias;
+the papers do not say which (V3 eq. 18 writes the top-k of the plain scores).
+"""
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor, nn
+
+from .router import Routing
+
+
+def sequence_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Sequence-wise balance loss (V3 eq. 17-20; V2's expert-level loss, eq. 23-25), averaged over the sequences.
+
+    routing (batch, time, ...) -> (); without a batch axis (time, ...) it is one sequence
+
+    Sequences of which nothing is left under the mask do not count.
+    """
+    load, share, real = load_and_share(routing, mask)
+    return mean_over_sequences(einsum(load, share, "batch experts, batch experts -> batch"), real)  # V3 eq. 17
+
+
+def switch_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Load-balancing loss over the whole batch (Switch Transformer eq. 4-6), for any top_k.
+
+    routing (..., ...) -> ()
+    """
+    return sequence_loss(*as_one_sequence(routing, mask))
+
+
+def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the squared log-sum-exp of the logits, which keeps them small (ST-MoE eq. 5).
+
+    routing (..., ...) -> ()
+    """
+    values = routing.logits.logsumexp(-1).square()  # (...)
+    real = real_tokens(routing, mask)
+    return values.where(real, 0).sum() / real.sum().clamp(min=1)
+
+
+def device_loss(routing: Routing, num_devices: int, mask: Tensor | None = None) -> Tensor:
+    """Device-level balance loss (V2 eq. 26-28): experts in order on num_devices equal devices.
+
+    routing (batch, time, ...) -> ()
+    """
+    check_devices(routing, num_devices)
+    load, share, real = load_and_share(routing, mask)
+    by_device = "batch (devices experts) -> batch devices"
+    device_load = reduce(load, by_device, "mean", devices=num_devices)  # V2 eq. 27
+    device_share = reduce(share, by_device, "sum", devices=num_devices)  # V2 eq. 28
+    return mean_over_sequences((device_load * device_share).sum(-1), real)  # V2 eq. 26
+
+
+def communication_loss(routing: Routing, num_devices: int, top_devices: int, mask: Tensor | None = None) -> Tensor:
+    """Communication balance loss (V2 eq. 29-31): every device receives as many tokens as every other.
+
+    routing (batch, time, ...) -> ()
+
+    Args:
+        top_devices: the most devices a token is sent to (M in the paper). The loss is 1 at balance where every
+            token uses all of them.
+    """
+    num_experts = check_devices(routing, num_devices)
+    if not 1 <= top_devices <= num_devices:
+        raise ValueError(f"top_devices={top_devices} must lie in 1..{num_devices}, the number of devices")
+    _, share, real = load_and_share(routing, mask)
+    experts = as_sequences(routing.experts)
+    devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (batch, time, top_k); -1 stays -1
+    sent = one_hot(devices, num_devices).amax(2) * real.unsqueeze(-1)  # (batch, time, devices) 1: sent there
+    load = sent.sum(1) * num_devices / (top_devices * real.sum(1, keepdim=True)).clamp(min=1)  # V2 eq. 30
+    device_share = reduce(share, "batch (devices experts) -> batch devices", "sum", devices=num_devices)  # V2 eq. 31
+    return mean_over_sequences((load * device_share).sum(-1), real)  # V2 eq. 29
+
+
+def tokens_per_expert(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """How many slots each expert got; a token counts once for each of its experts, an empty slot for none.
+
+    routing (..., ...) -> (experts,) int64
+    """
+    num_experts = routing.scores.shape[-1]
+    slots = routing.experts.where(real_tokens(routing, mask).unsqueeze(-1), -1).flatten() + 1
+    return slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))[1:]
+
+
+def max_violation(tokens_per_expert: Tensor) -> Tensor:
+    """MaxVio: how far the busiest expert is above the mean, as a share of the mean (arXiv 2408.15664 section 4.1).
+
+    tokens_per_expert (experts,) -> (); 0 is perfect balance, num_experts / top_k - 1 the worst
+    """
+    load = tokens_per_expert.double()
+    mean = load.mean()
+    return torch.where(mean > 0, (load.max() - mean) / mean.clamp(min=1e-300), 0.0)
+
+
+@torch.no_grad()
+def update_bias_(router: nn.Module, tokens_per_expert: Tensor, rate: float, centred: bool = False) -> None:
+    """One step of loss-free balancing: busy experts' selection bias down by rate, idle ones' up (V3 section 2.1.2).
+
+    Call it once an optimizer step with the counts of the whole batch, all accumulation steps and processes.
+
+    Args:
+        tokens_per_expert: (experts,), of this router.
+        rate: the step of the bias, 0.001 in V3 (gamma).
+        centred: subtract the mean step, so that the biases' sum stays put; the choices are the same.
+    """
+    bias = getattr(router, "bias", None)
+    if bias is None:
+        raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has")
+    if tokens_per_expert.shape != bias.shape:
+        raise ValueError(
+            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}; the router expects {tuple(bias.shape)}"
+        )
+    if not 0 <= rate < float("inf"):
+        raise ValueError(f"rate={rate} must be finite and at least 0")
+    load = tokens_per_expert.to(bias.device, torch.float64)
+    step = (load.mean() - load).sign()  # towards the mean, by a fixed step however far
+    if centred:
+        step = step - step.mean()
+    bias.add_(step.to(bias.dtype), alpha=rate)
+
+
+def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """f and P of the balance losses, by sequence, and which tokens are real.
+
+    -> load (batch, experts), 1 when even; share (batch, experts), sums to 1; real (batch, time)
+    """
+    num_experts = routing.scores.shape[-1]
+    experts, scores = as_sequences(routing.experts), as_sequences(routing.scores)
+    real = as_sequences(real_tokens(routing, mask).unsqueeze(-1)).squeeze(-1)
+    chosen = one_hot(experts, num_experts).sum(2) * real.unsqueeze(-1)  # (batch, time, experts)
+    count = chosen.sum(1).to(scores.dtype)  # (batch, experts); no gradient: only the share carries one
+    load = count * num_experts / count.sum(-1, keepdim=True).clamp(min=1)  # V3 eq. 18; the sum is K T
+    normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 19
+    total = real.sum(-1, keepdim=True).clamp(min=1)
+    share = normalized.where(real.unsqueeze(-1), 0).sum(1) / total  # V3 eq. 20
+    return load, share, real
+
+
+def mean_over_sequences(values: Tensor, real: Tensor) -> Tensor:
+    """values (batch,), real (batch, time) -> (), over the sequences that have a token"""
+    present = real.any(-1)
+    return values.where(present, 0).sum() / present.sum().clamp(min=1)
+
+
+def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
+    """The mask, checked, or all True -> (...) bool"""
+    shape = routing.experts.shape[:-1]
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=routing.experts.device)
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(shape)}, True for a real token"
+        )
+    return mask
+
+
+def as_sequences(values: Tensor) -> Tensor:
+    """(..., time, last) -> (batch, time, last); one sequence where there is no batch axis."""
+    return values.reshape(-1, *values.shape[-2:]) if values.ndim > 2 else values.reshape(1, -1, values.shape[-1])
+
+
+def as_one_sequence(routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor | None]:
+    """Merge all leading axes: the whole batch as one sequence."""
+    merged = Routing(*(rearrange(field, "... last -> (...) last") for field in routing))
+    return merged, None if mask is None else mask.reshape(-1)
+
+
+def one_hot(indices: Tensor, size: int) -> Tensor:
+    """indices (...) -> (..., size) int64; all 0 for an empty slot, -1"""
+    return nn.functional.one_hot(indices + 1, size + 1)[..., 1:]
+
+
+def check_devices(routing: Routing, num_devices: int) -> int:
+    """Raise ValueError unless the experts fit evenly on the devices -> num_experts"""
+    num_experts = routing.scores.shape[-1]
+    if num_devices < 1 or num_experts % num_devices:
+        raise ValueError(f"num_devices={num_devices} does not divide the {num_experts} experts")
+    return num_experts

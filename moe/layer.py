@@ -1,0 +1,38 @@
+"""The Mixture-of-Experts layer: a router, the experts it chooses from, and those that are always on."""
+
+import inspect
+
+from torch import Tensor, nn
+
+from .router import Routing
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE layer, without the residual: the chosen experts' weighted sum, plus the shared expert (V3 eq. 12).
+
+    x (..., dim) -> y (..., dim), routing
+
+    Args:
+        router: any module x -> Routing. One whose forward takes `tokens` is given the token ids.
+        experts: `Experts`, or any module (x, routing) -> y.
+        shared: the shared experts as one MLP, always on, with weight 1 outside the routed scale; or None.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module, shared: nn.Module | None = None):
+        super().__init__()
+        for name in ("dim", "num_experts"):
+            ours, theirs = getattr(router, name, None), getattr(experts, name, None)
+            if ours is not None and theirs is not None and ours != theirs:
+                raise ValueError(f"the router has {name}={ours} and the experts have {name}={theirs}; they must agree")
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.needs_tokens = "tokens" in inspect.signature(router.forward).parameters
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """tokens (...) int64: the token ids that x came from, for a router that needs them."""
+        routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
+        y = self.experts(x, routing)
+        if self.shared is not None:
+            y = y + self.shared(x)  # V3 eq. 12; the same input as the router, never scaled
+        return y, routing
