@@ -1,0 +1,269 @@
+"""Models and training states on disk: safetensors, TOML and JSON, nothing that can run.
+
+A folder is written beside its place, synced, and renamed into it: it is whole or absent, whatever happens.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import Config, ModelConfig
+from .model import Transformer
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def save(model: Transformer, folder: Path | str) -> None:
+    """Write config.toml and model.safetensors into a new or empty folder.
+
+    Raises:
+        ValueError: the folder is not empty, or is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is not an empty folder; choose another, nothing was written")
+
+    def write(into: Path) -> None:
+        (into / "config.toml").write_text(Config(model=model.config).to_toml(), encoding="utf-8")
+        save_file(model_tensors(model), into / "model.safetensors")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    commit(folder, write)
+
+
+def load(folder: Path | str, trust_code: bool = False) -> Transformer:
+    """The model in a folder that `save` wrote, or the newest whole checkpoint of a run folder.
+
+    Args:
+        trust_code: the config may name a router or attention outside this project, which is then imported.
+
+    Raises:
+        ValueError: something in the folder is missing, damaged or does not fit; names the file.
+    """
+    folder = Path(folder)
+    config = read_config(folder, trust_code)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        weights = newest_checkpoint(folder) / "model.safetensors"
+    return load_model(config.model, weights)
+
+
+def read_config(folder: Path, trust_code: bool) -> Config:
+    """The config.toml of a folder; one that names code of its own needs trust."""
+    if not (folder / "config.toml").is_file():
+        reason = "holds no config.toml" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder}: {reason}; expected a run or a saved model")
+    config = Config.load(folder / "config.toml")
+    for name, path in (("attention.kind", config.model.attention.kind), ("moe.router", config.model.moe.router)):
+        if ":" in path and not trust_code:
+            raise ValueError(
+                f"{folder / 'config.toml'}: model.{name} {path!r} is code; importing it needs trust_code (--trust-code)"
+            )
+    return config
+
+
+def load_model(config: ModelConfig, weights: Path) -> Transformer:
+    """A model with the weights of a file, each checked against what the config asks for before memory is taken."""
+    with torch.device("meta"):
+        expected = model_tensors(Transformer(config))
+    tensors = read_tensors(weights, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    matrices = {tensor.dtype for name, tensor in tensors.items() if not is_bias(name)}
+    if len(matrices) != 1:
+        raise ValueError(f"{weights}: the weights are of several dtypes, {sorted(map(str, matrices))}; expected one")
+    model = Transformer(config).to(matrices.pop())
+    for name, ours in model_tensors(model).items():
+        if is_bias(name) and tensors[name].dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{weights}: {name} is {tensors[name].dtype}; a selection bias is at least torch.float32")
+        unfit = int((~tensors[name].isfinite()).sum())
+        if unfit:
+            raise ValueError(f"{weights}: {name} holds {unfit} numbers that are NaN or infinite")
+        ours.copy_(tensors[name])
+    return model
+
+
+def is_bias(name: str) -> bool:
+    """Whether a tensor is a router's selection bias, which keeps its own dtype."""
+    return name.endswith("router.bias")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied head is the embedding, stored once."""
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del tensors["head.weight"]
+    return tensors
+
+
+def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must be these names and shapes, in memory of our own.
+
+    Raises:
+        ValueError: the file is not whole, or holds something else; names it.
+    """
+    longest = 4096 + sum(512 + len(name) for name in expected)  # bytes of header that these tensors can need
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if longest < length <= path.stat().st_size:
+            raise ValueError(f"{path}: a header of {length} bytes is larger than this model can need ({longest})")
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for word, differ in (("lacks", expected.keys() - names), ("has besides", names - expected.keys())):
+                if differ:
+                    first = ", ".join(sorted(differ)[:5])
+                    raise ValueError(f"{path}: {word} {len(differ)} tensors of the model's, such as {first}")
+            for name, shape in expected.items():
+                part = file.get_slice(name)
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(f"{path}: {name} is {part.get_dtype()}; expected one of {', '.join(FLOATS)}")
+                if tuple(part.get_shape()) != shape:
+                    raise ValueError(f"{path}: {name} has shape {tuple(part.get_shape())}; the model has {shape}")
+            return {name: file.get_tensor(name).clone() for name in expected}  # not a map of a file that may change
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+
+
+def save_checkpoint(
+    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write run/checkpoints/step-NNNNNN with all that resuming needs; remove all but the last `keep`."""
+    final = run / "checkpoints" / f"step-{state['step']:06d}"
+
+    def write(into: Path) -> None:
+        save_file(model_tensors(model), into / "model.safetensors")
+        save_file(optimizer_tensors(model, optimizer), into / "optimizer.safetensors")
+        sums = {name: sha256(into / name) for name in ("model.safetensors", "optimizer.safetensors")}
+        text = json.dumps({**state, "sha256": sums}, indent=1, allow_nan=False)
+        (into / "state.json").write_text(text, encoding="utf-8")
+
+    final.parent.mkdir(exist_ok=True)
+    commit(final, write)
+    older = [path for path in checkpoints(run) if path.name <= final.name]
+    for path in older[:-keep]:
+        shutil.rmtree(path)
+    return final
+
+
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint's weights and optimizer state in place -> its state.json."""
+    ours = model_tensors(model)
+    theirs = read_tensors(folder / "model.safetensors", {name: tuple(t.shape) for name, t in ours.items()})
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    moments = ("exp_avg", "exp_avg_sq")
+    stored = read_tensors(
+        folder / "optimizer.safetensors", {f"{name}.{moment}": shapes[name] for name in names for moment in moments}
+    )
+    state = read_state(folder)
+    for name, parameter in model.named_parameters():
+        values: dict[str, Tensor] = {m: stored[f"{name}.{m}"].to(parameter.device) for m in moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device), **values}
+    return state
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's two moments of each parameter, by the parameter's name."""
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest checkpoint that is whole; a damaged one is passed over with a warning that names it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = checkpoints(run)
+    for path in reversed(found):
+        try:
+            for name, digest in read_state(path)["sha256"].items():
+                if sha256(path / name) != digest:
+                    raise ValueError(f"{path / name}: is not what was written (its sha256 differs)")
+            return path
+        except ValueError as error:
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+    raise ValueError(f"{run}: {'every checkpoint is damaged' if found else 'no checkpoint yet'}")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, its fields checked."""
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(state["step"], int) and isinstance(state["tokens"], int) and state["sha256"].keys() == {
+            "model.safetensors",
+            "optimizer.safetensors",
+        }
+        if not whole:
+            raise ValueError("fields have other types")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a whole state file: {error}") from None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoint folders, oldest first."""
+    return sorted((run / "checkpoints").glob("step-[0-9]*"))
+
+
+def commit(final: Path, write: Callable[[Path], None]) -> None:
+    """Make the folder `final` from what write(temporary folder) puts in it: whole and on disk, or not at all."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if final.exists():
+        shutil.rmtree(final)  # empty, or a damaged checkpoint of the same step
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a small file whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum; "" where there is none to read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

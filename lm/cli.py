@@ -1,0 +1,320 @@
+"""The `lm` command. Loads no torch before a command really needs it, so that --help and mistakes are quick."""
+
+import dataclasses
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .config import Config, preset_names
+
+SHORT = {"--data": "--data.path", "--device": "--train.device", "--seed": "--train.seed"}  # of lm train
+Positional = tyro.conf.Positional
+
+
+@dataclass
+class Train:
+    """Train a model, show what it writes, and leave a run folder with a report.
+
+    Options start from a preset (or from the run, with --resume), and each changes one number of it.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    preset: str = "toy"  # where the numbers start; one of: PRESETS
+    out_dir: Path | None = None  # the run folder; by default runs/PRESET, or the next free runs/PRESET-2, ...
+    resume: bool = False  # go on with the run in out_dir, by default the newest of the preset
+    trust_code: bool = False  # with --resume: import the router or attention of your own that the run names
+
+
+@dataclass
+class Generate:
+    """Write on from a prompt."""
+
+    run: Positional[Path]  # a run folder, or one that lm.save wrote
+    prompt: str = "\n"  # the text to go on from; FILE:PATH reads it from a file, - from standard input
+    max_new_tokens: int = 300
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int | None = None  # choose among this many most likely tokens
+    top_p: float = 1.0  # choose among the fewest most likely tokens with this probability together
+    seed: int | None = None  # the same seed writes the same text
+    num_samples: int = 1
+    device: str = "auto"
+    trust_code: bool = False  # import the router or attention of your own that the run names
+
+
+@dataclass
+class Chat:
+    """Take turns with a model in the terminal: it goes on from all that was said. An empty line ends it."""
+
+    run: Positional[Path]  # a run folder, or one that lm.save wrote
+    max_new_tokens: int = 200  # the longest answer
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int | None = None
+    device: str = "auto"
+    trust_code: bool = False  # import the router or attention of your own that the run names
+
+
+@dataclass
+class Eval:
+    """The loss on the whole held-out text, in nats a byte, bits a byte, and perplexity."""
+
+    run: Positional[Path]  # a run folder
+    data: Path | None = None  # another text
+    device: str = "auto"
+    trust_code: bool = False  # import the router or attention of your own that the run names
+
+
+@dataclass
+class Report:
+    """Make report.html and its pictures anew."""
+
+    run: Positional[Path]  # a run folder
+    trust_code: bool = False  # import the router or attention of your own that the run names
+
+
+@dataclass
+class Info:
+    """Parameters, FLOPs and cache of a model, counted without making it."""
+
+    model: Positional[str]  # a preset, or a run folder
+    context: int = 4096  # tokens, for the size of the cache and the FLOPs of attention
+    json: bool = False  # as one JSON object
+
+
+COMMANDS = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "report": Report, "info": Info}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command -> its exit status: 0, 1 if it failed, 2 if the input is wrong, 128 + a signal that stopped it."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"lm: warning: {message}", file=sys.stderr)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"lm: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return run_train(rest) if name == "train" else RUN[name](parse(COMMANDS[name], name, rest))
+    except ValueError as error:
+        print(f"lm {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nobody reads on: what Python flushes at exit goes nowhere
+        return 141
+    except (OSError, MemoryError, RuntimeError) as error:
+        print(f"lm {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def overview() -> str:
+    """The commands, a line each."""
+    lines = [f"  lm {name:10}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()]
+    return "\n".join(["usage: lm COMMAND ... (lm COMMAND --help tells its options)", "", *lines])
+
+
+def parse(kind: type, name: str, arguments: list[str], default: Any = None) -> Any:
+    """The command's options; the parser's own words and exit status 2 where they are wrong."""
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"lm {name}", args=arguments, **given)
+
+
+def run_train(arguments: list[str]) -> int:
+    """lm train"""
+    arguments = [f"{SHORT.get(word, word)}{sign}{value}" for word, sign, value in (a.partition("=") for a in arguments)]
+    preset = value_of(arguments, "--preset") or "toy"
+    out_dir = value_of(arguments, "--out-dir")
+    resume = "--resume" in arguments
+    if resume and not {"-h", "--help"} & set(arguments):
+        run = Path(out_dir) if out_dir else newest_run(preset)
+        if not (run / "config.toml").exists():
+            raise ValueError(f"{run}: no run to resume")
+        base = Config.load(run / "config.toml")
+    else:
+        run = Path(out_dir) if out_dir else free_run(preset)
+        base = Config.preset(preset)
+    options = parse(Train, "train", arguments, Train(config=base))
+
+    from . import checkpoint, report, train
+
+    if resume:
+        train.same_model(checkpoint.read_config(run, options.trust_code), options.config)
+    status = train.train(options.config, run, resume)
+    if status == 0:
+        page = report.write(run, trust_code=True)
+        print(f"report: {page}")
+    return status
+
+
+def value_of(arguments: list[str], option: str) -> str | None:
+    """What follows an option, before the parser proper has seen it."""
+    for word, following in zip(arguments, [*arguments[1:], None]):
+        word = word.replace("_", "-")
+        if word == option:
+            return following
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def free_run(preset: str) -> Path:
+    """runs/PRESET, or the first of runs/PRESET-2, ... that does not exist."""
+    names = (preset if number == 1 else f"{preset}-{number}" for number in range(1, 10**6))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def newest_run(preset: str) -> Path:
+    """The last of runs/PRESET, runs/PRESET-2, ... that is there."""
+    last = free_run(preset)
+    found = [Path("runs") / preset] + [Path("runs") / f"{preset}-{number}" for number in range(2, 10**6)]
+    return found[max(0, found.index(last) - 1)]
+
+
+def open_model(path: Path, trust_code: bool, device: str) -> tuple[Any, Config, Any]:
+    """-> the model, its config, its tokenizer"""
+    from . import checkpoint, machine
+    from .tokenizer import ByteTokenizer
+
+    place = machine.pick_device(device)
+    model = checkpoint.load(path, trust_code)
+    return model.to(place), checkpoint.read_config(path, trust_code), ByteTokenizer()
+
+
+def run_generate(options: Generate) -> int:
+    """lm generate"""
+    from . import decode
+
+    prompt = read_prompt(options.prompt)
+    if options.num_samples < 1:
+        raise ValueError(f"num_samples={options.num_samples} must be at least 1")
+    decode.check_options(options.max_new_tokens, options.temperature, options.top_k, options.top_p, None)
+    model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("the prompt is empty; it needs at least one byte")
+    for sample in range(options.num_samples):
+        seed = None if options.seed is None else options.seed + sample
+        if options.num_samples > 1:
+            write(f"--- {sample + 1}\n".encode())
+        write(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogateescape"))
+        say_on(model, config, tokenizer, tokens, options, seed)
+        write(b"\n")
+    return 0
+
+
+def say_on(model: Any, config: Config, tokenizer: Any, tokens: list[int], options: Any, seed: int | None) -> list[int]:
+    """Write the continuation to standard output as it is made, up to the end of the text -> its tokens."""
+    from .decode import stream
+
+    said = []
+    for step in stream(
+        model,
+        [tokens],
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        seed,
+        config.train.context,
+    ):
+        token = int(step)
+        if token == tokenizer.end_of_text:
+            break
+        said.append(token)
+        write(tokenizer.decode_bytes([token]))
+    return said
+
+
+def write(text: bytes) -> None:
+    """Bytes to standard output at once, whatever the terminal's encoding."""
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
+def read_prompt(prompt: str) -> str | bytes:
+    """The prompt itself, or what FILE:PATH or - stand for."""
+    if prompt == "-":
+        return sys.stdin.buffer.read()
+    if prompt.startswith("FILE:"):
+        path = Path(prompt.removeprefix("FILE:"))
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"prompt: {path}: cannot be read: {error.strerror}") from None
+    return prompt
+
+
+def run_chat(options: Chat) -> int:
+    """lm chat"""
+    from . import decode
+
+    decode.check_options(options.max_new_tokens, options.temperature, options.top_k, options.top_p, None)
+    model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
+    print("Say something; the model goes on from all that was said. An empty line ends it.")
+    history: list[int] = []
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            line = ""
+        if not line:
+            return 0
+        history += tokenizer.encode(line + "\n")
+        history += say_on(model, config, tokenizer, history, options, options.seed)
+        write(b"\n")
+        history += tokenizer.encode("\n")
+
+
+def run_eval(options: Eval) -> int:
+    """lm eval"""
+    import math
+
+    from . import data, machine, train
+
+    model, config, _ = open_model(options.run, options.trust_code, options.device)
+    if options.data is None:
+        _, tokens = data.load(config.data, config.model.vocab_size)
+    else:
+        tokens = data.open_text(options.data)
+    windows = data.Windows(tokens, config.train.context)
+    device = machine.pick_device(options.device)
+    dtype = machine.pick_dtype(config.train.dtype, device)
+    loss = train.evaluate(model, windows, None, dtype, config.train.batch_size)
+    print(f"loss {loss:.4f} nats a byte, {loss / math.log(2):.4f} bits a byte, perplexity {math.exp(loss):.3f}")
+    print(f"on {len(windows) * windows.context:,} bytes")
+    return 0
+
+
+def run_report(options: Report) -> int:
+    """lm report"""
+    from . import report
+
+    print(report.write(options.run, options.trust_code))
+    return 0
+
+
+def run_info(options: Info) -> int:
+    """lm info"""
+    import json
+
+    from . import count
+
+    if options.context < 1:
+        raise ValueError(f"context={options.context} must be at least 1")
+    path = Path(options.model) / "config.toml"
+    config = (Config.load(path) if path.exists() else Config.preset(options.model)).model
+    facts = count.summary(config, options.context)
+    print(json.dumps(facts, indent=1) if options.json else count.as_text(facts))
+    return 0
+
+
+RUN = {"generate": run_generate, "chat": run_chat, "eval": run_eval, "report": run_report, "info": run_info}

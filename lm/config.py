@@ -1,0 +1,256 @@
+"""Every number of a model and its training: frozen dataclasses, checked when built, TOML on disk.
+
+Loads no torch, so that `lm --help` is quick.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import tomli_w
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def number(default: Any, least: float = 0, most: float = math.inf) -> Any:
+    """A field whose value must lie in least..most."""
+    return field(default=default, metadata={"least": least, "most": most})
+
+
+def choice(default: str, *others: str) -> Any:
+    """A field whose value must be one of these words."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of the configuration; checks its fields' types and ranges when built."""
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self):
+        types = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            value = check_value(f"{self.name}.{item.name}", value, types[item.name], item.metadata)
+            object.__setattr__(self, item.name, value)
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Section):
+    """Attention: "mla" reads the ranks and the qk and v head dims, "gqa" num_kv_heads and head_dim."""
+
+    name: ClassVar[str] = "model.attention"
+    kind: str = "mla"  # "mla", "gqa", or "package.module:Class" of your own
+    num_heads: int = number(4, 1)
+    q_lora_rank: int = number(0)  # 0: the query is not compressed
+    kv_lora_rank: int = number(32, 1)
+    qk_nope_head_dim: int = number(16, 1)
+    qk_rope_head_dim: int = number(16, 2)
+    v_head_dim: int = number(16, 1)
+    num_kv_heads: int = number(4, 1)
+    head_dim: int = number(32, 2)
+    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of a class of your own
+
+
+@dataclass(frozen=True)
+class RopeConfig(Section):
+    """Rotary position embedding."""
+
+    name: ClassVar[str] = "model.rope"
+    theta: float = number(10000.0, 1e-6)
+    interleaved: bool = True  # pairs (2i, 2i + 1), as DeepSeek; false: (i, i + dim/2), as Llama
+
+
+@dataclass(frozen=True)
+class MoEConfig(Section):
+    """Mixture of experts, in every layer after the dense ones."""
+
+    name: ClassVar[str] = "model.moe"
+    router: str = "sigmoid"  # "sigmoid" (V3), "softmax" (V2), or "package.module:Class" of your own
+    num_experts: int = number(16, 1)
+    top_k: int = number(2, 1)
+    hidden_dim: int = number(64, 1)  # of one expert
+    num_shared_experts: int = number(1)  # always on
+    num_groups: int = number(1, 1)  # 1: no group limit
+    top_groups: int = number(1, 1)  # groups a token may use
+    normalize: bool = True  # divide the chosen weights by their sum
+    routed_scaling_factor: float = number(1.0)
+    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of a class of your own
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_experts % self.num_groups:
+            raise ValueError(
+                f"model.moe.num_experts {self.num_experts} is not a multiple of num_groups {self.num_groups}"
+            )
+        if self.top_groups > self.num_groups:
+            raise ValueError(f"model.moe.top_groups {self.top_groups} is more than num_groups {self.num_groups}")
+        reachable = self.num_experts // self.num_groups * self.top_groups
+        if self.top_k > reachable:
+            raise ValueError(
+                f"model.moe.top_k {self.top_k} is more than the {reachable} experts that top_groups "
+                f"{self.top_groups} leaves reachable"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The transformer."""
+
+    name: ClassVar[str] = "model"
+    vocab_size: int = number(256, 1)
+    dim: int = number(128, 1)
+    num_layers: int = number(4, 1, 1000)
+    num_dense_layers: int = number(1)  # the first layers, with one SwiGLU instead of experts; num_layers: all dense
+    hidden_dim: int = number(384, 1)  # of a dense layer's SwiGLU
+    norm_eps: float = number(1e-6)
+    tie_embeddings: bool = False  # the head's matrix is the embedding's
+    init_std: float = number(0.02, 1e-9)  # of every weight matrix; V2 and V3: 0.006
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_dense_layers > self.num_layers:
+            raise ValueError(
+                f"model.num_dense_layers {self.num_dense_layers} is more than num_layers {self.num_layers}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """Training. A step is one update of the weights."""
+
+    name: ClassVar[str] = "train"
+    steps: int = number(1000, 1)
+    batch_size: int = number(16, 1)  # sequences in one forward pass
+    accumulation: int = number(1, 1)  # forward passes a step
+    context: int = number(128, 1)  # tokens a sequence
+    learning_rate: float = number(1e-3)  # the highest
+    warmup: int = number(50)  # steps of linear rise
+    decay: float = number(1.0, 0, 1)  # share of the steps, at the end, over which a cosine falls; before: constant
+    final_learning_rate: float = number(0.1, 0, 1)  # where it ends, as a share of the highest
+    weight_decay: float = number(0.1)
+    beta1: float = number(0.9, 0, 1)
+    beta2: float = number(0.95, 0, 1)
+    grad_clip: float = number(1.0)  # the gradient's largest norm; 0: any
+    bias_update_rate: float = number(0.001)  # step of the selection bias (V3's gamma); 0: none
+    sequence_loss: float = number(0.0001)  # weight of the sequence-wise balance loss (V3's alpha)
+    seed: int = number(0, 0, 2**63 - 1)
+    log_every: int = number(10, 1)
+    eval_every: int = number(100, 1)
+    eval_tokens: int = number(65536, 1)  # of the validation text, at each evaluation but the last, which takes all
+    sample_every: int = number(250, 1)
+    save_every: int = number(250, 1)
+    keep: int = number(2, 1)  # checkpoints
+    dtype: str = choice("auto", "float32", "bfloat16")  # of the matrix products; auto: what is quick here
+    device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU where there is one
+    compile: bool = False  # torch.compile: slow to start, then quicker
+    tensorboard: bool = False  # write event files too
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The text."""
+
+    name: ClassVar[str] = "data"
+    path: str = ""  # any file, read as bytes; "": the plays and poems that come with the package
+    validation: str = ""  # the held-out file; "": the package's four held-out plays, or the last tenth of path
+    tokenizer: str = choice("bytes")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """All of it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """One of the configurations in lm/presets, by name."""
+        known = preset_names()
+        if name not in known:
+            raise ValueError(f"no preset {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+        return cls.load(PRESETS / f"{name}.toml")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a TOML file.
+
+        Raises:
+            ValueError: not a readable TOML file, or a key or value that does not belong; names the file.
+        """
+        try:
+            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
+            raise ValueError(f"{path}: not a readable TOML file: {reason}") from None
+        try:
+            return cls.from_dict(table)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> Self:
+        """Build from nested tables; keys that are absent keep their defaults."""
+        return build(cls, table)
+
+    def to_toml(self) -> str:
+        """All values, as TOML that `load` reads back."""
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+
+def preset_names() -> list[str]:
+    """The names that `Config.preset` knows."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def build(section: type, table: Any) -> Any:
+    """A Section of this type from a table, its own sections first."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{section.name}: expected a table, got {table!r:.80}")
+    hints = typing.get_type_hints(section)
+    types = {item.name: hints[item.name] for item in dataclasses.fields(section)}
+    values = {}
+    for key, value in table.items():
+        if key not in types:
+            where = f"{section.name}.{key}".lstrip(".")
+            raise ValueError(f"unknown key {where!r}{nearest(key, list(types))}")
+        is_section = dataclasses.is_dataclass(types[key])
+        values[key] = build(types[key], value) if is_section else value
+    return section(**values)
+
+
+def check_value(name: str, value: Any, kind: Any, limits: Any) -> Any:
+    """The value as its field's type, or ValueError."""
+    name = name.lstrip(".")
+    if kind in (int, float):
+        least, most = limits["least"], limits["most"]
+        span = f">= {least}" if most == math.inf else f"{least}..{most}"
+        what = f"a whole number {span}" if kind is int else f"a finite number {span}"
+        is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most or (kind is float and not math.isfinite(value)):
+            raise ValueError(f"{name}: {what}, got {value!r:.80}")
+        return kind(value)
+    expected = typing.get_origin(kind) or kind
+    if not isinstance(value, expected):
+        raise ValueError(f"{name}: expected {expected.__name__}, got {value!r:.80}")
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"{name}: one of {', '.join(choices)}, got {value!r:.80}{nearest(value, choices)}")
+    return value
+
+
+def nearest(word: str, known: typing.Sequence[str]) -> str:
+    """' (did you mean ...?)', where something known is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,60 @@
+"""What this machine is, and what it is quick at."""
+
+import os
+import platform
+import sys
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto": a GPU where there is one.
+
+    Raises:
+        ValueError: it is not here; names those that are.
+    """
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + found
+    elif torch.backends.mps.is_available():
+        found = ["mps", *found]
+    if name == "auto":
+        return torch.device(found[0])
+    if name in found or f"{name}:0" in found:
+        return torch.device(name)
+    raise ValueError(f"device {name!r} was not found; here there is: {', '.join(found)}")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; "auto": bf16 where the hardware has it, else fp32.
+
+    Where it has not, a CPU emulates bf16 a hundred times slower than fp32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def describe(device: torch.device | None = None) -> dict[str, str | int]:
+    """The machine and versions that a measurement belongs to."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    facts: dict[str, str | int] = {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() + (" AMX" * torch.cpu._is_amx_tile_supported()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": sys.platform,
+    }
+    if device is not None and device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

@@ -1,0 +1,168 @@
+"""The toy transformer: DeepSeek-V3's block, from `mla` and `moe`. The only place where a part meets a config."""
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mla import GroupedQueryAttention, MultiheadLatentAttention, RMSNorm, RotaryEmbedding
+from moe import Experts, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
+
+from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+
+ROUTERS = {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}
+
+
+class Output(NamedTuple):
+    """What one pass of the model gives."""
+
+    logits: Tensor  # (batch, time, vocab)
+    hidden: Tensor  # (batch, time, dim), the last block's output before the final norm
+    routings: list[Routing]  # of each MoE layer, in order
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = build_attention(config.dim, config.attention, config.rope)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        dense = layer < config.num_dense_layers
+        self.mlp = SwiGLU(config.dim, config.hidden_dim) if dense else build_moe(config.dim, config.moe)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.attention_norm(x), cache, positions, mask)
+        normed = self.mlp_norm(x)
+        y, routing = self.mlp(normed, tokens) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
+        return x + y, routing
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm, head. Under torch.device("meta") it is built without memory.
+
+    tokens (batch, time) int64 -> Output
+
+    Raises:
+        ValueError: numbers in the config do not fit each other, or tokens are not ids below vocab_size.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        caches: Sequence[Any] | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Output:
+        """caches from `new_caches`; positions and mask as in `MultiheadLatentAttention.forward`."""
+        self.check(tokens, caches)
+        x = self.embedding(tokens)  # (batch, time, dim)
+        routings = []
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x, routing = block(x, tokens, cache, positions, mask)
+            if routing is not None:
+                routings.append(routing)
+        return Output(self.head(self.norm(x)), x, routings)
+
+    def check(self, tokens: Tensor, caches: Sequence[Any] | None) -> None:
+        """Raise ValueError for what is not a batch of token ids, or not one cache a layer."""
+        vocab_size = self.config.vocab_size
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 (batch, time >= 1)")
+        if tokens.device.type == "cpu" and tokens.numel():  # elsewhere the look would make the device wait
+            lowest, highest = (int(token) for token in torch.aminmax(tokens))
+            if lowest < 0 or highest >= vocab_size:
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(f"token {wrong} is not in the vocabulary, 0..{vocab_size - 1}")
+        if caches is not None and len(caches) != len(self.blocks):
+            raise ValueError(f"{len(caches)} caches for {len(self.blocks)} layers")
+
+    def new_caches(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> list[Any]:
+        """An empty cache for each layer."""
+        return [block.attention.new_cache(batch, max_length, dtype) for block in self.blocks]
+
+    def routers(self) -> list[nn.Module]:
+        """The routers of the MoE layers, in the order of `Output.routings`."""
+        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoE)]
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw every weight matrix from a normal of std init_std (V3 section 4.2; there 0.006)."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, self.config.init_std, generator=generator)
+
+
+def build_attention(dim: int, config: AttentionConfig, rope: RopeConfig) -> nn.Module:
+    """The attention that a config names."""
+    if config.kind == "mla":
+        return MultiheadLatentAttention(
+            dim,
+            config.num_heads,
+            config.kv_lora_rank,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+            config.q_lora_rank or None,
+            RotaryEmbedding(config.qk_rope_head_dim, rope.theta, rope.interleaved),
+        )
+    if config.kind == "gqa":
+        rotary = RotaryEmbedding(config.head_dim, rope.theta, rope.interleaved)
+        return GroupedQueryAttention(dim, config.num_heads, config.num_kv_heads, config.head_dim, rotary)
+    return build_own("model.attention.kind", config.kind, config.arguments, {**vars(config), "dim": dim})
+
+
+def build_moe(dim: int, config: MoEConfig) -> MoE:
+    """The router that a config names, its experts, and the shared experts as one MLP."""
+    sizes = {**vars(config), "dim": dim}
+    if config.router in ROUTERS:
+        router = build_own("model.moe.router", ROUTERS[config.router], {}, sizes)
+    else:
+        router = build_own("model.moe.router", config.router, config.arguments, sizes)
+    shared = SwiGLU(dim, config.num_shared_experts * config.hidden_dim) if config.num_shared_experts else None
+    return MoE(router, Experts(config.num_experts, dim, config.hidden_dim), shared)
+
+
+def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dict[str, Any]) -> nn.Module:
+    """Make a module, given those of the config's numbers that its constructor names, and its own arguments.
+
+    Raises:
+        ValueError: `kind` is no "module:Class" that can be imported and is an nn.Module, or arguments do not fit.
+    """
+    cls = find_class(name, kind) if isinstance(kind, str) else kind
+    wanted = inspect.signature(cls).parameters
+    given = {key: value for key, value in sizes.items() if key in wanted}
+    try:
+        return cls(**{**given, **arguments})
+    except TypeError as error:
+        raise ValueError(f"{name} {kind}: {error}") from None
+
+
+def find_class(name: str, path: str) -> type[nn.Module]:
+    """The nn.Module class that "package.module:Class" names; it is imported, and nothing else in it is called."""
+    module_name, colon, class_name = path.partition(":")
+    if not colon:
+        raise ValueError(f'{name} {path!r}: expected a built-in name or "module:Class"')
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:
+        raise ValueError(f"{name} {path!r}: {module_name} cannot be imported: {error}") from None
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        raise ValueError(f"{name} {path!r}: {class_name!r} in {module_name} is not an nn.Module class")
+    return found

@@ -1,0 +1,34 @@
+"""AdamW with the usual exceptions from weight decay, and the learning rate over time."""
+
+import math
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (V3 section 4.2: betas 0.9 and 0.95, decay 0.1), fused where the device has it.
+
+    Matrices decay; norms and the embedding do not. Selection biases are buffers and never get here.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        (decayed if parameter.ndim > 1 and id(parameter) not in embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    device = next(model.parameters()).device.type
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device in ("cpu", "cuda")
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of step 1 .. steps: a linear rise over `warmup`, constant, a cosine fall over the last `decay` share."""
+    if step <= config.warmup:
+        return config.learning_rate * step / config.warmup
+    fall = max(1, round((config.steps - config.warmup) * config.decay))
+    progress = max(0.0, (step - (config.steps - fall)) / fall)  # 0 until the fall begins, 1 at the last step
+    low = config.learning_rate * config.final_learning_rate
+    return low + (config.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

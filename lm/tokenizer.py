@@ -1,0 +1,25 @@
+"""Text to token ids and back."""
+
+from collections.abc import Iterable
+
+
+class ByteTokenizer:
+    """Every byte is a token; ASCII's own end-of-text character, byte 3, ends a document.
+
+    Any file works as it is, text or not, and no vocabulary has to be learnt or stored.
+    """
+
+    vocab_size = 256
+    end_of_text = 3
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """UTF-8 bytes; bytes that came from the command line as surrogates are themselves again."""
+        return list(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes that the tokens are."""
+        return bytes(tokens)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """As text, with U+FFFD where the bytes are not UTF-8."""
+        return self.decode_bytes(tokens).decode("utf-8", "replace")

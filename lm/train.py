@@ -1,0 +1,360 @@
+"""Training: one function from a config to a run folder, that can be stopped anywhere and gone on with."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moe import balance
+
+from . import checkpoint, data, loss, machine
+from .config import Config
+from .decode import stream
+from .model import Transformer
+from .optim import build_optimizer, learning_rate
+from .tokenizer import ByteTokenizer
+
+
+class RunFailed(RuntimeError):
+    """Training could not go on: a loss that is not finite, a full disk. The last checkpoint is as it was."""
+
+
+def train(config: Config, run: Path, resume: bool = False) -> int:
+    """Train, writing all that DESIGN calls a run folder except the report.
+
+    Args:
+        run: the folder; new or empty, or with resume one that an earlier call left.
+
+    Returns:
+        0, or 128 + the number of the signal that stopped it (after this step's checkpoint).
+
+    Raises:
+        ValueError: the config, the data or the folder does not fit; nothing was written.
+        RunFailed: names the step, and the checkpoint that is left.
+    """
+    device = machine.pick_device(config.train.device)
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model)  # a config that does not fit shows here, before anything is written
+    model.initialize(torch.Generator().manual_seed(config.train.seed))
+    texts = data.load(config.data, config.model.vocab_size)
+    windows = data.Windows(texts[0], config.train.context, config.train.seed)
+    validation = data.Windows(texts[1], config.train.context)
+    with open_run(run, resume):
+        trainer = Trainer(config, run, model.to(device), windows, validation)
+        if resume:
+            trainer.resume()
+        else:
+            checkpoint.write_file(run / "config.toml", config.to_toml())
+        return trainer.run_steps()
+
+
+@contextlib.contextmanager
+def open_run(run: Path, resume: bool) -> Iterator[None]:
+    """Hold a run folder for this process alone.
+
+    Raises:
+        ValueError: it cannot be made or written, is in use, or is not what `resume` says it is.
+    """
+    is_run = (run / "config.toml").exists()
+    if resume and not is_run:
+        raise ValueError(f"{run}: no run to resume")
+    if not resume and run.exists():
+        if not run.is_dir():
+            raise ValueError(f"{run}: is a file; a run needs a folder")
+        if is_run:
+            raise ValueError(f"{run}: holds a run already; --resume goes on with it, --out-dir names another place")
+        if any(path.name not in (".lock", ".owner") for path in run.iterdir()):
+            raise ValueError(f"{run}: is not empty and no run; --out-dir names another place")
+    lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        owner.write_text(str(os.getpid()))
+    except filelock.Timeout:
+        raise ValueError(f"{run}: in use by process {owner.read_text()}") from None
+    except OSError as error:
+        raise ValueError(f"{run}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Trainer:
+    """A model, its optimizer, its data and where it stands."""
+
+    def __init__(self, config: Config, run: Path, model: Transformer, windows: data.Windows, validation: data.Windows):
+        self.config = config
+        self.run = run
+        self.model = model
+        self.windows = windows
+        self.validation = validation
+        self.device = next(model.parameters()).device
+        self.dtype = machine.pick_dtype(config.train.dtype, self.device)
+        self.optimizer = build_optimizer(model, config.train)
+        self.forward = torch.compile(model) if config.train.compile else model
+        self.tokenizer = ByteTokenizer()
+        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, **self.circumstances()}
+        self.signal = 0
+        self.board: Any = None
+
+    def circumstances(self) -> dict[str, Any]:
+        """What the bits of a run depend on besides its seed."""
+        facts = machine.describe(self.device)
+        return {"dtype": str(self.dtype), **{key: facts[key] for key in ("cpu_capability", "threads", "torch")}}
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint: weights, optimizer, selection biases, place in the data, log."""
+        train = self.config.train
+        newest = checkpoint.newest_checkpoint(self.run)
+        earlier = checkpoint.load_checkpoint(newest, self.model, self.optimizer)
+        if earlier["step"] > train.steps:
+            raise ValueError(f"train.steps {train.steps} is less than the {earlier['step']} steps already done")
+        now = self.circumstances()
+        if train.dtype == "auto" and earlier["dtype"] != now["dtype"]:
+            self.dtype = getattr(torch, earlier["dtype"].removeprefix("torch."))
+            now["dtype"] = earlier["dtype"]
+        changed = [f"{key} {earlier[key]} -> {value}" for key, value in now.items() if earlier[key] != value]
+        if changed:
+            warnings.warn(f"the last bits may differ from an unbroken run: {', '.join(changed)}", stacklevel=2)
+        self.state = {**earlier, **now}
+        checkpoint.write_file(self.run / "config.toml", self.config.to_toml())
+        log = self.run / "metrics.jsonl"
+        rows = [row for row in read_metrics(self.run) if row["step"] <= earlier["step"]]
+        checkpoint.write_file(log, "".join(json.dumps(row) + "\n" for row in rows))
+        self.say(f"going on from {newest} ({earlier['step']} of {train.steps} steps)")
+
+    def run_steps(self) -> int:
+        """All steps that are left -> 0, or 128 + the signal that stopped it."""
+        train = self.config.train
+        if self.state["step"] == train.steps:
+            self.say(f"{self.run}: all {train.steps} steps are done")
+            return 0
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.say(f"{self.run}: {parameters:,} parameters, {self.device}, {self.dtype}, {train.steps} steps")
+        started = time.perf_counter() - self.state["seconds"]
+        saved = self.state["step"]
+        with self.signals(), self.progress() as bar, open(self.run / "metrics.jsonl", "a") as log:
+            for step in range(self.state["step"] + 1, train.steps + 1):
+                row = self.step(step)
+                self.state["seconds"] = time.perf_counter() - started
+                row["seconds"] = round(self.state["seconds"], 3)
+                row["tokens_per_second"] = round(row["tokens_this_step"] / (row.pop("step_seconds") or 1e-9), 1)
+                del row["tokens_this_step"]
+                last = step == train.steps
+                if step % train.eval_every == 0 or last:
+                    row["val_loss"] = self.evaluate(None if last else train.eval_tokens)
+                if step % train.log_every == 0 or "val_loss" in row:
+                    self.log(row, log, bar)
+                if step % train.sample_every == 0 or last:
+                    self.sample(step)
+                bar.update(1)
+                if step % train.save_every == 0 or last or self.signal:
+                    self.save(log)
+                    saved = step
+                if self.signal:
+                    break
+        if self.signal:
+            self.say(f"stopped after step {saved}, saved; go on with: lm train --resume --out-dir {self.run}")
+            return 128 + self.signal
+        return 0
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One update of the weights, and of the selection biases on the whole batch's counts -> a row of the log."""
+        train = self.config.train
+        began = time.perf_counter()
+        rate = learning_rate(step, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        counts: list[Tensor] = []
+        for part in range(train.accumulation):
+            first = ((step - 1) * train.accumulation + part) * train.batch_size
+            inputs, targets = (t.to(self.device) for t in self.windows.batch(first, train.batch_size))
+            with self.autocast():
+                out = self.forward(inputs)
+            main = loss.cross_entropy(out.logits, targets)
+            even = [balance.sequence_loss(routing) for routing in out.routings]
+            objective = main + train.sequence_loss * sum(even)  # V3 eq. 17, of each layer
+            (objective / train.accumulation).backward()
+            total += main.detach() / train.accumulation
+            here = [balance.tokens_per_expert(routing) for routing in out.routings]
+            counts = [a + b for a, b in zip(counts, here)] if counts else here
+        limit = train.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            kept = self.last_checkpoint()
+            raise RunFailed(f"step {step}: loss {float(total)}, gradient norm {float(grad_norm)}; {kept}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if train.bias_update_rate:
+            for router, count in zip(self.model.routers(), counts):
+                if hasattr(router, "bias"):
+                    balance.update_bias_(router, count, train.bias_update_rate)
+        tokens = train.batch_size * train.accumulation * train.context
+        self.state.update(step=step, tokens=self.state["tokens"] + tokens)
+        violations = [float(balance.max_violation(count)) for count in counts]
+        return {
+            "step": step,
+            "tokens": self.state["tokens"],
+            "loss": float(total),
+            "learning_rate": rate,
+            "grad_norm": float(grad_norm),
+            "max_violation": sum(violations) / max(1, len(violations)),
+            "max_violations": violations,  # of each MoE layer
+            "tokens_this_step": tokens,
+            "step_seconds": time.perf_counter() - began,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, tokens: int | None) -> float:
+        """Loss on the held-out text, nats a token: on all of it, or on windows spread over it of about that many tokens."""
+        return evaluate(self.model, self.validation, tokens, self.dtype, self.config.train.batch_size)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sample(self, step: int) -> None:
+        """Write a little text, into samples.txt and onto the screen."""
+        train = self.config.train
+        prompt = self.tokenizer.encode("\n")
+        steps = stream(self.model, [prompt], 200, 0.8, seed=train.seed, window=train.context)
+        text = self.tokenizer.decode([int(token) for token in steps])
+        with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n")
+        self.say(f"--- step {step} writes:\n{text}\n---")
+
+    def log(self, row: dict[str, Any], log: Any, bar: tqdm) -> None:
+        """A row into metrics.jsonl, onto the screen, and to TensorBoard if asked."""
+        log.write(json.dumps(row, allow_nan=False) + "\n")
+        log.flush()
+        shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+        if row["max_violations"]:
+            shown["MaxVio"] = f"{row['max_violation']:.2f}"
+        if "val_loss" in row:
+            shown["val"] = f"{row['val_loss']:.3f}"
+        if bar.disable:
+            steps = self.config.train.steps
+            left = row["seconds"] / row["step"] * (steps - row["step"])
+            self.say(f"step {row['step']}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()) + f" left {left:.0f} s")
+        else:
+            bar.set_postfix(shown, refresh=False)
+            if "val_loss" in row:
+                self.say(f"step {row['step']}: held-out loss {row['val_loss']:.4f} nats a byte")
+        if self.config.train.tensorboard:
+            if self.board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.run / "tensorboard"))
+            for key in ("loss", "val_loss", "learning_rate", "grad_norm", "max_violation"):
+                if key in row:
+                    self.board.add_scalar(key, row[key], row["step"])
+
+    def save(self, log: Any) -> None:
+        """A checkpoint, and the log up to it, on disk.
+
+        Raises:
+            RunFailed: they cannot be written; the checkpoint before is as it was.
+        """
+        try:
+            os.fsync(log.fileno())
+            checkpoint.save_checkpoint(self.run, self.model, self.optimizer, self.state, self.config.train.keep)
+        except (OSError, checkpoint.SafetensorError, RuntimeError) as error:
+            kept = self.last_checkpoint()
+            raise RunFailed(f"step {self.state['step']}: checkpoint not written ({error}); {kept}") from None
+
+    def last_checkpoint(self) -> str:
+        found = checkpoint.checkpoints(self.run)
+        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM: finish the step and save. A second one: leave at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.signal:
+                os._exit(128 + number)  # checkpoints are renamed into place, so nothing can be half-written
+            self.signal = number
+            self.say("stopping after this step; once more to leave at once")
+
+        old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def progress(self) -> tqdm:
+        """A bar on a terminal; elsewhere none, and plain lines."""
+        done, steps = self.state["step"], self.config.train.steps
+        return tqdm(initial=done, total=steps, unit="step", dynamic_ncols=True, disable=None)
+
+    def say(self, line: str) -> None:
+        """A line on the screen, above the bar. A reader that has gone away ends the training, with a checkpoint."""
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
+            self.signal = signal.SIGPIPE
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, windows: data.Windows, tokens: int | None, dtype: torch.dtype, batch_size: int
+) -> float:
+    """Mean loss of a text, nats a token; None: all its windows, else some spread evenly, about that many tokens."""
+    count = len(windows) if tokens is None else min(len(windows), max(1, tokens // windows.context))
+    chosen = [index * len(windows) // count for index in range(count)]
+    device = next(model.parameters()).device
+    total = 0.0
+    for at in range(0, count, batch_size):
+        batch = torch.stack([windows[index] for index in chosen[at : at + batch_size]]).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(batch[:, :-1]).logits
+        total += float(loss.cross_entropy(logits, batch[:, 1:])) * len(batch)
+    return total / count
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last one that was cut short by a crash is left out."""
+    rows = []
+    try:
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    except FileNotFoundError:
+        pass
+    return rows
+
+
+def same_model(old: Config, new: Config) -> None:
+    """Raise ValueError unless a run of one config can go on with the other."""
+    for section in ("model", "data"):
+        before, after = (flat(dataclasses.asdict(getattr(config, section)), section) for config in (old, new))
+        for name, value in before.items():
+            if after.get(name) != value:
+                raise ValueError(f"{name} is {value!r} in the run and {after.get(name)!r} now; it must stay")
+
+
+def flat(table: dict[str, Any], path: str) -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
+    return found
