@@ -5,6 +5,7 @@ Names are resolved when first used, so that `import lm` loads no torch.
 
 import importlib
 
+__version__ = "0.1.0"
 __all__ = ["Config", "Output", "Transformer", "count", "generate", "load", "save"]
 
 PLACES = {

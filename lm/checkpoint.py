@@ -96,7 +96,7 @@ def is_bias(name: str) -> bool:
     return name.endswith("router.bias")
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; a tied head is the embedding, stored once."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:

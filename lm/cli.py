@@ -1,9 +1,9 @@
 """The `lm` command. Loads no torch before a command really needs it, so that --help and mistakes are quick."""
 
-import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,6 @@ import tyro
 from .config import Config, preset_names
 
 SHORT = {"--data": "--data.path", "--device": "--train.device", "--seed": "--train.seed"}  # of lm train
-Positional = tyro.conf.Positional
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Train:
 class Generate:
     """Write on from a prompt."""
 
-    run: Positional[Path]  # a run folder, or one that lm.save wrote
+    run: tyro.conf.Positional[Path]  # a run folder, or one that lm.save wrote
     prompt: str = "\n"  # the text to go on from; FILE:PATH reads it from a file, - from standard input
     max_new_tokens: int = 300
     temperature: float = 0.8  # 0: always the most likely token
@@ -50,7 +49,7 @@ class Generate:
 class Chat:
     """Take turns with a model in the terminal: it goes on from all that was said. An empty line ends it."""
 
-    run: Positional[Path]  # a run folder, or one that lm.save wrote
+    run: tyro.conf.Positional[Path]  # a run folder, or one that lm.save wrote
     max_new_tokens: int = 200  # the longest answer
     temperature: float = 0.8
     top_k: int | None = None
@@ -64,7 +63,7 @@ class Chat:
 class Eval:
     """The loss on the whole held-out text, in nats a byte, bits a byte, and perplexity."""
 
-    run: Positional[Path]  # a run folder
+    run: tyro.conf.Positional[Path]  # a run folder
     data: Path | None = None  # another text
     device: str = "auto"
     trust_code: bool = False  # import the router or attention of your own that the run names
@@ -74,7 +73,7 @@ class Eval:
 class Report:
     """Make report.html and its pictures anew."""
 
-    run: Positional[Path]  # a run folder
+    run: tyro.conf.Positional[Path]  # a run folder
     trust_code: bool = False  # import the router or attention of your own that the run names
 
 
@@ -82,12 +81,12 @@ class Report:
 class Info:
     """Parameters, FLOPs and cache of a model, counted without making it."""
 
-    model: Positional[str]  # a preset, or a run folder
+    model: tyro.conf.Positional[str]  # a preset, or a run folder
     context: int = 4096  # tokens, for the size of the cache and the FLOPs of attention
     json: bool = False  # as one JSON object
 
 
-COMMANDS = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "report": Report, "info": Info}
+COMMANDS: dict[str, type] = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "report": Report, "info": Info}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -317,4 +316,4 @@ def run_info(options: Info) -> int:
     return 0
 
 
-RUN = {"generate": run_generate, "chat": run_chat, "eval": run_eval, "report": run_report, "info": run_info}
+RUN: dict[str, Callable[[Any], int]] = {"generate": run_generate, "chat": run_chat, "eval": run_eval, "report": run_report, "info": run_info}

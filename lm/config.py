@@ -6,6 +6,7 @@ Loads no torch, so that `lm --help` is quick.
 import dataclasses
 import difflib
 import math
+import sys
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -214,7 +215,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def build(section: type, table: Any) -> Any:
+def build(section: type[Any], table: Any) -> Any:
     """A Section of this type from a table, its own sections first."""
     if not isinstance(table, dict):
         raise ValueError(f"{section.name}: expected a table, got {table!r:.80}")
@@ -238,12 +239,15 @@ def check_value(name: str, value: Any, kind: Any, limits: Any) -> Any:
         span = f">= {least}" if most == math.inf else f"{least}..{most}"
         what = f"a whole number {span}" if kind is int else f"a finite number {span}"
         is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most or (kind is float and not math.isfinite(value)):
+        largest = 2**63 - 1 if kind is int else sys.float_info.max
+        if not is_number or not least <= value <= min(most, largest):
             raise ValueError(f"{name}: {what}, got {value!r:.80}")
         return kind(value)
     expected = typing.get_origin(kind) or kind
     if not isinstance(value, expected):
         raise ValueError(f"{name}: expected {expected.__name__}, got {value!r:.80}")
+    if isinstance(value, str) and value.encode("utf-8", "replace").decode("utf-8") != value:
+        raise ValueError(f"{name}: {value!r:.80} is not UTF-8, so a TOML file cannot hold it")
     choices = limits.get("choices")
     if choices and value not in choices:
         raise ValueError(f"{name}: one of {', '.join(choices)}, got {value!r:.80}{nearest(value, choices)}")
@@ -252,5 +256,5 @@ def check_value(name: str, value: Any, kind: Any, limits: Any) -> Any:
 
 def nearest(word: str, known: typing.Sequence[str]) -> str:
     """' (did you mean ...?)', where something known is close."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(str(word), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,6 +1,7 @@
 """Writing on from a prompt: prefill in chunks, then one token at a time from the caches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def stream(
         generator.seed() if seed is None else generator.manual_seed(seed + row)
     choose = sampler(temperature, top_k, top_p, generators)
     texts = [list(prompt) for prompt in prompts]
-    caches = []
+    caches: list[Any] = []
     for made in range(max_new_tokens):
         if not caches or (window is not None and max(caches[0].lengths) >= window):
             kept = [text if window is None or len(text) < window else text[-(window // 2) :] for text in texts]

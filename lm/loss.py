@@ -15,7 +15,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must agree in all but the vocabulary"
         )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
+    losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.flatten(), reduction="none")
     return -losses.view_as(targets)
 
 

@@ -95,7 +95,8 @@ class Transformer(nn.Module):
 
     def new_caches(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> list[Any]:
         """An empty cache for each layer."""
-        return [block.attention.new_cache(batch, max_length, dtype) for block in self.blocks]
+        attentions: list[Any] = [block.attention for block in self.blocks]
+        return [attention.new_cache(batch, max_length, dtype) for attention in attentions]
 
     def routers(self) -> list[nn.Module]:
         """The routers of the MoE layers, in the order of `Output.routings`."""

@@ -8,4 +8,11 @@ from .cache import KVCache, LatentCache
 from .grouped_query import GroupedQueryAttention
 from .rope import RotaryEmbedding
 
-__all__ = ["GroupedQueryAttention", "KVCache", "LatentCache", "MultiheadLatentAttention", "RMSNorm", "RotaryEmbedding"]
+__all__ = [
+    "GroupedQueryAttention",
+    "KVCache",
+    "LatentCache",
+    "MultiheadLatentAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+]

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2 section 2.1, V3 section 2.1.1): keys and values from one small latent."""
+"""Multi-head latent attention (V2 section 2.1, V3 section 2.1.1): keys and values from one small latent."""
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
+        check_positive(dim=dim)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -34,7 +35,7 @@ class MultiheadLatentAttention(nn.Module):
     Args:
         kv_lora_rank: width of the latent that keys and values come from (512 in V3).
         qk_nope_head_dim: a head's query and key dims without position (128 in V3).
-        qk_rope_head_dim: a head's query and key dims with position; the key's are one for all heads (64 in V3).
+        qk_rope_head_dim: a head's query and key dims with position; all heads share the key's (64 in V3).
         v_head_dim: a head's value dims (128 in V3).
         q_lora_rank: width of the query's latent (1536 in V3); None: no compression, as in V2-Lite.
         rope: a module (x, positions) -> x over qk_rope_head_dim; None: plain RotaryEmbedding.
@@ -71,7 +72,7 @@ class MultiheadLatentAttention(nn.Module):
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.q_lora_rank = q_lora_rank
-        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5  # absorbed too, though its dot product is longer
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5  # also absorbed, over wider vectors
         self.rope = RotaryEmbedding(qk_rope_head_dim) if rope is None else rope
 
         q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
@@ -80,96 +81,121 @@ class MultiheadLatentAttention(nn.Module):
         else:
             self.q_a = nn.Linear(dim, q_lora_rank, bias=False)  # W_DQ
             self.q_norm = RMSNorm(q_lora_rank)
-            self.q_b = nn.Linear(q_lora_rank, q_width, bias=False)  # W_UQ and W_QR; a head: nope rows, then rope rows
+            self.q_b = nn.Linear(q_lora_rank, q_width, bias=False)  # W_UQ, W_QR; a head: nope, then rope rows
         self.kv_a = nn.Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=False)  # W_DKV, then W_KR
         self.kv_norm = RMSNorm(kv_lora_rank)
-        self.kv_b = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)  # W_UK and W_UV
+        kv_width = num_heads * (qk_nope_head_dim + v_head_dim)
+        self.kv_b = nn.Linear(kv_lora_rank, kv_width, bias=False)  # W_UK, W_UV; a head: key, then value rows
         self.out = nn.Linear(num_heads * v_head_dim, dim, bias=False)  # W_O
 
     def forward(
-        self, x: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: LatentCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend from x to itself and to what the cache holds; the cache then holds x too.
 
         Args:
             cache: from `new_cache`; any chunking of a text gives what one call gives.
-            positions: (time,) or (batch, time) for the rotary embedding; None: counted on from the cache's length.
+            positions: (time,) or (batch, time) for the rotary embedding; None: on from the cache's length.
             mask: bool, True may be attended to, on top of causality: (batch, total) for all queries alike, or
                 (batch, time, total), where total is past and new tokens. A token always sees itself.
         """
         positions, visible = where_and_what(x, self.dim, cache, positions, mask)
-        q_nope, q_rope = self.query(x, positions)
-        latent, k_rope = self.compress(x, positions)
+        q_nope, q_rope = self.query(x)
+        latent, k_rope = self.compress(x)
+        q_rope, k_rope = self.rotate(q_rope, k_rope, positions)
         if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)
-        attend = self.absorbed if self.absorbed_is_cheaper(x.shape[1], latent.shape[1]) else self.expanded
-        context = attend(q_nope, q_rope, latent, k_rope, visible)
-        return self.out(rearrange(context, "batch time heads value -> batch time (heads value)"))  # V3 eq. 11
+            latent, k_rope = cache.append(latent, k_rope)  # the normed latent, the rotated key, nothing else
+        if cache is not None and self.absorbed_is_cheaper(x.shape[1], latent.shape[1]):
+            context = self.absorbed(q_nope, q_rope, cache.filled, visible)
+        else:
+            context = self.expanded(q_nope, q_rope, latent, k_rope, visible)
+        return self.out(context.flatten(2))  # V3 eq. 11; (batch, time, heads x value) -> (batch, time, dim)
 
-    def query(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def query(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, time, dim) -> q_nope (batch, time, heads, nope), q_rope (batch, time, heads, rope)"""
         q = self.q(x) if self.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x)))  # V3 eq. 6, 7
         q = rearrange(q, "batch time (heads width) -> batch time heads width", heads=self.num_heads)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, self.rope(q_rope, positions)  # V3 eq. 8
+        return q_nope, q_rope
 
-    def compress(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """All that later tokens will need of x: what the cache holds, to the byte.
+    def compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All that later tokens will need of x, but for the turn that position gives k_rope.
 
         x (batch, time, dim) -> latent (batch, time, latent), k_rope (batch, time, rope)
         """
         latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent = self.kv_norm(latent)  # V3 eq. 1; the rope key stays unnormed
-        return latent, self.rope(k_rope, positions)  # V3 eq. 3; one key for all heads
+        return self.kv_norm(latent), k_rope  # V3 eq. 1; the rope key stays unnormed
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None) -> Tensor:
+    def rotate(self, q_rope: Tensor, k_rope: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Give query and key their position, in these few dims only: the rest stays open to absorption.
+
+        q_rope (batch, time, heads, rope), k_rope (batch, time, rope) -> the same
+        """
+        both = torch.cat((q_rope, k_rope.unsqueeze(2)), dim=2)  # the key, one for all heads, turns as one more
+        q_rope, k_rope = self.rope(both, positions).split([self.num_heads, 1], dim=2)  # V3 eq. 3, 8
+        return q_rope, k_rope.squeeze(2)
+
+    def expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None
+    ) -> Tensor:
         """Attention as the paper writes it: every head's keys and values are made from the latents.
 
         q_nope (batch, time, heads, nope), q_rope (batch, time, heads, rope), latent (batch, total, latent),
         k_rope (batch, total, rope) -> (batch, time, heads, value)
         """
-        kv = rearrange(self.kv_b(latent), "batch total (heads width) -> batch total heads width", heads=self.num_heads)
+        kv = self.kv_b(latent)
+        kv = rearrange(kv, "batch total (heads width) -> batch total heads width", heads=self.num_heads)
         k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # V3 eq. 2, 5
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         query = torch.cat((q_nope, q_rope), dim=-1)  # V3 eq. 9
         key = torch.cat((k_nope, k_rope), dim=-1)  # V3 eq. 4
         return softmax_attention(query, key, value, self.scale, visible)  # V3 eq. 10
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None) -> Tensor:
-        """Attention inside the latent space: each head's key and value matrices move to the query and output side.
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, visible: Tensor | None) -> Tensor:
+        """Attention inside the latent space: a head's key and value matrices move to query and output.
 
-        All heads then read the same keys, the cache's entries, as in multi-query attention (V2 section 2.1.2).
-        Shapes as in `expanded`.
+        All heads then read one key of latent + rope numbers, whose latent is their value too: multi-query
+        attention over the cache's entries (V2 section 2.1.2).
+
+        q_nope (batch, time, heads, nope), q_rope (batch, time, heads, rope),
+        entries (batch, total, latent + rope) -> (batch, time, heads, value)
         """
         _, time, heads, _ = q_nope.shape
         w_key, w_value = self.split_kv_b()  # (heads, nope, latent), (heads, value, latent)
-        q_latent = torch.matmul(q_nope.transpose(1, 2), w_key)  # (batch, heads, time, latent); W_UK joins W_UQ
-        q_latent, q_rope = q_latent.flatten(1, 2), q_rope.transpose(1, 2).flatten(1, 2)  # (batch, heads x time, ...)
-        scores = torch.matmul(q_rope, k_rope.transpose(1, 2))  # (batch, heads x time, total)
-        scores = torch.baddbmm(scores, q_latent, latent.transpose(1, 2), beta=self.scale, alpha=self.scale)
+        q_latent = torch.matmul(q_nope.transpose(1, 2), w_key)  # (batch, heads, time, latent): W_UK to W_UQ
+        query = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1) * self.scale  # V3 eq. 9
+        scores = torch.matmul(query.flatten(1, 2), entries.transpose(1, 2))  # (batch, heads x time, total)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).unflatten(1, (heads, time))
         if visible is None and time > 1:
             visible = torch.ones(time, time, dtype=torch.bool, device=scores.device).tril()
         if visible is not None:
             visible = visible.unsqueeze(1) if visible.ndim == 3 else visible
             scores = scores.masked_fill(~visible, float("-inf"))
-        weights = scores.softmax(-1).to(latent.dtype)  # V3 eq. 10
-        context = torch.matmul(weights.flatten(1, 2), latent).unflatten(1, (heads, time))  # (batch, heads, time, latent)
-        return torch.matmul(context, w_value.transpose(1, 2)).transpose(1, 2)  # W_UV joins W_O
+        weights = scores.softmax(-1).to(entries.dtype)  # V3 eq. 10
+        latent = entries[..., : self.kv_lora_rank]
+        context = torch.matmul(weights.flatten(1, 2), latent)  # (batch, heads x time, latent)
+        context = context.unflatten(1, (heads, time))  # (batch, heads, time, latent)
+        return torch.matmul(context, w_value.transpose(1, 2)).transpose(1, 2)  # W_UV to W_O
 
     def absorbed_is_cheaper(self, time: int, total: int) -> bool:
         """Compare the multiply-adds a head of the two forms, for `time` queries over `total` keys."""
         # expanded: make total keys and values, then (nope + rope) + value for each pair of query and key;
         # absorbed: move time queries in and time results out, then (latent + rope) + latent for each pair.
         # V3: absorbed for less than about 170 queries over a long past. A whole text at once: expanded.
-        move = self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
-        expanded = total * move + time * total * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
-        absorbed = time * move + time * total * (2 * self.kv_lora_rank + self.qk_rope_head_dim)
+        nope, rope, value = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        latent = self.kv_lora_rank
+        expanded = total * latent * (nope + value) + time * total * (nope + rope + value)
+        absorbed = time * latent * (nope + value) + time * total * (latent + rope + latent)
         return time < total and absorbed < expanded
 
     def split_kv_b(self) -> tuple[Tensor, Tensor]:
-        """-> W_UK (heads, nope, latent), W_UV (heads, value, latent); in kv_b each head has its key rows, then its value rows"""
-        weight = rearrange(self.kv_b.weight, "(heads width) latent -> heads width latent", heads=self.num_heads)
+        """-> W_UK (heads, nope, latent), W_UV (heads, value, latent)"""
+        by_head = "(heads width) latent -> heads width latent"
+        weight = rearrange(self.kv_b.weight, by_head, heads=self.num_heads)
         w_key, w_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         return w_key, w_value
 
@@ -185,11 +211,12 @@ def where_and_what(
 ) -> tuple[Tensor, Tensor | None]:
     """Check a call's arguments, and find where the new tokens stand and what they may see.
 
-    -> positions (time,) or (batch, time); visible (time, total) or (batch, time, total) bool, or None where plain
-    causality says it all: query i of as many keys sees the first i + 1, a single query sees everything
+    -> positions (time,) or (batch, time); visible (time, total) or (batch, time, total) bool, or None where
+    plain causality says it all: query i of as many keys sees the first i + 1, a single query sees everything
     """
     if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected floating-point (batch, time >= 1, dim={dim})")
+        wanted = f"floating-point (batch, time >= 1, dim={dim})"
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {wanted}")
     batch, time, _ = x.shape
     start = [0] * batch if cache is None else cache.lengths
     if len(start) != batch:
@@ -198,7 +225,8 @@ def where_and_what(
     if positions is None:
         positions = place
     elif positions.shape not in (x.shape[1:2], x.shape[:2]):
-        raise ValueError(f"positions have shape {tuple(positions.shape)}; expected ({time},) or ({batch}, {time})")
+        shape = tuple(positions.shape)
+        raise ValueError(f"positions have shape {shape}; expected ({time},) or ({batch}, {time})")
     longest = max(start, default=0)
     if mask is None and place.ndim == 1 and (longest == 0 or time == 1):
         return positions, None
@@ -212,18 +240,20 @@ def where_and_what(
                 f"({batch}, {time}, {total}), True where a key may be seen"
             )
         mask = mask.unsqueeze(1) if mask.ndim == 2 else mask
-        visible = visible & mask | (keys == place.unsqueeze(-1))  # a token sees itself: no row of softmax is empty
+        visible = visible & mask | (keys == place.unsqueeze(-1))  # itself: no row of softmax may be empty
     return positions, visible
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None) -> Tensor:
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None
+) -> Tensor:
     """softmax(query key^T x scale) value over the visible keys, softmax in fp32, by PyTorch's fused kernels.
 
-    query (batch, time, heads, width), key (batch, total, kv_heads, width), value (batch, total, kv_heads, value)
-    -> (batch, time, heads, value)
+    query (batch, time, heads, width), key (batch, total, kv_heads, width),
+    value (batch, total, kv_heads, value) -> (batch, time, heads, value)
     """
     value_width = value.shape[-1]
-    # On a CPU a value narrower than the key would fall back to a path three times slower: pad it, cut the result.
+    # On a CPU a value narrower than the key would take a path three times slower: pad it, cut the result.
     padding = key.shape[-1] - value_width
     if padding > 0 and value.device.type == "cpu":
         value = F.pad(value, (0, padding))
@@ -232,7 +262,9 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, v
         visible = visible.unsqueeze(1)
     causal = visible is None and query.shape[2] > 1
     grouped = key.shape[1] != query.shape[1]
-    y = F.scaled_dot_product_attention(query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(
+        query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
     return y.transpose(1, 2)[..., :value_width]
 
 

@@ -31,26 +31,29 @@ class Cache:
         return self.entries.shape[1]
 
     @property
+    def filled(self) -> Tensor:
+        """The entries up to the longest row, (batch, total, width), without a copy."""
+        return self.entries[:, : max(self.lengths)]
+
+    @property
     def nbytes(self) -> int:
         return self.entries.nbytes
 
     def write(self, new: Tensor) -> Tensor:
-        """Put new (batch, time, width) behind what each row holds -> (batch, total, width), up to the longest row."""
+        """Put new (batch, time, width) behind what each row holds -> (batch, total of the longest, width)"""
         batch, max_length, width = self.entries.shape
         if new.ndim != 3 or new.shape[0] != batch or new.shape[2] != width:
             raise ValueError(
                 f"new entries have shape {tuple(new.shape)}; the cache was made for ({batch}, time, {width})"
             )
         if new.dtype != self.entries.dtype or new.device != self.entries.device:
-            raise ValueError(
-                f"new entries are {new.dtype} on {new.device}; the cache is {self.entries.dtype} on {self.entries.device}"
-            )
+            made = f"{self.entries.dtype} on {self.entries.device}"
+            raise ValueError(f"new entries are {new.dtype} on {new.device}; the cache is {made}")
         time, start = new.shape[1], self.lengths
         total = max(start) + time
         if total > max_length:
-            raise ValueError(
-                f"cache full: position {total - 1} was asked for, but max_length={max_length} ends at {max_length - 1}"
-            )
+            last = max_length - 1
+            raise ValueError(f"cache full: position {total - 1} asked for, {max_length=} ends at {last}")
         if new.requires_grad or self.entries.requires_grad:
             self.entries = self.entries.clone()  # backward of earlier chunks still needs the old ones
         if min(start) == max(start):
@@ -65,12 +68,13 @@ class Cache:
         """Forget all but the first length tokens, of every row or (batch,) of each.
 
         Raises:
-            ValueError: a length is negative or above what the row holds.
+            ValueError: a length is no whole number, negative or above what the row holds.
         """
-        batch = len(self.lengths)
-        wanted = [length] * batch if isinstance(length, int) else [int(row) for row in length]
-        if len(wanted) != batch:
-            raise ValueError(f"length has {len(wanted)} entries; the cache has {batch} rows")
+        batch, wanted = len(self.lengths), torch.as_tensor(length)
+        if wanted.shape not in ((), (batch,)) or wanted.dtype.is_floating_point:
+            found = f"{wanted.dtype} {tuple(wanted.shape)}"
+            raise ValueError(f"length is {found}; expected whole numbers, one or ({batch},)")
+        wanted = wanted.expand(batch).tolist()
         for row, (new, old) in enumerate(zip(wanted, self.lengths)):
             if not 0 <= new <= old:
                 raise ValueError(f"length={new} for row {row} must lie in 0..{old}, what the row holds")
@@ -94,12 +98,16 @@ class LatentCache(Cache):
     ):
         super().__init__(batch, max_length, kv_lora_rank + qk_rope_head_dim, dtype, device)
         self.kv_lora_rank = kv_lora_rank
+        self.qk_rope_head_dim = qk_rope_head_dim
 
     def append(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens' entries, return those of all tokens so far.
 
         latent (batch, time, latent), k_rope (batch, time, rope) -> the same with total for time
         """
+        widths, found = (self.kv_lora_rank, self.qk_rope_head_dim), (latent.shape[-1], k_rope.shape[-1])
+        if found != widths:
+            raise ValueError(f"latent and k_rope have widths {found}; the cache was made for {widths}")
         entries = self.write(torch.cat((latent, k_rope), dim=-1))
         return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
 
@@ -118,21 +126,24 @@ class KVCache(Cache):
     ):
         super().__init__(batch, max_length, 2 * num_kv_heads * head_dim, dtype, device)
         self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens' keys and values, return those of all tokens so far.
 
         key, value (batch, time, kv_heads, head_dim) -> the same with total for time
         """
+        widths, found = (self.num_kv_heads, self.head_dim), (tuple(key.shape[2:]), tuple(value.shape[2:]))
+        if found != (widths, widths):
+            raise ValueError(f"key and value have (heads, head_dim) {found}; the cache was made for {widths}")
         new = rearrange([key, value], "two batch time heads head_dim -> batch time (two heads head_dim)")
-        both = rearrange(
-            self.write(new), "batch total (two heads head_dim) -> two batch total heads head_dim", two=2, heads=self.num_kv_heads
-        )
-        return both[0], both[1]
+        split = "batch total (two heads head_dim) -> two batch total heads head_dim"
+        key, value = rearrange(self.write(new), split, two=2, heads=self.num_kv_heads)
+        return key, value
 
 
 def slots(start: list[int], time: int, device: torch.device) -> Tensor:
-    """Where in the cache `time` new tokens of each row go -> (time,) if all rows start alike, else (batch, time)"""
+    """Where `time` new tokens of each row go -> (time,) if all rows start alike, else (batch, time)"""
     steps = torch.arange(time, device=device)
     if min(start) == max(start):
         return steps + start[0]

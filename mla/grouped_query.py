@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245), and with it MHA (every head its own keys) and MQA (one for all)."""
+"""Grouped-query attention (arXiv 2305.13245), with it MHA (keys for every head) and MQA (one for all)."""
 
 import torch
 from einops import rearrange
@@ -10,19 +10,22 @@ from .rope import RotaryEmbedding
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal attention in which groups of query heads share a key-value head; the call of MultiheadLatentAttention.
+    """Causal attention in which groups of query heads share a key-value head.
 
-    x (batch, time, dim) -> y (batch, time, dim)
+    x (batch, time, dim) -> y (batch, time, dim), with the same call as MultiheadLatentAttention
 
     Args:
         num_kv_heads: num_heads is MHA, 1 is MQA, a divisor between them is GQA.
         rope: a module (x, positions) -> x over head_dim; None: plain RotaryEmbedding.
 
     Raises:
-        ValueError: a size is below 1, num_kv_heads does not divide num_heads; x, positions, mask or cache do not fit.
+        ValueError: a size is below 1, num_kv_heads does not divide num_heads, or x, positions, mask or cache
+            do not fit.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rope: nn.Module | None = None):
+    def __init__(
+        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rope: nn.Module | None = None
+    ):
         super().__init__()
         check_positive(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         if num_heads % num_kv_heads:
@@ -38,7 +41,11 @@ class GroupedQueryAttention(nn.Module):
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Arguments as in `MultiheadLatentAttention.forward`."""
         positions, visible = where_and_what(x, self.dim, cache, positions, mask)

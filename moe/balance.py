@@ -1,9 +1,9 @@
 """Keeping experts busy: balance losses, the loss-free bias update, and how uneven the load is.
 
-Losses come without their coefficient. Each is 1 at perfect balance (z_loss: its own value), differentiable in
-the scores, and 0 with gradient 0 where there is no token. `mask` (same leading axes as the routing, True for a
-real token) keeps padding out. Loads are counted from the experts actually chosen, so with the selection bias;
-the papers do not say which (V3 eq. 18 writes the top-k of the plain scores).
+Losses come without their coefficient. Each is 1 at perfect balance (z_loss: its own value), differentiable
+in the scores, and 0 with gradient 0 where there is no token. `mask` (same leading axes as the routing, True
+for a real token) keeps padding out, whatever it holds. Loads are counted from the experts actually chosen, so
+with the selection bias; the papers do not say which (V3 eq. 18 writes the top-k of the plain scores).
 """
 
 import torch
@@ -14,14 +14,15 @@ from .router import Routing
 
 
 def sequence_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Sequence-wise balance loss (V3 eq. 17-20; V2's expert-level loss, eq. 23-25), averaged over the sequences.
+    """Sequence-wise balance loss (V3 eq. 17-20; V2's expert-level loss, eq. 23-25), mean over sequences.
 
     routing (batch, time, ...) -> (); without a batch axis (time, ...) it is one sequence
 
     Sequences of which nothing is left under the mask do not count.
     """
     load, share, real = load_and_share(routing, mask)
-    return mean_over_sequences(einsum(load, share, "batch experts, batch experts -> batch"), real)  # V3 eq. 17
+    values = einsum(load, share, "batch experts, batch experts -> batch")  # V3 eq. 17
+    return mean_over_sequences(values, real)
 
 
 def switch_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -37,8 +38,9 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     routing (..., ...) -> ()
     """
-    values = routing.logits.logsumexp(-1).square()  # (...)
     real = real_tokens(routing, mask)
+    logits = routing.logits.where(real.unsqueeze(-1), 0)  # before the log: its gradient at inf and NaN is NaN
+    values = logits.logsumexp(-1).square()  # (...)
     return values.where(real, 0).sum() / real.sum().clamp(min=1)
 
 
@@ -55,24 +57,27 @@ def device_loss(routing: Routing, num_devices: int, mask: Tensor | None = None) 
     return mean_over_sequences((device_load * device_share).sum(-1), real)  # V2 eq. 26
 
 
-def communication_loss(routing: Routing, num_devices: int, top_devices: int, mask: Tensor | None = None) -> Tensor:
+def communication_loss(
+    routing: Routing, num_devices: int, top_devices: int, mask: Tensor | None = None
+) -> Tensor:
     """Communication balance loss (V2 eq. 29-31): every device receives as many tokens as every other.
 
     routing (batch, time, ...) -> ()
 
     Args:
-        top_devices: the most devices a token is sent to (M in the paper). The loss is 1 at balance where every
-            token uses all of them.
+        top_devices: the most devices a token is sent to (M in the paper). The loss is 1 at balance where
+            every token uses all of them.
     """
     num_experts = check_devices(routing, num_devices)
     if not 1 <= top_devices <= num_devices:
         raise ValueError(f"top_devices={top_devices} must lie in 1..{num_devices}, the number of devices")
     _, share, real = load_and_share(routing, mask)
     experts = as_sequences(routing.experts)
-    devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (batch, time, top_k); -1 stays -1
+    devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (batch, time, top_k); -1 stays
     sent = one_hot(devices, num_devices).amax(2) * real.unsqueeze(-1)  # (batch, time, devices) 1: sent there
     load = sent.sum(1) * num_devices / (top_devices * real.sum(1, keepdim=True)).clamp(min=1)  # V2 eq. 30
-    device_share = reduce(share, "batch (devices experts) -> batch devices", "sum", devices=num_devices)  # V2 eq. 31
+    by_device = "batch (devices experts) -> batch devices"
+    device_share = reduce(share, by_device, "sum", devices=num_devices)  # V2 eq. 31
     return mean_over_sequences((load * device_share).sum(-1), real)  # V2 eq. 29
 
 
@@ -87,7 +92,7 @@ def tokens_per_expert(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """MaxVio: how far the busiest expert is above the mean, as a share of the mean (arXiv 2408.15664 section 4.1).
+    """MaxVio: how far the busiest expert is above the mean, in means (arXiv 2408.15664 section 4.1).
 
     tokens_per_expert (experts,) -> (); 0 is perfect balance, num_experts / top_k - 1 the worst
     """
@@ -98,7 +103,7 @@ def max_violation(tokens_per_expert: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_bias_(router: nn.Module, tokens_per_expert: Tensor, rate: float, centred: bool = False) -> None:
-    """One step of loss-free balancing: busy experts' selection bias down by rate, idle ones' up (V3 section 2.1.2).
+    """One step of loss-free balancing: busy experts' bias down by rate, idle ones' up (V3 section 2.1.2).
 
     Call it once an optimizer step with the counts of the whole batch, all accumulation steps and processes.
 
@@ -111,9 +116,8 @@ def update_bias_(router: nn.Module, tokens_per_expert: Tensor, rate: float, cent
     if bias is None:
         raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has")
     if tokens_per_expert.shape != bias.shape:
-        raise ValueError(
-            f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}; the router expects {tuple(bias.shape)}"
-        )
+        shape = tuple(tokens_per_expert.shape)
+        raise ValueError(f"tokens_per_expert has shape {shape}; the router expects {tuple(bias.shape)}")
     if not 0 <= rate < float("inf"):
         raise ValueError(f"rate={rate} must be finite and at least 0")
     load = tokens_per_expert.to(bias.device, torch.float64)
@@ -131,12 +135,13 @@ def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
     num_experts = routing.scores.shape[-1]
     experts, scores = as_sequences(routing.experts), as_sequences(routing.scores)
     real = as_sequences(real_tokens(routing, mask).unsqueeze(-1)).squeeze(-1)
+    scores = scores.where(real.unsqueeze(-1), 0)  # before the division: its gradient at NaN is NaN
     chosen = one_hot(experts, num_experts).sum(2) * real.unsqueeze(-1)  # (batch, time, experts)
     count = chosen.sum(1).to(scores.dtype)  # (batch, experts); no gradient: only the share carries one
     load = count * num_experts / count.sum(-1, keepdim=True).clamp(min=1)  # V3 eq. 18; the sum is K T
     normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 19
     total = real.sum(-1, keepdim=True).clamp(min=1)
-    share = normalized.where(real.unsqueeze(-1), 0).sum(1) / total  # V3 eq. 20
+    share = normalized.sum(1) / total  # V3 eq. 20
     return load, share, real
 
 
@@ -152,21 +157,20 @@ def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=routing.experts.device)
     if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(shape)}, True for a real token"
-        )
+        found, wanted = f"{mask.dtype} {tuple(mask.shape)}", f"torch.bool {tuple(shape)}"
+        raise ValueError(f"mask is {found}; expected {wanted}, True for a real token")
     return mask
 
 
 def as_sequences(values: Tensor) -> Tensor:
     """(..., time, last) -> (batch, time, last); one sequence where there is no batch axis."""
-    return values.reshape(-1, *values.shape[-2:]) if values.ndim > 2 else values.reshape(1, -1, values.shape[-1])
+    return values.flatten(0, -3) if values.ndim > 2 else values.reshape(1, -1, values.shape[-1])
 
 
-def as_one_sequence(routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor | None]:
+def as_one_sequence(routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
     """Merge all leading axes: the whole batch as one sequence."""
     merged = Routing(*(rearrange(field, "... last -> (...) last") for field in routing))
-    return merged, None if mask is None else mask.reshape(-1)
+    return merged, real_tokens(routing, mask).flatten()
 
 
 def one_hot(indices: Tensor, size: int) -> Tensor:

@@ -7,7 +7,6 @@ contiguous block; bookkeeping is O(tokens x top_k), whatever the number of exper
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange
 from torch import Tensor
 
 
@@ -35,8 +34,8 @@ def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
     if multiple > 1:
         sizes = (counts + multiple - 1) // multiple * multiple
         sizes[-1] = counts[-1]
-    filling = (sizes - counts).cumsum(0) - (sizes - counts)  # (experts + 1,) rows of filling before each block
-    rows = torch.arange(len(slots), device=slots.device) + filling[slots[order]]  # the row of order[0], order[1], ...
+    filling = (sizes - counts).cumsum(0) - (sizes - counts)  # (experts + 1,) filling before each block
+    rows = torch.arange(len(slots), device=slots.device) + filling[slots[order]]  # the row of each in order
     num_rows = len(slots) if multiple == 1 else int(sizes.sum())
     source = slots.new_zeros(num_rows).index_copy_(0, rows, order // top_k)  # slot // top_k is the token
     target = torch.empty_like(slots).index_copy_(0, order, rows)
@@ -53,7 +52,10 @@ def scatter(rows: Tensor, order: Order, weights: Tensor) -> Tensor:
 
     rows (rows, dim), weights (tokens, top_k) -> (tokens, dim)
     """
-    slots = rearrange(
-        rows.index_select(0, order.target.flatten()), "(tokens top_k) dim -> tokens top_k dim", top_k=weights.shape[1]
-    )
-    return einsum(weights.to(rows.dtype), slots, "tokens top_k, tokens top_k dim -> tokens dim")
+    return weighted_sum(rows.index_select(0, order.target.flatten()), weights)
+
+
+def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
+    """slots (tokens x top_k, dim), weights (tokens, top_k) -> (tokens, dim)"""
+    slots = slots.unflatten(0, weights.shape)  # (tokens, top_k, dim)
+    return torch.bmm(weights.to(slots.dtype).unsqueeze(1), slots).squeeze(1)

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from . import dispatch
@@ -14,14 +13,14 @@ class SwiGLU(nn.Module):
 
     x (..., dim) -> y (..., dim)
 
-    The shared expert of a MoE is one of these: n experts that are always on are one of n times the width.
+    The shared expert of a MoE is one of these: n experts, always on, are one of n times the width.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         if dim < 1 or hidden_dim < 1:
             raise ValueError(f"dim={dim} and hidden_dim={hidden_dim} must be at least 1")
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)  # rows of gate, then rows of up: one product
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)  # gate's rows, then up's: one product
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,8 +32,9 @@ class Experts(nn.Module):
 
     x (..., dim), routing -> y (..., dim)
 
-    `reference` is that sum written as a loop; `forward` is equal to it and picks the faster of two ways:
-    `by_block` runs each expert over its block of sorted rows, `grouped` gives all blocks to one kernel.
+    `reference` is that sum written as a loop; `forward` is equal to it and picks the fastest of three ways:
+    `by_block` runs each expert over its block of sorted rows, `grouped` gives all blocks to one kernel, and
+    `by_slot` does without sorting.
 
     Raises:
         ValueError: routing does not fit x, or names an expert that does not exist.
@@ -43,30 +43,33 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, dim: int, hidden_dim: int):
         super().__init__()
         if num_experts < 1 or dim < 1 or hidden_dim < 1:
-            raise ValueError(f"num_experts={num_experts}, dim={dim} and hidden_dim={hidden_dim} must be at least 1")
+            raise ValueError(f"{num_experts=}, {dim=} and {hidden_dim=} must be at least 1")
         self.num_experts = num_experts
         self.dim = dim
         self.hidden_dim = hidden_dim
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim))  # rows of gate, then rows of up
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim))  # gate's rows, then up's
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         nn.init.uniform_(self.gate_up, -(dim**-0.5), dim**-0.5)  # as nn.Linear does
         nn.init.uniform_(self.down, -(hidden_dim**-0.5), hidden_dim**-0.5)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         tokens, experts, weights, shape = self.flatten(x, routing)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         # the grouped kernel wants rows of whole 16 bytes, and knows no float64
-        fits = dtype != torch.float64 and self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
-        run = self.grouped if x.is_cuda and fits else self.by_block
-        return run(tokens.to(dtype), experts, weights, self.gate_up.to(dtype), self.down.to(dtype)).reshape(shape)
+        whole = self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
+        run = self.grouped if x.is_cuda and whole and dtype != torch.float64 else self.by_block
+        if 0 < len(tokens) < 4 and not x.is_cuda:
+            run = self.by_slot
+        y = run(tokens.to(dtype), experts, weights, self.gate_up.to(dtype), self.down.to(dtype))
+        return y.reshape(shape)
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
         """The loop of the equation: each expert over its tokens, added up token by token."""
         tokens, experts, weights, shape = self.flatten(x, routing)
         y = torch.zeros_like(tokens)
         for i in range(self.num_experts):
-            chosen = (experts == i).nonzero()  # (n, 2): token, slot
-            for token, slot in chosen.tolist():
+            for token, slot in (experts == i).nonzero().tolist():
                 out = F.linear(gated(F.linear(tokens[token], self.gate_up[i])), self.down[i])
                 y[token] = y[token] + weights[token, slot] * out  # V3 eq. 12: g_it FFN_i(u_t)
         return y.reshape(shape)
@@ -75,8 +78,8 @@ class Experts(nn.Module):
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Two matrix products an expert, over its own rows: best on a CPU.
 
-        Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel, and to 16 in fp32, where a
-        row's last bits depend on how many share the product. A handful of tokens (decoding) is not worth filling.
+        Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel, and to 16 in fp32,
+        where a row's last bits depend on how many share the product. For a few tokens it is not worth it.
         """
         multiple = 1 if len(tokens) < 16 else 64 if tokens.dtype == torch.bfloat16 else 16
         order = dispatch.sort(experts, len(gate_up), multiple)
@@ -84,10 +87,21 @@ class Experts(nn.Module):
         # unbind, not gate_up[i]: its backward writes each expert's gradient once, into one tensor
         outputs = [
             F.linear(gated(F.linear(block, w)), v)
-            for block, w, v in zip(blocks, gate_up.unbind(), down.unbind())
-            if len(block)
+            for i, (block, w, v) in enumerate(zip(blocks, gate_up.unbind(), down.unbind()))
+            if len(block) or i == 0  # the first always: without any token gradients are 0, not missing
         ]
         return dispatch.scatter(torch.cat([*outputs, torch.zeros_like(empty)]), order, weights)
+
+    @staticmethod
+    def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Two matrix products a slot: for the token or two of a decoding step, sorting costs more."""
+        chosen = experts.flatten().tolist()
+        if min(chosen) < 0:
+            return Experts.by_block(tokens, experts, weights, gate_up, down)
+        rows = [row for row in tokens.split(1) for _ in range(experts.shape[1])]
+        hidden = gated(torch.cat([F.linear(row, gate_up[i]) for row, i in zip(rows, chosen)]))
+        outputs = [F.linear(row, down[i]) for row, i in zip(hidden.split(1), chosen)]
+        return dispatch.weighted_sum(torch.cat(outputs), weights)
 
     @staticmethod
     def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -102,26 +116,25 @@ class Experts(nn.Module):
         return dispatch.scatter(rows, order, weights)
 
     def flatten(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
-        """Check x against the routing, and merge their leading axes -> (tokens, dim), (tokens, top_k) twice, x's shape."""
+        """Check and merge leading axes -> x (tokens, dim), experts and weights (tokens, top_k), x's shape"""
         experts, weights = routing.experts, routing.weights
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}; the experts expect (..., dim={self.dim})")
+        if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
+            found = f"{x.dtype} {tuple(x.shape)}"
+            raise ValueError(f"x is {found}; expected floating-point (..., dim={self.dim})")
         if experts.dtype != torch.int64:
             raise ValueError(f"routing.experts is {experts.dtype}; it must be torch.int64")
-        if experts.shape[:-1] != x.shape[:-1] or weights.shape != experts.shape:
-            raise ValueError(
-                f"routing.experts {tuple(experts.shape)} and routing.weights {tuple(weights.shape)} must both be "
-                f"{tuple(x.shape[:-1])} + (top_k,), as x is {tuple(x.shape)}"
-            )
+        fits = experts.ndim == x.ndim and experts.shape[:-1] == x.shape[:-1] and experts.shape[-1] >= 1
+        if not fits or weights.shape != experts.shape:
+            found = f"routing.experts is {tuple(experts.shape)}, routing.weights {tuple(weights.shape)}"
+            raise ValueError(f"{found}; for this x both must be {tuple(x.shape[:-1])} + (top_k >= 1,)")
         if experts.numel() and not experts.is_cuda:  # on a GPU the look itself would make it wait
             lowest, highest = (int(i) for i in torch.aminmax(experts))
             if lowest < -1 or highest >= self.num_experts:
                 wrong = lowest if lowest < -1 else highest
-                raise ValueError(
-                    f"routing.experts holds {wrong}; it must lie in 0..{self.num_experts - 1}, or be -1 for an empty slot"
-                )
-        slots = "... top_k -> (...) top_k"
-        return x.reshape(-1, self.dim), rearrange(experts, slots), rearrange(weights, slots), x.shape
+                last = self.num_experts - 1
+                raise ValueError(f"routing.experts holds {wrong}; expected 0..{last}, or -1: an empty slot")
+        top_k = experts.shape[-1]
+        return x.reshape(-1, self.dim), experts.reshape(-1, top_k), weights.reshape(-1, top_k), x.shape
 
 
 def gated(gate_up: Tensor) -> Tensor:

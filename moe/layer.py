@@ -8,7 +8,7 @@ from .router import Routing
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE layer, without the residual: the chosen experts' weighted sum, plus the shared expert (V3 eq. 12).
+    """DeepSeekMoE layer without the residual: the chosen experts' weighted sum + the shared one (V3 eq. 12).
 
     x (..., dim) -> y (..., dim), routing
 
@@ -23,7 +23,7 @@ class MoE(nn.Module):
         for name in ("dim", "num_experts"):
             ours, theirs = getattr(router, name, None), getattr(experts, name, None)
             if ours is not None and theirs is not None and ours != theirs:
-                raise ValueError(f"the router has {name}={ours} and the experts have {name}={theirs}; they must agree")
+                raise ValueError(f"router with {name}={ours}, experts with {name}={theirs}: they must agree")
         self.router = router
         self.experts = experts
         self.shared = shared

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 
@@ -14,7 +13,7 @@ class Routing(NamedTuple):
     Any module that returns one of these is a router.
     """
 
-    experts: Tensor  # (..., top_k) int64, in no promised order; -1 is an empty slot, which is never dispatched
+    experts: Tensor  # (..., top_k) int64, in no promised order; -1 is an empty slot, never dispatched
     weights: Tensor  # (..., top_k), how much each chosen expert's output counts
     scores: Tensor  # (..., experts), the affinities, without selection bias
     logits: Tensor  # (..., experts), what the affinities were made from
@@ -48,7 +47,9 @@ class SoftmaxRouter(nn.Module):
         routed_scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_sizes(dim, num_experts, top_k, num_groups, top_groups, self.group_best)
+        check_sizes(
+            dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor
+        )
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k
@@ -101,7 +102,9 @@ class SigmoidRouter(nn.Module):
         routed_scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_sizes(dim, num_experts, top_k, num_groups, top_groups, self.group_best)
+        check_sizes(
+            dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor
+        )
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k
@@ -116,12 +119,12 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         logits = router_logits(x, self.weight)  # (..., experts)
-        scores = logits.sigmoid()  # V3 eq. 15
+        scores = sigmoid(logits)  # V3 eq. 15
         choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
         experts = choice.topk(self.top_k).indices  # V3 eq. 16; the bias decides who is chosen ...
         weights = scores.gather(-1, experts)  # V3 eq. 14; ... but never how much they count
         if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 13; 1e-20: all scores may be 0
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 13; all scores may be 0
         return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
 
     def _apply(self, fn, recurse=True):
@@ -143,7 +146,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """
     num_experts, dim = weight.shape
     if x.ndim == 0 or x.shape[-1] != dim or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; the router expects floating-point (..., dim={dim})")
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected floating-point (..., dim={dim})")
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     rows = x.reshape(-1, dim)
     count = rows.shape[0]
@@ -151,9 +154,16 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     # with rows filled up to a multiple of 16 a token's logits do not depend on its neighbours.
     padding = -count % 16 if x.device.type == "cpu" else 0
     with torch.autocast(x.device.type, enabled=False):
-        rows = F.pad(rows.to(dtype), (0, 0, 0, padding))
+        rows = torch.cat((rows.to(dtype), rows.new_zeros(padding, dim, dtype=dtype)))
         logits = F.linear(rows, weight.to(dtype))[:count]  # V3 eq. 15: u_t . e_i
     return logits.reshape(*x.shape[:-1], num_experts)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """torch.sigmoid, but every number is rounded alike: on a CPU that one rounds the last few of a tensor
+    differently from the rest, so that a token's scores would depend on how many tokens come with it.
+    """
+    return 1 / (1 + (-logits.clamp(min=-80)).exp())  # exp(89) is infinite in fp32, and its gradient NaN
 
 
 def keep_best_groups(choice: Tensor, num_groups: int, top_groups: int, group_best: int) -> Tensor:
@@ -163,23 +173,24 @@ def keep_best_groups(choice: Tensor, num_groups: int, top_groups: int, group_bes
     """
     if top_groups == num_groups:
         return choice
-    grouped = rearrange(choice, "... (groups experts) -> ... groups experts", groups=num_groups)
-    group_scores = grouped.topk(group_best).values.sum(-1)  # (..., groups); V2: the best expert, V3: the two best
+    grouped = choice.unflatten(-1, (num_groups, -1))  # (..., groups, experts)
+    group_scores = grouped.topk(group_best).values.sum(-1)  # (..., groups); of the best 1 (V2) or 2 (V3)
     best = group_scores.topk(top_groups).indices  # (..., top_groups)
     closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
-    closed = repeat(closed, "... groups -> ... (groups experts)", experts=grouped.shape[-1])
-    return choice.masked_fill(closed, float("-inf"))
+    return grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
-def check_sizes(dim: int, num_experts: int, top_k: int, num_groups: int, top_groups: int, group_best: int) -> None:
-    """Raise ValueError unless every token can be given top_k experts."""
+def check_sizes(
+    dim: int, num_experts: int, top_k: int, num_groups: int, top_groups: int, group_best: int, scale: float
+) -> None:
+    """Raise ValueError unless every token can be given top_k experts, with weights that are numbers."""
     if dim < 1:
         raise ValueError(f"dim={dim} must be at least 1")
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts} must be at least 1")
     if num_groups < 1 or num_experts % num_groups:
         fits = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
-        raise ValueError(f"num_groups={num_groups} does not divide num_experts={num_experts}; these do: {fits}")
+        raise ValueError(f"num_groups={num_groups} does not divide num_experts={num_experts}; {fits} do")
     if not 1 <= top_groups <= num_groups:
         raise ValueError(f"top_groups={top_groups} must lie in 1..{num_groups}, the number of groups")
     group_size = num_experts // num_groups
@@ -190,6 +201,8 @@ def check_sizes(dim: int, num_experts: int, top_k: int, num_groups: int, top_gro
         )
     if not 1 <= top_k <= group_size * top_groups:
         raise ValueError(
-            f"top_k={top_k} must lie in 1..{group_size * top_groups}, the experts that top_groups={top_groups} "
-            f"of num_groups={num_groups} leave open"
+            f"top_k={top_k} must lie in 1..{group_size * top_groups}, the experts that "
+            f"top_groups={top_groups} of num_groups={num_groups} leave open"
         )
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"routed_scaling_factor={scale} must be positive and finite")

@@ -1,0 +1,39 @@
+# make train: a small DeepSeek-V3 on this machine, in minutes. make test: everything that must hold.
+# Both make .venv first. Other options of `lm train`: make train ARGS="--preset nano".
+PYTHON ?= python3
+ARGS ?=
+.PHONY: train test long lint coverage equations clean
+
+train: .venv/lm
+	.venv/bin/lm train $(ARGS)
+
+test: .venv/dev
+	.venv/bin/pytest -q -m "not long"
+
+long: .venv/dev
+	.venv/bin/pytest -q -m long
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+coverage: .venv/dev
+	.venv/bin/pytest -q -m "not long" --cov=moe --cov=mla --cov-branch --cov-report=term-missing tests/moe tests/mla
+
+equations: .venv/dev
+	.venv/bin/python docs/equations.py
+
+.venv/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+.venv/lm: .venv/bin/pip setup.cfg constraints.txt
+	.venv/bin/pip install --quiet -c constraints.txt -e '.[lm]'
+	touch $@
+
+.venv/dev: .venv/bin/pip setup.cfg constraints.txt
+	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@ .venv/lm
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

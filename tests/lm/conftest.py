@@ -1,0 +1,255 @@
+"""What the tests of lm share: a text, a model small enough to train in a second, and `lm` as a process."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MODEL = {
+    "dim": 16,
+    "num_layers": 3,
+    "num_dense_layers": 1,
+    "hidden_dim": 24,
+    "attention": {
+        "num_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    },
+    "moe": {"num_experts": 8, "top_k": 2, "hidden_dim": 8, "num_groups": 4, "top_groups": 2},
+}
+TRAIN = {
+    "steps": 12,
+    "batch_size": 4,
+    "context": 16,
+    "learning_rate": 0.01,
+    "warmup": 3,
+    "log_every": 1,
+    "eval_every": 6,
+    "eval_tokens": 64,
+    "sample_every": 1000,
+    "save_every": 5,
+    "bias_update_rate": 0.01,
+    "dtype": "float32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """8 kB of words that come again and again, the same in every session."""
+    draw = random.Random(0)
+    words = ["".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 7))) for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(draw.choice(words) + draw.choice("     \n") for _ in range(1500)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(text_file):
+    """tiny(moe={"top_k": 1}, train={"steps": 3}): a Config of the smallest model, with changes by section."""
+
+    def make(model=None, attention=None, moe=None, rope=None, train=None, data=None):
+        sections = {
+            **MODEL,
+            **(model or {}),
+            "attention": {**MODEL["attention"], **(attention or {})},
+            "moe": {**MODEL["moe"], **(moe or {})},
+            "rope": rope or {},
+        }
+        return Config.from_dict(
+            {"model": sections, "train": {**TRAIN, **(train or {})}, "data": {"path": str(text_file), **(data or {})}}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """A Transformer of a Config's model section, with drawn weights, in float64 unless told."""
+    from lm.model import Transformer
+
+    def make(config, dtype=torch.float64, seed=0, std=0.3):
+        model = Transformer(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, std, generator=generator)
+                elif parameter.ndim == 1:
+                    parameter.uniform_(0.5, 1.5, generator=generator)
+            for router in model.routers():
+                if hasattr(router, "bias"):
+                    router.bias.normal_(0.0, 0.1, generator=generator)
+        return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def peers():
+    """benchmarks/peers.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def trained_once(tiny, tmp_path_factory):
+    """A finished run with its report. Only to be read."""
+    from lm import report, train
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train.train(tiny(), run) == 0
+    report.write(run)
+    return run
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A copy of the finished run, to be changed at will."""
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def options(tiny):
+    """A Config as options of `lm train`, on top of the preset nano."""
+
+    def flat(table, path=""):
+        for key, value in table.items():
+            name = f"{path}{key}"
+            if isinstance(value, dict):
+                yield from flat(value, f"{name}.") if key != "arguments" else ()
+            elif isinstance(value, bool):
+                yield f"--{name}" if value else "--" + ".".join([*name.split(".")[:-1], f"no-{name.split('.')[-1]}"])
+            else:
+                yield from (f"--{name}", str(value))
+
+    def make(config):
+        return ["--preset", "nano", *flat(asdict(config))]
+
+    return make
+
+
+@dataclass
+class Ended:
+    """A process that is over."""
+
+    code: int  # exit status, or minus the signal that killed it
+    out: bytes
+    err: str
+
+
+# Forks a child for each command, which spares it the seconds that importing torch takes.
+NURSERY = """
+import json, os, signal, sys, traceback
+import lm.cli, lm.decode, lm.report, lm.train
+lm.report.template()
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, path, flags in ((0, job["stdin"], os.O_RDONLY), (1, job["stdout"], 577), (2, job["stderr"], 577)):
+            handle = os.open(path, flags, 0o644)
+            os.dup2(handle, number)
+            os.close(handle)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, m, encoding="utf-8", errors=e)
+                                             for n, m, e in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace")))
+        os.chdir(job["cwd"])
+        os.environ.update(job["env"])
+        sys.path[:0] = job["paths"]
+        status = 70
+        try:
+            exec(job["before"])
+            status = lm.cli.main(job["arguments"])
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Command:
+    """`lm ...` in a process of its own: `command(...)` waits, `command.start(...)` gives the process id."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.nursery = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+        )
+        assert self.nursery.stdout.readline() == "ready\n"
+
+    def start(self, *arguments, cwd=None, stdin=os.devnull, before="", paths=(), env=None):
+        """before: Python run in the child first."""
+        job = {
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd or self.folder),
+            "stdin": str(stdin),
+            "stdout": str(self.folder / "stdout"),
+            "stderr": str(self.folder / "stderr"),
+            "before": before,
+            "paths": [str(path) for path in paths],
+            "env": env or {},
+        }
+        for name in ("stdout", "stderr"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.nursery.stdin.write(json.dumps(job) + "\n")
+        self.nursery.stdin.flush()
+        return int(self.nursery.stdout.readline())
+
+    def wait(self):
+        code = int(self.nursery.stdout.readline())
+        out, err = (self.folder / "stdout").read_bytes(), (self.folder / "stderr").read_text()
+        return Ended(code, out, err)
+
+    def wait_for(self, found, seconds=60):
+        """Look until found() is true; whether the process is over by then is the caller's to see."""
+        until = time.monotonic() + seconds
+        while not found():
+            assert time.monotonic() < until, "nothing came"
+            time.sleep(0.002)
+
+    def __call__(self, *arguments, **how):
+        self.start(*arguments, **how)
+        return self.wait()
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    made = Command(tmp_path_factory.mktemp("command"))
+    yield made
+    made.nursery.stdin.close()
+    made.nursery.wait(timeout=60)
