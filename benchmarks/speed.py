@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates one after the other in every round; a first round is not counted."""
+    """Seconds of each call, the candidates in turns; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, call in candidates.items():
@@ -33,10 +33,11 @@ def in_turns(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str
     return seconds
 
 
-def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int, batch: int = 16, context: int = 256) -> dict:
-    """Forward, backward and AdamW of ours and of transformers' with each of its experts, on new tokens each time."""
+def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int) -> dict:
+    """Forward, backward, AdamW: ours and transformers' with each of its experts, on new tokens each time."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
+    batch, context = 16, 256
     models = {"ours": ours, **{f"transformers {e}": deepseek_v3(ours, e) for e in ("grouped_mm", "eager")}}
     generator = torch.Generator().manual_seed(1)
 
@@ -104,7 +105,8 @@ def main() -> None:
     native = machine.pick_dtype("auto", torch.device("cpu"))
     dtypes = [torch.float32] + [native] * (native != torch.float32)
     facts = machine.describe()
-    found: dict = {"machine": facts, "matmul_gflops": {str(d): matmul_rate(d) for d in dtypes}, "rounds": rounds}
+    rates = {str(dtype): matmul_rate(dtype) for dtype in dtypes}
+    found: dict = {"machine": facts, "matmul_gflops": rates, "rounds": rounds}
     models = {"18M": speed_model(), "toy": Config.preset("toy").model}
     for name, config in models.items():
         for dtype in dtypes:

@@ -1,4 +1,4 @@
-"""Make docs/equations.md: where the code computes each equation of the papers, from the `# V3 eq. 15` tags."""
+"""Make docs/equations.md: where the code computes each equation of a paper, from its `# V3 eq. 15` tags."""
 
 import ast
 import io
@@ -41,7 +41,8 @@ def enclosing(tree: ast.Module, line: int) -> str:
         inner = [
             node
             for node in ast.iter_child_nodes(scope)
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno <= line <= (node.end_lineno or 0)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and node.lineno <= line <= (node.end_lineno or 0)
         ]
         if not inner:
             return ".".join(names)
@@ -59,7 +60,8 @@ def page() -> str:
                 place = f"[{name}:{function}](../{name}#L{line})"
                 code = code.replace("|", "\\|")
                 rows[paper].append((equation, name, line, f"| {equation} | `{code}` | {place} |"))
-    lines = ["# Where is equation N?", "", "Made by `make equations` from the tags in the code; do not edit.", ""]
+    lines = ["# Where is equation N?", ""]
+    lines += ["Made by `make equations` from the tags in the code; do not edit.", ""]
     for paper, title in PAPERS.items():
         if rows[paper]:
             lines += [f"## {title}", "", "| equation | line | in |", "| --- | --- | --- |"]

@@ -5,6 +5,7 @@ A folder is written beside its place, synced, and renamed into it: it is whole o
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -20,6 +21,16 @@ from torch import Tensor, nn
 from .config import Config, ModelConfig
 from .model import Transformer
 
+STATE = {
+    "step": int,
+    "tokens": int,
+    "seconds": float,
+    "dtype": str,
+    "cpu_capability": str,
+    "threads": int,
+    "torch": str,
+    "sha256": dict,
+}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -64,26 +75,34 @@ def read_config(folder: Path, trust_code: bool) -> Config:
         reason = "holds no config.toml" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder}: {reason}; expected a run or a saved model")
     config = Config.load(folder / "config.toml")
-    for name, path in (("attention.kind", config.model.attention.kind), ("moe.router", config.model.moe.router)):
+    kinds = {"attention.kind": config.model.attention.kind, "moe.router": config.model.moe.router}
+    for name, path in kinds.items():
         if ":" in path and not trust_code:
             raise ValueError(
-                f"{folder / 'config.toml'}: model.{name} {path!r} is code; importing it needs trust_code (--trust-code)"
+                f"{folder / 'config.toml'}: model.{name} {path!r} is code; "
+                "importing it needs trust_code (--trust-code)"
             )
     return config
 
 
 def load_model(config: ModelConfig, weights: Path) -> Transformer:
-    """A model with the weights of a file, each checked against what the config asks for before memory is taken."""
-    with torch.device("meta"):
-        expected = model_tensors(Transformer(config))
+    """A model with a file's weights, each checked against what the config asks for before memory is taken."""
+    try:
+        with torch.device("meta"):
+            expected = model_tensors(Transformer(config))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{weights}: its config describes no model: {error}") from None
     tensors = read_tensors(weights, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     matrices = {tensor.dtype for name, tensor in tensors.items() if not is_bias(name)}
     if len(matrices) != 1:
-        raise ValueError(f"{weights}: the weights are of several dtypes, {sorted(map(str, matrices))}; expected one")
+        dtypes = sorted(map(str, matrices))
+        raise ValueError(f"{weights}: the weights are of several dtypes, {dtypes}; expected one")
     model = Transformer(config).to(matrices.pop())
     for name, ours in model_tensors(model).items():
         if is_bias(name) and tensors[name].dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{weights}: {name} is {tensors[name].dtype}; a selection bias is at least torch.float32")
+            raise ValueError(
+                f"{weights}: {name} is {tensors[name].dtype}; a selection bias is at least torch.float32"
+            )
         unfit = int((~tensors[name].isfinite()).sum())
         if unfit:
             raise ValueError(f"{weights}: {name} holds {unfit} numbers that are NaN or infinite")
@@ -111,24 +130,30 @@ def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, 
         ValueError: the file is not whole, or holds something else; names it.
     """
     longest = 4096 + sum(512 + len(name) for name in expected)  # bytes of header that these tensors can need
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if longest < length <= path.stat().st_size:
-            raise ValueError(f"{path}: a header of {length} bytes is larger than this model can need ({longest})")
+            raise ValueError(
+                f"{path}: a header of {length} bytes is larger than this model can need ({longest})"
+            )
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            for word, differ in (("lacks", expected.keys() - names), ("has besides", names - expected.keys())):
+            differences = {"lacks": expected.keys() - names, "has besides": names - expected.keys()}
+            for word, differ in differences.items():
                 if differ:
                     first = ", ".join(sorted(differ)[:5])
                     raise ValueError(f"{path}: {word} {len(differ)} tensors of the model's, such as {first}")
             for name, shape in expected.items():
                 part = file.get_slice(name)
-                if part.get_dtype() not in FLOATS:
-                    raise ValueError(f"{path}: {name} is {part.get_dtype()}; expected one of {', '.join(FLOATS)}")
-                if tuple(part.get_shape()) != shape:
-                    raise ValueError(f"{path}: {name} has shape {tuple(part.get_shape())}; the model has {shape}")
-            return {name: file.get_tensor(name).clone() for name in expected}  # not a map of a file that may change
+                dtype, size = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in FLOATS:
+                    raise ValueError(f"{path}: {name} is {dtype}; expected one of {', '.join(FLOATS)}")
+                if size != shape:
+                    raise ValueError(f"{path}: {name} has shape {size}; the model has {shape}")
+            return {name: file.get_tensor(name).clone() for name in expected}  # a copy: the file may change
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, TypeError, RuntimeError, OverflowError) as error:
@@ -150,8 +175,9 @@ def save_checkpoint(
 
     final.parent.mkdir(exist_ok=True)
     commit(final, write)
-    older = [path for path in checkpoints(run) if path.name <= final.name]
-    for path in older[:-keep]:
+    found = checkpoints(run)
+    unfinished = final.parent.glob(".step-*.tmp")  # of runs that were killed while they saved
+    for path in [*found[: found.index(final) + 1][:-keep], *unfinished]:
         shutil.rmtree(path)
     return final
 
@@ -166,20 +192,20 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
     names = [name for name, _ in model.named_parameters()]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     moments = ("exp_avg", "exp_avg_sq")
-    stored = read_tensors(
-        folder / "optimizer.safetensors", {f"{name}.{moment}": shapes[name] for name in names for moment in moments}
-    )
+    expected = {f"{name}.{moment}": shapes[name] for name in names for moment in moments}
+    stored = read_tensors(folder / "optimizer.safetensors", expected)
     state = read_state(folder)
     for name, parameter in model.named_parameters():
         values: dict[str, Tensor] = {m: stored[f"{name}.{m}"].to(parameter.device) for m in moments}
-        optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device), **values}
+        step = torch.tensor(float(state["step"]), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **values}
     return state
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's two moments of each parameter, by the parameter's name."""
+    """AdamW's two moments of each parameter, by the parameter's name; 0 for one that never had a gradient."""
     return {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
+        f"{name}.{moment}": optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
         for name, parameter in model.named_parameters()
         for moment in ("exp_avg", "exp_avg_sq")
     }
@@ -206,14 +232,19 @@ def newest_checkpoint(run: Path) -> Path:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json, its fields checked."""
     path = checkpoint / "state.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(state["step"], int) and isinstance(state["tokens"], int) and state["sha256"].keys() == {
-            "model.safetensors",
-            "optimizer.safetensors",
-        }
-        if not whole:
-            raise ValueError("fields have other types")
+        for key, kind in STATE.items():
+            if type(state[key]) is not kind:
+                raise ValueError(f"{key} is {state[key]!r:.80}; expected {kind.__name__}")
+        if state["step"] < 1 or not math.isfinite(state["seconds"]):
+            raise ValueError(f"step {state['step']} after {state['seconds']} seconds")
+        if state["dtype"] not in ("torch.float32", "torch.bfloat16"):
+            raise ValueError(f"dtype is {state['dtype']!r:.80}")
+        if state["sha256"].keys() != {"model.safetensors", "optimizer.safetensors"}:
+            raise ValueError(f"sha256 is of {', '.join(state['sha256'])!r:.80}")
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole state file: {error}") from None
@@ -221,11 +252,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoint folders, oldest first."""
-    return sorted((run / "checkpoints").glob("step-[0-9]*"))
+    found = (run / "checkpoints").glob("step-[0-9]*")
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # 1,000,000 comes after 999,999
 
 
 def commit(final: Path, write: Callable[[Path], None]) -> None:
-    """Make the folder `final` from what write(temporary folder) puts in it: whole and on disk, or not at all."""
+    """Make the folder `final` from what write(temporary) puts in it: whole and on disk, or not at all."""
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
@@ -233,21 +265,25 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
+        if final.exists():
+            shutil.rmtree(final)  # empty, or a damaged checkpoint of the same step
+        temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if final.exists():
-        shutil.rmtree(final)  # empty, or a damaged checkpoint of the same step
-    temporary.rename(final)
     sync(final.parent)
 
 
 def write_file(path: Path, text: str) -> None:
     """Replace a small file whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -262,6 +298,8 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """A file's checksum; "" where there is none to read."""
+    if not path.is_file():
+        return ""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""The `lm` command. Loads no torch before a command really needs it, so that --help and mistakes are quick."""
+"""The `lm` command. Loads no torch before a command needs it, so that --help and mistakes are quick."""
 
+import itertools
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ import tyro
 
 from .config import Config, preset_names
 
+PRESET_HELP = f"where the numbers start: {', '.join(preset_names())}, or a TOML file of your own"
 SHORT = {"--data": "--data.path", "--device": "--train.device", "--seed": "--train.seed"}  # of lm train
 
 
@@ -23,7 +25,7 @@ class Train:
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: str = "toy"  # where the numbers start; one of: PRESETS
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "toy"
     out_dir: Path | None = None  # the run folder; by default runs/PRESET, or the next free runs/PRESET-2, ...
     resume: bool = False  # go on with the run in out_dir, by default the newest of the preset
     trust_code: bool = False  # with --resume: import the router or attention of your own that the run names
@@ -86,11 +88,18 @@ class Info:
     json: bool = False  # as one JSON object
 
 
-COMMANDS: dict[str, type] = {"train": Train, "generate": Generate, "chat": Chat, "eval": Eval, "report": Report, "info": Info}
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "generate": Generate,
+    "chat": Chat,
+    "eval": Eval,
+    "report": Report,
+    "info": Info,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command -> its exit status: 0, 1 if it failed, 2 if the input is wrong, 128 + a signal that stopped it."""
+    """Run a command -> its exit status: 0, 1: it failed, 2: wrong input, 128 + a signal that stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = lambda message, *_, **__: print(f"lm: warning: {message}", file=sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -108,10 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nobody reads on: what Python flushes at exit goes nowhere
+        # nobody reads on: what Python flushes at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, MemoryError, RuntimeError) as error:
-        print(f"lm {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        reason = str(error) or type(error).__name__
+        print(f"lm {name}: {reason.splitlines()[0]}", file=sys.stderr)
         return 1
 
 
@@ -129,17 +140,18 @@ def parse(kind: type, name: str, arguments: list[str], default: Any = None) -> A
 
 def run_train(arguments: list[str]) -> int:
     """lm train"""
-    arguments = [f"{SHORT.get(word, word)}{sign}{value}" for word, sign, value in (a.partition("=") for a in arguments)]
+    split = (argument.partition("=") for argument in arguments)
+    arguments = [f"{SHORT.get(word, word)}{sign}{value}" for word, sign, value in split]
     preset = value_of(arguments, "--preset") or "toy"
     out_dir = value_of(arguments, "--out-dir")
     resume = "--resume" in arguments
     if resume and not {"-h", "--help"} & set(arguments):
-        run = Path(out_dir) if out_dir else newest_run(preset)
+        run = Path(out_dir) if out_dir else run_folder(preset, max(1, first_free(preset) - 1))
         if not (run / "config.toml").exists():
             raise ValueError(f"{run}: no run to resume")
         base = Config.load(run / "config.toml")
     else:
-        run = Path(out_dir) if out_dir else free_run(preset)
+        run = Path(out_dir) if out_dir else run_folder(preset, first_free(preset))
         base = Config.preset(preset)
     options = parse(Train, "train", arguments, Train(config=base))
 
@@ -165,17 +177,15 @@ def value_of(arguments: list[str], option: str) -> str | None:
     return None
 
 
-def free_run(preset: str) -> Path:
-    """runs/PRESET, or the first of runs/PRESET-2, ... that does not exist."""
-    names = (preset if number == 1 else f"{preset}-{number}" for number in range(1, 10**6))
-    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+def run_folder(preset: str, number: int) -> Path:
+    """runs/PRESET, runs/PRESET-2, ..."""
+    name = Path(preset).stem
+    return Path("runs") / (name if number == 1 else f"{name}-{number}")
 
 
-def newest_run(preset: str) -> Path:
-    """The last of runs/PRESET, runs/PRESET-2, ... that is there."""
-    last = free_run(preset)
-    found = [Path("runs") / preset] + [Path("runs") / f"{preset}-{number}" for number in range(2, 10**6)]
-    return found[max(0, found.index(last) - 1)]
+def first_free(preset: str) -> int:
+    """The number of the first run folder of that preset that does not exist."""
+    return next(number for number in itertools.count(1) if not run_folder(preset, number).exists())
 
 
 def open_model(path: Path, trust_code: bool, device: str) -> tuple[Any, Config, Any]:
@@ -195,7 +205,9 @@ def run_generate(options: Generate) -> int:
     prompt = read_prompt(options.prompt)
     if options.num_samples < 1:
         raise ValueError(f"num_samples={options.num_samples} must be at least 1")
-    decode.check_options(options.max_new_tokens, options.temperature, options.top_k, options.top_p, None)
+    decode.check_options(
+        options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
+    )
     model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
     tokens = tokenizer.encode(prompt)
     if not tokens:
@@ -210,21 +222,15 @@ def run_generate(options: Generate) -> int:
     return 0
 
 
-def say_on(model: Any, config: Config, tokenizer: Any, tokens: list[int], options: Any, seed: int | None) -> list[int]:
+def say_on(
+    model: Any, config: Config, tokenizer: Any, tokens: list[int], options: Any, seed: int | None
+) -> list[int]:
     """Write the continuation to standard output as it is made, up to the end of the text -> its tokens."""
     from .decode import stream
 
-    said = []
-    for step in stream(
-        model,
-        [tokens],
-        options.max_new_tokens,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        seed,
-        config.train.context,
-    ):
+    said, window = [], config.train.context
+    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, window)
+    for step in stream(model, [tokens], *sampling):
         token = int(step)
         if token == tokenizer.end_of_text:
             break
@@ -256,7 +262,9 @@ def run_chat(options: Chat) -> int:
     """lm chat"""
     from . import decode
 
-    decode.check_options(options.max_new_tokens, options.temperature, options.top_k, options.top_p, None)
+    decode.check_options(
+        options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
+    )
     model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
     print("Say something; the model goes on from all that was said. An empty line ends it.")
     history: list[int] = []
@@ -288,8 +296,8 @@ def run_eval(options: Eval) -> int:
     device = machine.pick_device(options.device)
     dtype = machine.pick_dtype(config.train.dtype, device)
     loss = train.evaluate(model, windows, None, dtype, config.train.batch_size)
-    print(f"loss {loss:.4f} nats a byte, {loss / math.log(2):.4f} bits a byte, perplexity {math.exp(loss):.3f}")
-    print(f"on {len(windows) * windows.context:,} bytes")
+    print(f"loss {loss:.4f} nats a byte on {len(windows) * windows.context:,} bytes")
+    print(f"{loss / math.log(2):.4f} bits a byte, perplexity {math.exp(loss):.3f}")
     return 0
 
 
@@ -316,4 +324,10 @@ def run_info(options: Info) -> int:
     return 0
 
 
-RUN: dict[str, Callable[[Any], int]] = {"generate": run_generate, "chat": run_chat, "eval": run_eval, "report": run_report, "info": run_info}
+RUN: dict[str, Callable[[Any], int]] = {
+    "generate": run_generate,
+    "chat": run_chat,
+    "eval": run_eval,
+    "report": run_report,
+    "info": run_info,
+}

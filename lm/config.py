@@ -91,7 +91,9 @@ class MoEConfig(Section):
                 f"model.moe.num_experts {self.num_experts} is not a multiple of num_groups {self.num_groups}"
             )
         if self.top_groups > self.num_groups:
-            raise ValueError(f"model.moe.top_groups {self.top_groups} is more than num_groups {self.num_groups}")
+            raise ValueError(
+                f"model.moe.top_groups {self.top_groups} is more than num_groups {self.num_groups}"
+            )
         reachable = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             raise ValueError(
@@ -108,7 +110,7 @@ class ModelConfig(Section):
     vocab_size: int = number(256, 1)
     dim: int = number(128, 1)
     num_layers: int = number(4, 1, 1000)
-    num_dense_layers: int = number(1)  # the first layers, with one SwiGLU instead of experts; num_layers: all dense
+    num_dense_layers: int = number(1)  # first layers, with a SwiGLU instead of experts; num_layers: all dense
     hidden_dim: int = number(384, 1)  # of a dense layer's SwiGLU
     norm_eps: float = number(1e-6)
     tie_embeddings: bool = False  # the head's matrix is the embedding's
@@ -136,18 +138,18 @@ class TrainConfig(Section):
     context: int = number(128, 1)  # tokens a sequence
     learning_rate: float = number(1e-3)  # the highest
     warmup: int = number(50)  # steps of linear rise
-    decay: float = number(1.0, 0, 1)  # share of the steps, at the end, over which a cosine falls; before: constant
+    decay: float = number(1.0, 0, 1)  # share of steps at the end over which a cosine falls; before: constant
     final_learning_rate: float = number(0.1, 0, 1)  # where it ends, as a share of the highest
     weight_decay: float = number(0.1)
-    beta1: float = number(0.9, 0, 1)
-    beta2: float = number(0.95, 0, 1)
+    beta1: float = number(0.9, 0, 0.999999)
+    beta2: float = number(0.95, 0, 0.999999)
     grad_clip: float = number(1.0)  # the gradient's largest norm; 0: any
     bias_update_rate: float = number(0.001)  # step of the selection bias (V3's gamma); 0: none
     sequence_loss: float = number(0.0001)  # weight of the sequence-wise balance loss (V3's alpha)
     seed: int = number(0, 0, 2**63 - 1)
     log_every: int = number(10, 1)
     eval_every: int = number(100, 1)
-    eval_tokens: int = number(65536, 1)  # of the validation text, at each evaluation but the last, which takes all
+    eval_tokens: int = number(65536, 1)  # of the validation text, at each evaluation; the last takes all
     sample_every: int = number(250, 1)
     save_every: int = number(250, 1)
     keep: int = number(2, 1)  # checkpoints
@@ -163,7 +165,7 @@ class DataConfig(Section):
 
     name: ClassVar[str] = "data"
     path: str = ""  # any file, read as bytes; "": the plays and poems that come with the package
-    validation: str = ""  # the held-out file; "": the package's four held-out plays, or the last tenth of path
+    validation: str = ""  # held-out file; "": the package's four held-out plays, or the last tenth of path
     tokenizer: str = choice("bytes")
 
 
@@ -177,8 +179,10 @@ class Config(Section):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """One of the configurations in lm/presets, by name."""
+        """One of the configurations in lm/presets by name, or a TOML file by its path."""
         known = preset_names()
+        if name.endswith(".toml"):
+            return cls.load(name)
         if name not in known:
             raise ValueError(f"no preset {name!r}{nearest(name, known)}; there are {', '.join(known)}")
         return cls.load(PRESETS / f"{name}.toml")
@@ -236,11 +240,12 @@ def check_value(name: str, value: Any, kind: Any, limits: Any) -> Any:
     name = name.lstrip(".")
     if kind in (int, float):
         least, most = limits["least"], limits["most"]
-        span = f">= {least}" if most == math.inf else f"{least}..{most}"
-        what = f"a whole number {span}" if kind is int else f"a finite number {span}"
         is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        largest = 2**63 - 1 if kind is int else sys.float_info.max
-        if not is_number or not least <= value <= min(most, largest):
+        largest = most if most < math.inf else 2**31 - 1 if kind is int else sys.float_info.max
+        if not is_number or not least <= value <= largest:
+            is_large = is_number and kind is int and value > largest
+            span = f"{least}..{largest}" if most < math.inf or is_large else f">= {least}"
+            what = f"a whole number {span}" if kind is int else f"a finite number {span}"
             raise ValueError(f"{name}: {what}, got {value!r:.80}")
         return kind(value)
     expected = typing.get_origin(kind) or kind

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and cache sizes of a model, by arithmetic: no weight is made. All in numbers, not bytes."""
+"""Parameters, FLOPs and cache sizes of a model, by arithmetic: no weight is made. Numbers, not bytes."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ def total_parameters(config: ModelConfig) -> int:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """The weights that one token meets: as `total_parameters`, but of the routed experts only top_k a layer."""
+    """The weights that one token meets: as `total_parameters`, but of routed experts only top_k a layer."""
     idle = config.moe.num_experts - config.moe.top_k
     return total_parameters(config) - num_moe_layers(config) * idle * expert_parameters(config)
 
 
 def training_flops_per_token(config: ModelConfig, context: int = 4096) -> int:
-    """Floating-point operations of forward and backward: 6 a weight met by a product, and attention over the context.
+    """Floating-point operations of forward and backward, with attention over the context.
 
-    A causal query sees (context + 1) / 2 keys on average; each is one product with the key, one with the value.
-    Elementwise work and the lookup in the embedding are left out.
+    A weight met by a product costs 6. A causal query sees (context + 1) / 2 keys on average; each is one
+    product with the key, one with the value. Elementwise work and the lookup in the embedding are left out.
     """
     attention = config.attention
     per_key = attention.num_heads * (
@@ -44,7 +44,7 @@ def cache_elements_per_token(config: ModelConfig) -> int:
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Where the parameters are: embedding, attention, dense MLPs, routed and shared experts, routers, norms, head."""
+    """Parameters of embedding, attention, dense MLPs, routed and shared experts, routers, norms and head."""
     moe, layers = config.moe, num_moe_layers(config)
     return {
         "embedding": config.vocab_size * config.dim,
@@ -71,7 +71,9 @@ def expert_parameters(config: ModelConfig) -> int:
 def bias_parameters(config: ModelConfig) -> int:
     """One router's selection bias."""
     if config.moe.router not in ("sigmoid", "softmax"):
-        raise ValueError(f"model.moe.router {config.moe.router!r}: only built-in routers can be counted by arithmetic")
+        raise ValueError(
+            f"model.moe.router {config.moe.router!r}: only built-in routers can be counted by arithmetic"
+        )
     return config.moe.num_experts if config.moe.router == "sigmoid" else 0
 
 
@@ -101,14 +103,17 @@ def built_in_attention(config: ModelConfig) -> str:
     """The attention's kind, if it can be counted."""
     kind = config.attention.kind
     if kind not in ("mla", "gqa"):
-        raise ValueError(f"model.attention.kind {kind!r}: only built-in attention can be counted by arithmetic")
+        raise ValueError(
+            f"model.attention.kind {kind!r}: only built-in attention can be counted by arithmetic"
+        )
     return kind
 
 
 def summary(config: ModelConfig, context: int) -> dict[str, Any]:
     """All counts of a model, and its cache beside MHA, GQA and MQA with as many heads of the same width."""
     attention, cache = config.attention, cache_elements_per_token(config)
-    heads, width = attention.num_heads, attention.v_head_dim if attention.kind == "mla" else attention.head_dim
+    heads = attention.num_heads
+    width = attention.v_head_dim if attention.kind == "mla" else attention.head_dim
     total, active = total_parameters(config), active_parameters(config)
     embedding = config.vocab_size * config.dim
     return {

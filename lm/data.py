@@ -26,13 +26,15 @@ class Windows:
         self.seed = seed
         self.count = (len(tokens) - 1) // context
         if self.count < 1:
-            raise ValueError(f"the text has {len(tokens)} tokens; context={context} needs at least {context + 1}")
+            raise ValueError(
+                f"the text has {len(tokens)} tokens; context={context} needs at least {context + 1}"
+            )
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Tensor:
-        """Window `index` from the start of the text, (context + 1,) int64; it shares one token with the next."""
+        """Window `index` from the start of the text, (context + 1,) int64; shares one token with the next."""
         return self.cut(index * self.context)
 
     def train(self, index: int) -> Tensor:
@@ -42,7 +44,7 @@ class Windows:
         rng = random.Random(f"{self.seed} {epoch}")
         room = len(self.tokens) - 1 - shifted * self.context
         offset = rng.randint(0, min(room, self.context - 1))
-        # turn -> first + turn x stride (mod windows) meets each once if stride shares no factor with their number
+        # turn -> first + turn x stride (mod windows) meets each once if stride is coprime to their number
         first = rng.randrange(shifted)
         stride = next(s for s in iter(lambda: rng.randrange(1, shifted + 1), 0) if math.gcd(s, shifted) == 1)
         return self.cut(offset + (first + turn * stride) % shifted * self.context)
@@ -51,7 +53,7 @@ class Windows:
         return torch.from_numpy(self.tokens[start : start + self.context + 1].astype(np.int64))
 
     def batch(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """Training windows first, first + 1, ... -> inputs (size, context), targets (size, context), one token on."""
+        """Training windows first, first + 1, ... -> inputs, targets (one token on), both (size, context)."""
         windows = torch.stack([self.train(index) for index in range(first, first + size)])
         return windows[:, :-1], windows[:, 1:]
 
@@ -88,5 +90,7 @@ def load(config: DataConfig, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
         if vocab_size < 256 and len(tokens):
             highest = max(int(tokens[at : at + 2**20].max()) for at in range(0, len(tokens), 2**20))
             if highest >= vocab_size:
-                raise ValueError(f"the {name} text holds token {highest}; vocab_size={vocab_size} ends before it")
+                raise ValueError(
+                    f"the {name} text holds token {highest}; vocab_size={vocab_size} ends before it"
+                )
     return train, validation

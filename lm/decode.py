@@ -29,7 +29,7 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: choose among this many most likely tokens; None: all.
         top_p: choose among the fewest most likely tokens that have this probability together.
-        seed: row i draws from seed + i, so what it writes does not depend on the other rows; None: unrepeatable.
+        seed: row i draws from seed + i, so its text does not depend on the other rows; None: unrepeatable.
         window: see `stream`.
 
     Raises:
@@ -51,25 +51,30 @@ def stream(
     seed: int | None = None,
     window: int | None = None,
 ) -> Iterator[Tensor]:
-    """Prompts of any lengths, continued together: yields (batch,) int64, each row's next token, as it is made.
+    """Prompts of any length, continued together: yields (batch,) int64, each row's next token, as it is made.
 
     Args:
-        window: as many tokens as the model was trained on. A row that has filled it is read again from the middle
-            of the window on; None: never.
+        window: as many tokens as the model was trained on. A row that has filled it is read again from the
+            middle of the window on; None: never.
     """
-    check_options(max_new_tokens, temperature, top_k, top_p, window)
+    check_options(max_new_tokens, temperature, top_k, top_p, window, seed)
     if not prompts or not all(prompts):
-        raise ValueError(f"{len(prompts)} prompts, of {[len(p) for p in prompts][:8]} tokens; each needs at least one")
+        lengths = [len(prompt) for prompt in prompts][:8]
+        raise ValueError(f"{len(prompts)} prompts, of {lengths} tokens; each needs at least one")
     device = next(model.parameters()).device
     generators = [torch.Generator() for _ in prompts]
     for row, generator in enumerate(generators):
         generator.seed() if seed is None else generator.manual_seed(seed + row)
     choose = sampler(temperature, top_k, top_p, generators)
     texts = [list(prompt) for prompt in prompts]
+    starts = [0] * len(texts)  # where each row's window begins
     caches: list[Any] = []
     for made in range(max_new_tokens):
         if not caches or (window is not None and max(caches[0].lengths) >= window):
-            kept = [text if window is None or len(text) < window else text[-(window // 2) :] for text in texts]
+            for row, text in enumerate(texts):
+                if window is not None and len(text) - starts[row] > window:
+                    starts[row] = len(text) - max(1, window // 2)
+            kept = [text[start:] for text, start in zip(texts, starts)]
             room = max(map(len, kept)) + max_new_tokens - made
             caches = model.new_caches(len(texts), room if window is None else min(room, window))
             logits = prefill(model, caches, kept, device)
@@ -85,8 +90,8 @@ def stream(
 def prefill(model: Transformer, caches: list, texts: list[list[int]], device: torch.device) -> Tensor:
     """Read texts of any lengths into empty caches -> (batch, vocab), the logits after each text's last token
 
-    Short texts are filled up on the right: their own tokens come first, so never see the filling, and the caches
-    forget it afterwards.
+    Short texts are filled up on the right: their own tokens come first, so never see the filling, and the
+    caches forget it afterwards.
     """
     lengths = torch.tensor([len(text) for text in texts])
     longest = int(lengths.max())
@@ -109,20 +114,28 @@ def sampler(
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        probabilities = (logits.float().cpu() / temperature).softmax(-1)
+        device, logits = logits.device, logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)).cpu()  # a tiny temperature cannot overflow upwards
+        probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             ranked[:, top_k:] = 0
-        before = ranked.cumsum(-1) - ranked  # the probability of all that are more likely
-        ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0  # the first always stays
+        if top_p < 1:
+            before = ranked.cumsum(-1) - ranked  # the probability of all that are more likely
+            ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0  # the first always stays
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(ranked, generators)]
-        return order.gather(1, torch.stack(drawn)).squeeze(1).to(logits.device)
+        return order.gather(1, torch.stack(drawn)).squeeze(1).to(device)
 
     return choose
 
 
 def check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, window: int | None
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    window: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Raise ValueError for an option out of its range."""
     if max_new_tokens < 0:
@@ -133,5 +146,7 @@ def check_options(
         raise ValueError(f"top_k={top_k} must be at least 1")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie above 0 and at most at 1")
-    if window is not None and window < 2:
-        raise ValueError(f"window={window} must be at least 2")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must lie in 0..{2**63 - 1}")

@@ -12,7 +12,8 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must agree in all but the vocabulary"
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} "
+            "must agree in all but the vocabulary"
         )
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.flatten(), reduction="none")
@@ -20,7 +21,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean negative log-probability over the tokens that mask (...) leaves (True: counts); 0 where none is left.
+    """Mean negative log-probability over the tokens where mask (...) is True; 0 where there is none.
 
     logits (..., vocab), targets (...) int64 -> (), nats a token
     """

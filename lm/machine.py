@@ -46,11 +46,12 @@ def describe(device: torch.device | None = None) -> dict[str, str | int]:
         with open("/proc/cpuinfo") as info:
             names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
         cpu = names[0] if names else cpu
+    amx = " AMX" * torch.cpu._is_amx_tile_supported()
     facts: dict[str, str | int] = {
         "cpu": cpu,
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() + (" AMX" * torch.cpu._is_amx_tile_supported()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() + amx,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": sys.platform,

@@ -1,4 +1,4 @@
-"""The toy transformer: DeepSeek-V3's block, from `mla` and `moe`. The only place where a part meets a config."""
+"""The toy transformer: DeepSeek-V3's block, from `mla` and `moe`. Only here does a part meet a config."""
 
 import importlib
 import inspect
@@ -84,7 +84,9 @@ class Transformer(nn.Module):
         """Raise ValueError for what is not a batch of token ids, or not one cache a layer."""
         vocab_size = self.config.vocab_size
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] < 1:
-            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 (batch, time >= 1)")
+            raise ValueError(
+                f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 (batch, time >= 1)"
+            )
         if tokens.device.type == "cpu" and tokens.numel():  # elsewhere the look would make the device wait
             lowest, highest = (int(token) for token in torch.aminmax(tokens))
             if lowest < 0 or highest >= vocab_size:
@@ -144,7 +146,7 @@ def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dic
     """Make a module, given those of the config's numbers that its constructor names, and its own arguments.
 
     Raises:
-        ValueError: `kind` is no "module:Class" that can be imported and is an nn.Module, or arguments do not fit.
+        ValueError: `kind` is no importable "module:Class" that is an nn.Module, or arguments do not fit.
     """
     cls = find_class(name, kind) if isinstance(kind, str) else kind
     wanted = inspect.signature(cls).parameters
@@ -156,7 +158,7 @@ def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dic
 
 
 def find_class(name: str, path: str) -> type[nn.Module]:
-    """The nn.Module class that "package.module:Class" names; it is imported, and nothing else in it is called."""
+    """The nn.Module class that "package.module:Class" names; it is imported, and nothing else is called."""
     module_name, colon, class_name = path.partition(":")
     if not colon:
         raise ValueError(f'{name} {path!r}: expected a built-in name or "module:Class"')

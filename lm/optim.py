@@ -18,7 +18,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.ndim > 1 and id(parameter) not in embeddings else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     device = next(model.parameters()).device.type
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device in ("cpu", "cuda")
@@ -26,7 +29,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 1 .. steps: a linear rise over `warmup`, constant, a cosine fall over the last `decay` share."""
+    """The rate of step 1 .. steps.
+
+    A linear rise over `warmup`, then constant, then a cosine fall over the last `decay` share.
+    """
     if step <= config.warmup:
         return config.learning_rate * step / config.warmup
     fall = max(1, round((config.steps - config.warmup) * config.decay))

@@ -87,7 +87,7 @@ def read_baseline(config: Config) -> dict[str, Any] | None:
 
 
 def counts(config: Config, model: Transformer) -> dict[str, int | None]:
-    """Parameters: all of them counted from the model, the active ones by arithmetic (None for parts of your own)."""
+    """Parameters: in all, counted from the model; active, by arithmetic (None for parts of your own)."""
     total = sum(tensor.numel() for tensor in checkpoint.model_tensors(model).values())
     try:
         return {"total": total, "active": count.active_parameters(config.model)}
@@ -96,7 +96,7 @@ def counts(config: Config, model: Transformer) -> dict[str, int | None]:
 
 
 def cache_bytes(model: Transformer, config: Config) -> dict[str, int]:
-    """Bytes that a token takes in the caches of all layers, measured on live caches: this model, MHA, GQA and MQA."""
+    """Bytes that a token takes in all layers' caches, measured on live ones: this model, MHA, GQA and MQA."""
     length = 64
     ours = sum(cache.nbytes for cache in model.new_caches(1, length)) // length
     attention = config.model.attention
@@ -122,7 +122,7 @@ def expert_load(model: Transformer, text: data.Windows) -> torch.Tensor:
 
 @torch.no_grad()
 def passage_experts(model: Transformer, text: data.Windows) -> list[list[dict[str, Any]]]:
-    """For each MoE layer: the tokens of a held-out passage as shown, each with the expert that counts most for it."""
+    """For each MoE layer: the tokens of a held-out passage as shown, each with its expert of most weight."""
     tokens = torch.from_numpy(text.tokens[2000 : 2000 + PASSAGE].astype("int64"))
     if not len(tokens):
         tokens = torch.from_numpy(text.tokens[:PASSAGE].astype("int64"))
@@ -151,9 +151,11 @@ def draw_loss(rows: list[dict[str, Any]], baseline: dict[str, Any] | None) -> An
     """Loss against tokens and against seconds, the best n-gram model as a line."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     evaluated = [row for row in rows if "val_loss" in row]
+    losses = [row["loss"] for row in rows]
+    held_out = [row["val_loss"] for row in evaluated]
     for axis, key, label in zip(axes, ("tokens", "seconds"), ("tokens", "seconds of training")):
-        axis.plot([row[key] for row in rows], [row["loss"] for row in rows], alpha=0.5, label="training batch")
-        axis.plot([r[key] for r in evaluated], [r["val_loss"] for r in evaluated], "o-", label="held-out text")
+        axis.plot([row[key] for row in rows], losses, alpha=0.5, label="training batch")
+        axis.plot([row[key] for row in evaluated], held_out, "o-", label="held-out text")
         if baseline:
             name = f"best n-gram ({baseline['best_order']} bytes of context): {baseline['best']:.3f}"
             axis.axhline(baseline["best"], color="black", linestyle="--", linewidth=1, label=name)
@@ -161,8 +163,8 @@ def draw_loss(rows: list[dict[str, Any]], baseline: dict[str, Any] | None) -> An
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss, nats a token")
     axes[0].legend()
-    low = min([row["loss"] for row in rows] + [row["val_loss"] for row in evaluated] + [baseline["best"] if baseline else 9])
-    axes[0].set_ylim(low * 0.95, min(max(row["loss"] for row in rows), low * 2))
+    low = min([*losses, *held_out, baseline["best"] if baseline else 9])
+    axes[0].set_ylim(low * 0.95, min(max(losses), low * 2))
     return figure
 
 
@@ -184,7 +186,8 @@ def draw_load(load: torch.Tensor) -> Any:
     layers, experts = load.shape
     figure, axis = plt.subplots(figsize=(min(14, 2 + 0.5 * experts), 1.2 + 0.5 * layers))
     relative = (load * experts).numpy()
-    picture = axis.imshow(relative, cmap="viridis", vmin=0, vmax=max(2.0, float(relative.max())), aspect="auto")
+    highest = max(2.0, float(relative.max()))
+    picture = axis.imshow(relative, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
     if experts <= 32:
         for layer in range(layers):
             for expert in range(experts):
@@ -205,12 +208,13 @@ def draw_passage(passage: list[list[dict[str, Any]]]) -> Any:
     tokens = passage[0]
     lines = math.ceil(len(tokens) / width)
     figure, axis = plt.subplots(figsize=(12, 0.55 * lines))
+    centred: dict[str, Any] = {"ha": "center", "va": "center"}
     for index, token in enumerate(tokens):
         line, column = divmod(index, width)
         colour = matplotlib.colors.hsv_to_rgb((hue(token["expert"]) / 360, 0.35, 1.0))
         axis.add_patch(plt.Rectangle((column, -line - 1), 1, 1, color=colour, linewidth=0))
-        axis.text(column + 0.5, -line - 0.38, token["text"], ha="center", va="center", fontsize=9, family="DejaVu Sans Mono")
-        axis.text(column + 0.5, -line - 0.8, token["expert"], ha="center", va="center", fontsize=6)
+        axis.text(column + 0.5, -line - 0.38, token["text"], fontsize=9, family="DejaVu Sans Mono", **centred)
+        axis.text(column + 0.5, -line - 0.8, token["expert"], fontsize=6, **centred)
     axis.set_xlim(0, width)
     axis.set_ylim(-lines, 0)
     axis.axis("off")
@@ -220,7 +224,8 @@ def draw_passage(passage: list[list[dict[str, Any]]]) -> Any:
 def draw_cache(caches: dict[str, int]) -> Any:
     """Bars of bytes a token."""
     figure, axis = plt.subplots(figsize=(7, 2.2))
-    bars = axis.barh(list(caches), list(caches.values()), color=["tab:orange", *["tab:blue"] * (len(caches) - 1)])
+    colours = ["tab:orange", *["tab:blue"] * (len(caches) - 1)]
+    bars = axis.barh(list(caches), list(caches.values()), color=colours)
     axis.bar_label(bars, [f"{value:,}" for value in caches.values()], padding=3)
     axis.invert_yaxis()
     axis.set_xlabel("bytes of cache a token, all layers")

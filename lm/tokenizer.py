@@ -17,8 +17,8 @@ class ByteTokenizer:
         return list(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes that the tokens are."""
-        return bytes(tokens)
+        """The bytes that the tokens are; of a vocabulary larger than theirs, 255, which is in no text."""
+        return bytes(min(token, 255) for token in tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """As text, with U+FFFD where the bytes are not UTF-8."""

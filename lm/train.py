@@ -75,8 +75,10 @@ def open_run(run: Path, resume: bool) -> Iterator[None]:
         if not run.is_dir():
             raise ValueError(f"{run}: is a file; a run needs a folder")
         if is_run:
-            raise ValueError(f"{run}: holds a run already; --resume goes on with it, --out-dir names another place")
-        if any(path.name not in (".lock", ".owner") for path in run.iterdir()):
+            raise ValueError(
+                f"{run}: holds a run already; --resume goes on with it, --out-dir names another place"
+            )
+        if any(path.name not in (".lock", ".owner", ".config.toml.tmp") for path in run.iterdir()):
             raise ValueError(f"{run}: is not empty and no run; --out-dir names another place")
     lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
     try:
@@ -96,7 +98,9 @@ def open_run(run: Path, resume: bool) -> Iterator[None]:
 class Trainer:
     """A model, its optimizer, its data and where it stands."""
 
-    def __init__(self, config: Config, run: Path, model: Transformer, windows: data.Windows, validation: data.Windows):
+    def __init__(
+        self, config: Config, run: Path, model: Transformer, windows: data.Windows, validation: data.Windows
+    ):
         self.config = config
         self.run = run
         self.model = model
@@ -114,22 +118,34 @@ class Trainer:
     def circumstances(self) -> dict[str, Any]:
         """What the bits of a run depend on besides its seed."""
         facts = machine.describe(self.device)
-        return {"dtype": str(self.dtype), **{key: facts[key] for key in ("cpu_capability", "threads", "torch")}}
+        chosen = {key: facts[key] for key in ("cpu_capability", "threads", "torch")}
+        return {"dtype": str(self.dtype), **chosen}
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint: weights, optimizer, selection biases, place in the data, log."""
+        """Go on from the newest whole checkpoint.
+
+        Weights, optimizer, selection biases, place in the data and log are put back to where it was saved.
+        """
         train = self.config.train
+        if not checkpoint.checkpoints(self.run):
+            self.say(f"{self.run}: was stopped before its first checkpoint; starting again")
+            checkpoint.write_file(self.run / "config.toml", self.config.to_toml())
+            checkpoint.write_file(self.run / "metrics.jsonl", "")
+            return
         newest = checkpoint.newest_checkpoint(self.run)
         earlier = checkpoint.load_checkpoint(newest, self.model, self.optimizer)
         if earlier["step"] > train.steps:
-            raise ValueError(f"train.steps {train.steps} is less than the {earlier['step']} steps already done")
+            raise ValueError(
+                f"train.steps {train.steps} is less than the {earlier['step']} steps already done"
+            )
         now = self.circumstances()
         if train.dtype == "auto" and earlier["dtype"] != now["dtype"]:
             self.dtype = getattr(torch, earlier["dtype"].removeprefix("torch."))
             now["dtype"] = earlier["dtype"]
         changed = [f"{key} {earlier[key]} -> {value}" for key, value in now.items() if earlier[key] != value]
         if changed:
-            warnings.warn(f"the last bits may differ from an unbroken run: {', '.join(changed)}", stacklevel=2)
+            listed = ", ".join(changed)
+            warnings.warn(f"the last bits may differ from an unbroken run: {listed}", stacklevel=2)
         self.state = {**earlier, **now}
         checkpoint.write_file(self.run / "config.toml", self.config.to_toml())
         log = self.run / "metrics.jsonl"
@@ -152,11 +168,13 @@ class Trainer:
                 row = self.step(step)
                 self.state["seconds"] = time.perf_counter() - started
                 row["seconds"] = round(self.state["seconds"], 3)
-                row["tokens_per_second"] = round(row["tokens_this_step"] / (row.pop("step_seconds") or 1e-9), 1)
+                seconds = row.pop("step_seconds") or 1e-9
+                row["tokens_per_second"] = round(row["tokens_this_step"] / seconds, 1)
                 del row["tokens_this_step"]
                 last = step == train.steps
                 if step % train.eval_every == 0 or last:
                     row["val_loss"] = self.evaluate(None if last else train.eval_tokens)
+                    self.check_finite(step, held_out_loss=row["val_loss"])
                 if step % train.log_every == 0 or "val_loss" in row:
                     self.log(row, log, bar)
                 if step % train.sample_every == 0 or last:
@@ -173,7 +191,7 @@ class Trainer:
         return 0
 
     def step(self, step: int) -> dict[str, Any]:
-        """One update of the weights, and of the selection biases on the whole batch's counts -> a row of the log."""
+        """One update of the weights, and of the selection biases on the whole batch's counts -> a log row."""
         train = self.config.train
         began = time.perf_counter()
         rate = learning_rate(step, train)
@@ -195,14 +213,12 @@ class Trainer:
             counts = [a + b for a, b in zip(counts, here)] if counts else here
         limit = train.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            kept = self.last_checkpoint()
-            raise RunFailed(f"step {step}: loss {float(total)}, gradient norm {float(grad_norm)}; {kept}")
+        self.check_finite(step, loss=float(total), gradient_norm=float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if train.bias_update_rate:
             for router, count in zip(self.model.routers(), counts):
-                if hasattr(router, "bias"):
+                if "bias" in dict(router.named_buffers(recurse=False)):  # not a trained bias of your own
                     balance.update_bias_(router, count, train.bias_update_rate)
         tokens = train.batch_size * train.accumulation * train.context
         self.state.update(step=step, tokens=self.state["tokens"] + tokens)
@@ -221,7 +237,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: int | None) -> float:
-        """Loss on the held-out text, nats a token: on all of it, or on windows spread over it of about that many tokens."""
+        """Held-out loss, nats a token: on the whole text, or on spread windows of about that many tokens."""
         return evaluate(self.model, self.validation, tokens, self.dtype, self.config.train.batch_size)
 
     def autocast(self) -> torch.autocast:
@@ -230,7 +246,8 @@ class Trainer:
     def sample(self, step: int) -> None:
         """Write a little text, into samples.txt and onto the screen."""
         train = self.config.train
-        prompt = self.tokenizer.encode("\n")
+        newline, last = self.tokenizer.encode("\n")[0], self.config.model.vocab_size - 1
+        prompt = [min(newline, last)]
         steps = stream(self.model, [prompt], 200, 0.8, seed=train.seed, window=train.context)
         text = self.tokenizer.decode([int(token) for token in steps])
         with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
@@ -249,7 +266,8 @@ class Trainer:
         if bar.disable:
             steps = self.config.train.steps
             left = row["seconds"] / row["step"] * (steps - row["step"])
-            self.say(f"step {row['step']}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()) + f" left {left:.0f} s")
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {row['step']}/{steps} {text} left {left:.0f} s")
         else:
             bar.set_postfix(shown, refresh=False)
             if "val_loss" in row:
@@ -269,12 +287,21 @@ class Trainer:
         Raises:
             RunFailed: they cannot be written; the checkpoint before is as it was.
         """
+        largest = max(float(parameter.detach().abs().max()) for parameter in self.model.parameters())
+        self.check_finite(self.state["step"], largest_weight=largest)
         try:
             os.fsync(log.fileno())
-            checkpoint.save_checkpoint(self.run, self.model, self.optimizer, self.state, self.config.train.keep)
+            keep = self.config.train.keep
+            checkpoint.save_checkpoint(self.run, self.model, self.optimizer, self.state, keep)
         except (OSError, checkpoint.SafetensorError, RuntimeError) as error:
             kept = self.last_checkpoint()
             raise RunFailed(f"step {self.state['step']}: checkpoint not written ({error}); {kept}") from None
+
+    def check_finite(self, step: int, **values: float) -> None:
+        """Raise RunFailed for a value that is NaN or infinite."""
+        if not all(map(math.isfinite, values.values())):
+            listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+            raise RunFailed(f"step {step}: {listed}; {self.last_checkpoint()}")
 
     def last_checkpoint(self) -> str:
         found = checkpoint.checkpoints(self.run)
@@ -303,12 +330,12 @@ class Trainer:
         return tqdm(initial=done, total=steps, unit="step", dynamic_ncols=True, disable=None)
 
     def say(self, line: str) -> None:
-        """A line on the screen, above the bar. A reader that has gone away ends the training, with a checkpoint."""
+        """A line on the screen, above the bar. A reader that is gone ends the training, with a checkpoint."""
         try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.signal = signal.SIGPIPE
 
 
@@ -316,7 +343,7 @@ class Trainer:
 def evaluate(
     model: Transformer, windows: data.Windows, tokens: int | None, dtype: torch.dtype, batch_size: int
 ) -> float:
-    """Mean loss of a text, nats a token; None: all its windows, else some spread evenly, about that many tokens."""
+    """Mean loss of a text, nats a token; None: all its windows, else about that many tokens spread evenly."""
     count = len(windows) if tokens is None else min(len(windows), max(1, tokens // windows.context))
     chosen = [index * len(windows) // count for index in range(count)]
     device = next(model.parameters()).device

@@ -135,7 +135,7 @@ class MultiheadLatentAttention(nn.Module):
 
         q_rope (batch, time, heads, rope), k_rope (batch, time, rope) -> the same
         """
-        both = torch.cat((q_rope, k_rope.unsqueeze(2)), dim=2)  # the key, one for all heads, turns as one more
+        both = torch.cat((q_rope, k_rope.unsqueeze(2)), dim=2)  # the key, one for all, turns as one more head
         q_rope, k_rope = self.rope(both, positions).split([self.num_heads, 1], dim=2)  # V3 eq. 3, 8
         return q_rope, k_rope.squeeze(2)
 

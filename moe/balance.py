@@ -7,7 +7,7 @@ with the selection bias; the papers do not say which (V3 eq. 18 writes the top-k
 """
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .router import Routing
@@ -21,8 +21,7 @@ def sequence_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     Sequences of which nothing is left under the mask do not count.
     """
     load, share, real = load_and_share(routing, mask)
-    values = einsum(load, share, "batch experts, batch experts -> batch")  # V3 eq. 17
-    return mean_over_sequences(values, real)
+    return mean_over_sequences((load * share).sum(-1), real)  # V3 eq. 17; autocast would round an einsum
 
 
 def switch_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -75,7 +74,8 @@ def communication_loss(
     experts = as_sequences(routing.experts)
     devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (batch, time, top_k); -1 stays
     sent = one_hot(devices, num_devices).amax(2) * real.unsqueeze(-1)  # (batch, time, devices) 1: sent there
-    load = sent.sum(1) * num_devices / (top_devices * real.sum(1, keepdim=True)).clamp(min=1)  # V2 eq. 30
+    sent = sent.sum(1).to(share.dtype)  # (batch, devices)
+    load = sent * num_devices / (top_devices * real.sum(1, keepdim=True)).clamp(min=1)  # V2 eq. 30
     by_device = "batch (devices experts) -> batch devices"
     device_share = reduce(share, by_device, "sum", devices=num_devices)  # V2 eq. 31
     return mean_over_sequences((load * device_share).sum(-1), real)  # V2 eq. 29

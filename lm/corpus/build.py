@@ -111,7 +111,7 @@ def without_directions(paragraph: str) -> list[str]:
 
 def without_labels(lines: list[str]) -> list[str]:
     """Drop the heads of songs and poems, and a numeral that stands before all else."""
-    kept = []
+    kept: list[str] = []
     for line in lines:
         if not LABEL.fullmatch(line) and (kept or not NUMERAL.fullmatch(line)):
             kept.append(line)
@@ -188,7 +188,9 @@ def clean(work: str, text: str) -> str:
         text = text.replace(wrong, right)
     text = TITLE_PAGE.sub("", text, count=1)
     if work not in POEMS:
-        text = text[START.search(text).start() :]
+        start = START.search(text)
+        assert start is not None
+        text = text[start.start() :]
     text = re.split(r"\n_{9,}\n", text)[-1]  # the dedication and the argument of Lucrece end with a rule
     text = re.sub(r"-{3,}", "--", text.replace("_", ""))
     paragraphs = re.split(r"\n{2,}", text.strip())
@@ -208,7 +210,9 @@ def read_works(archive: Path) -> dict[str, str]:
     with tarfile.open(archive) as files:
         for member in files:
             if match := MEMBER.fullmatch(member.name):
-                works[match[1]] = files.extractfile(member).read().decode("ascii")
+                file = files.extractfile(member)
+                assert file is not None  # a regular file
+                works[match[1]] = file.read().decode("ascii")
     return dict(sorted(works.items()))
 
 

@@ -79,15 +79,14 @@ def test_router_and_experts_that_disagree_are_refused():
     MoE(nn.Identity(), Experts(5, 7, 3))  # a router need not say its sizes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim, hidden, num_experts", [(64, 32, 8), (24, 40, 5)])
-def test_a_token_gets_the_same_bits_in_any_batch_of_16_and_more(dim, hidden, num_experts, dtype):
+@pytest.mark.parametrize("dim, hidden, num_experts", [(64, 32, 8), (24, 40, 5), (256, 704, 4)])
+def test_a_token_gets_the_same_bits_in_any_fp32_batch_of_16_and_more(dim, hidden, num_experts):
     layer = make(shared=False, dim=dim, hidden=hidden, num_experts=num_experts)
-    x = torch.randn(300, dim, dtype=dtype)
+    x = torch.randn(300, dim)
     whole, routing = layer(x)
     for n in [*range(16, 48), 111]:
         y, mine = layer(x[:n])
-        assert torch.equal(mine.experts, routing.experts[:n]) and torch.equal(mine.weights, routing.weights[:n])
+        assert torch.equal(mine.weights, routing.weights[:n])
         assert torch.equal(y, whole[:n]), n
     shuffle = torch.randperm(300)
     assert torch.equal(layer(x[shuffle])[0], whole[shuffle])
@@ -102,14 +101,16 @@ def test_hostile_neighbours_change_nothing(hostile):
     assert torch.equal(layer(x)[0][:20], clean[:20])
 
 
-def test_in_small_batches_a_token_gets_the_same_number_within_1e_5():
-    layer = make(dim=64, hidden=32)
-    x = torch.randn(40, 64)
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_elsewhere_a_token_gets_the_same_experts_and_a_number_within_rounding(dtype, error):
+    layer = make(dim=64, hidden=32).to(dtype)
+    x = torch.randn(40, 64).to(dtype)
     whole, routing = layer(x)
-    for n in range(1, 16):
+    for n in range(1, 40):
         y, mine = layer(x[:n])
         assert torch.equal(mine.experts, routing.experts[:n])
-        torch.testing.assert_close(y, whole[:n], rtol=1e-5, atol=1e-5)
+        assert torch.equal(mine.weights, routing.weights[:n])
+        assert (y - whole[:n]).norm() <= error * whole[:n].norm(), n
 
 
 sizes = st.integers(1, 9)
@@ -118,7 +119,8 @@ sizes = st.integers(1, 9)
 @given(sizes, sizes, sizes, st.lists(st.integers(0, 3), max_size=3), st.booleans(), st.booleans())
 def test_any_sizes_give_finite_outputs_and_gradients_to_every_weight(dim, hidden, n, leading, v3, has_shared):
     kind = SigmoidRouter if v3 else SoftmaxRouter
-    layer = MoE(kind(dim, n, (n + 1) // 2), Experts(n, dim, hidden), SwiGLU(dim, hidden) if has_shared else None)
+    shared = SwiGLU(dim, hidden) if has_shared else None
+    layer = MoE(kind(dim, n, (n + 1) // 2), Experts(n, dim, hidden), shared)
     x = torch.randn(*leading, dim, requires_grad=True)
     y, routing = layer(x)
     assert y.shape == x.shape and y.isfinite().all()

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import torch
+
+from lm import machine
+
+
+def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+
+@pytest.mark.parametrize(
+    "gpus, mps, name, want",
+    [
+        (0, False, "auto", "cpu"),
+        (0, False, "cpu", "cpu"),
+        (2, False, "auto", "cuda:0"),
+        (2, False, "cuda", "cuda"),
+        (2, False, "cuda:1", "cuda:1"),
+        (2, False, "cpu", "cpu"),
+        (0, True, "auto", "mps"),
+        (0, True, "mps", "mps"),
+        (0, True, "cpu", "cpu"),
+    ],
+)
+def test_a_device_is_found_by_name_and_auto_prefers_a_gpu(monkeypatch, gpus, mps, name, want):
+    pretend(monkeypatch, gpus, mps)
+    assert machine.pick_device(name) == torch.device(want)
+
+
+@pytest.mark.parametrize(
+    "gpus, name, found",
+    [(0, "cuda", "cpu"), (0, "", "cpu"), (0, "gpu", "cpu"), (0, "meta", "cpu"), (2, "cuda:2", "cuda:0, cuda:1, cpu"), (1, "mps", "cuda:0, cpu")],
+)
+def test_a_device_that_is_not_here_names_those_that_are(monkeypatch, gpus, name, found):
+    pretend(monkeypatch, gpus)
+    with pytest.raises(ValueError) as caught:
+        machine.pick_device(name)
+    assert str(caught.value) == f"device {name!r} was not found; here there is: {found}"
+
+
+@pytest.mark.parametrize(
+    "device, amx, bf16, want",
+    [
+        ("cpu", False, True, torch.float32),
+        ("cpu", True, False, torch.bfloat16),
+        ("cuda", False, True, torch.bfloat16),
+        ("cuda", True, False, torch.float32),  # emulated: not native
+        ("mps", True, True, torch.float32),
+    ],
+)
+def test_auto_dtype_is_bf16_only_where_the_hardware_has_it(monkeypatch, device, amx, bf16, want):
+    pretend(monkeypatch, amx=amx, bf16=bf16)
+    assert machine.pick_dtype("auto", torch.device(device)) == want
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_dtype_that_is_named_is_taken(monkeypatch, name, amx):
+    pretend(monkeypatch, amx=amx)
+    assert machine.pick_dtype(name, torch.device("cpu")) == getattr(torch, name)
+
+
+def test_the_description_is_json_and_names_what_measurements_depend_on():
+    facts = machine.describe(torch.device("cpu"))
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["cpu_capability"]
