@@ -107,7 +107,7 @@ def load_model(config: ModelConfig, weights: Path) -> Transformer:
         if unfit:
             raise ValueError(f"{weights}: {name} holds {unfit} numbers that are NaN or infinite")
         ours.copy_(tensors[name])
-    return model
+    return model.eval()
 
 
 def is_bias(name: str) -> bool:

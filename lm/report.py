@@ -123,9 +123,9 @@ def expert_load(model: Transformer, text: data.Windows) -> torch.Tensor:
 @torch.no_grad()
 def passage_experts(model: Transformer, text: data.Windows) -> list[list[dict[str, Any]]]:
     """For each MoE layer: the tokens of a held-out passage as shown, each with its expert of most weight."""
-    tokens = torch.from_numpy(text.tokens[2000 : 2000 + PASSAGE].astype("int64"))
-    if not len(tokens):
-        tokens = torch.from_numpy(text.tokens[:PASSAGE].astype("int64"))
+    some = bytes(text.tokens[:4000])
+    start = max(0, some.find(b"\n\n", 2000) + 2 if len(some) > 2000 + PASSAGE else 0)  # where a speech begins
+    tokens = torch.from_numpy(text.tokens[start : start + PASSAGE].astype("int64"))
     shown = [show(token) for token in tokens.tolist()]
     layers = []
     for routing in model(tokens.unsqueeze(0)).routings:

@@ -33,7 +33,7 @@ class RunFailed(RuntimeError):
 
 
 def train(config: Config, run: Path, resume: bool = False) -> int:
-    """Train, writing all that DESIGN calls a run folder except the report.
+    """Train, writing a run folder: config.toml, metrics.jsonl, checkpoints, samples.txt.
 
     Args:
         run: the folder; new or empty, or with resume one that an earlier call left.
@@ -168,9 +168,6 @@ class Trainer:
                 row = self.step(step)
                 self.state["seconds"] = time.perf_counter() - started
                 row["seconds"] = round(self.state["seconds"], 3)
-                seconds = row.pop("step_seconds") or 1e-9
-                row["tokens_per_second"] = round(row["tokens_this_step"] / seconds, 1)
-                del row["tokens_this_step"]
                 last = step == train.steps
                 if step % train.eval_every == 0 or last:
                     row["val_loss"] = self.evaluate(None if last else train.eval_tokens)
@@ -194,6 +191,7 @@ class Trainer:
         """One update of the weights, and of the selection biases on the whole batch's counts -> a log row."""
         train = self.config.train
         began = time.perf_counter()
+        self.model.train()
         rate = learning_rate(step, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -231,8 +229,7 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "max_violation": sum(violations) / max(1, len(violations)),
             "max_violations": violations,  # of each MoE layer
-            "tokens_this_step": tokens,
-            "step_seconds": time.perf_counter() - began,
+            "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
         }
 
     @torch.no_grad()
@@ -246,6 +243,7 @@ class Trainer:
     def sample(self, step: int) -> None:
         """Write a little text, into samples.txt and onto the screen."""
         train = self.config.train
+        self.model.eval()
         newline, last = self.tokenizer.encode("\n")[0], self.config.model.vocab_size - 1
         prompt = [min(newline, last)]
         steps = stream(self.model, [prompt], 200, 0.8, seed=train.seed, window=train.context)
@@ -347,6 +345,7 @@ def evaluate(
     count = len(windows) if tokens is None else min(len(windows), max(1, tokens // windows.context))
     chosen = [index * len(windows) // count for index in range(count)]
     device = next(model.parameters()).device
+    model.eval()
     total = 0.0
     for at in range(0, count, batch_size):
         batch = torch.stack([windows[index] for index in chosen[at : at + batch_size]]).to(device)

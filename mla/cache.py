@@ -70,11 +70,11 @@ class Cache:
         Raises:
             ValueError: a length is no whole number, negative or above what the row holds.
         """
-        batch, wanted = len(self.lengths), torch.as_tensor(length)
-        if wanted.shape not in ((), (batch,)) or wanted.dtype.is_floating_point:
-            found = f"{wanted.dtype} {tuple(wanted.shape)}"
+        batch, given = len(self.lengths), torch.as_tensor(length)
+        if given.shape not in ((), (batch,)) or given.dtype.is_floating_point:
+            found = f"{given.dtype} {tuple(given.shape)}"
             raise ValueError(f"length is {found}; expected whole numbers, one or ({batch},)")
-        wanted = wanted.expand(batch).tolist()
+        wanted = given.expand(batch).tolist()
         for row, (new, old) in enumerate(zip(wanted, self.lengths)):
             if not 0 <= new <= old:
                 raise ValueError(f"length={new} for row {row} must lie in 0..{old}, what the row holds")
