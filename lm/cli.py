@@ -1,5 +1,6 @@
 """The `lm` command. Loads no torch before a command needs it, so that --help and mistakes are quick."""
 
+import io
 import itertools
 import os
 import sys
@@ -266,6 +267,8 @@ def run_chat(options: Chat) -> int:
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
     )
     model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be said
     print("Say something; the model goes on from all that was said. An empty line ends it.")
     history: list[int] = []
     while True:

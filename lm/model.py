@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -162,6 +164,8 @@ def find_class(name: str, path: str) -> type[nn.Module]:
     module_name, colon, class_name = path.partition(":")
     if not colon:
         raise ValueError(f'{name} {path!r}: expected a built-in name or "module:Class"')
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where your own file is; the path of the `lm` command begins elsewhere
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except Exception as error:

@@ -34,8 +34,9 @@ def write(run: Path, trust_code: bool = False) -> Path:
         ValueError: the folder is not a run with a whole checkpoint.
     """
     config = checkpoint.read_config(run, trust_code)
-    state = checkpoint.read_state(checkpoint.newest_checkpoint(run))
-    model = checkpoint.load(run, trust_code)
+    newest = checkpoint.newest_checkpoint(run)
+    state = checkpoint.read_state(newest)
+    model = checkpoint.load_model(config.model, newest / "model.safetensors")
     rows = read_metrics(run)
     if not rows:
         raise ValueError(f"{run / 'metrics.jsonl'}: holds no row yet")
@@ -65,7 +66,7 @@ def write(run: Path, trust_code: bool = False) -> Path:
         passage=passage,
         caches=caches,
         counts=counts(config, model),
-        samples=samples.read_text(encoding="utf-8") if samples.exists() else "",
+        samples=samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else "",
         hue=hue,
     )
     checkpoint.write_file(run / "report.html", page)

@@ -356,16 +356,24 @@ def evaluate(
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last one that was cut short by a crash is left out."""
+    """The rows of metrics.jsonl; a last one that was cut short by a crash is left out.
+
+    Raises:
+        ValueError: a row is something else.
+    """
     rows = []
-    try:
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    except FileNotFoundError:
-        pass
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        keys = ("step", "tokens", "seconds", "loss")
+        whole = isinstance(row, dict) and all(isinstance(row.get(key), int | float) for key in keys)
+        if not whole or not isinstance(row.get("max_violations"), list):
+            raise ValueError(f"{path}: line {number} is no row of a log: {line:.80}")
+        rows.append(row)
     return rows
 
 

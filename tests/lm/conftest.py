@@ -75,7 +75,11 @@ def tiny(text_file):
             "rope": rope or {},
         }
         return Config.from_dict(
-            {"model": sections, "train": {**TRAIN, **(train or {})}, "data": {"path": str(text_file), **(data or {})}}
+            {
+                "model": sections,
+                "train": {**TRAIN, **(train or {})},
+                "data": {"path": str(text_file), **(data or {})},
+            }
         )
 
     return make
@@ -139,7 +143,11 @@ def options(tiny):
             if isinstance(value, dict):
                 yield from flat(value, f"{name}.") if key != "arguments" else ()
             elif isinstance(value, bool):
-                yield f"--{name}" if value else "--" + ".".join([*name.split(".")[:-1], f"no-{name.split('.')[-1]}"])
+                yield (
+                    f"--{name}"
+                    if value
+                    else "--" + ".".join([*name.split(".")[:-1], f"no-{name.split('.')[-1]}"])
+                )
             else:
                 yield from (f"--{name}", str(value))
 
@@ -147,6 +155,21 @@ def options(tiny):
         return ["--preset", "nano", *flat(asdict(config))]
 
     return make
+
+
+# Run in the child first, this leaves out what takes longer than training a small model.
+QUICK = """
+import itertools, lm.report, lm.train
+lm.report.write = lambda run, **trust: run / "report.html"
+stream = lm.train.stream
+lm.train.stream = lambda *a, **k: itertools.islice(stream(*a, **k), 10)
+"""
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Python for a Command's `before`: short samples and no report."""
+    return QUICK
 
 
 @dataclass
@@ -162,19 +185,19 @@ class Ended:
 NURSERY = """
 import json, os, signal, sys, traceback
 import lm.cli, lm.decode, lm.report, lm.train
-lm.report.template()
+import torch._dynamo  # building an optimizer imports it, in a second
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
     if not pid:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number, path, flags in ((0, job["stdin"], os.O_RDONLY), (1, job["stdout"], 577), (2, job["stderr"], 577)):
-            handle = os.open(path, flags, 0o644)
-            os.dup2(handle, number)
-            os.close(handle)
-        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, m, encoding="utf-8", errors=e)
-                                             for n, m, e in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace")))
+        strict, lax = "strict", "backslashreplace"
+        streams = (("stdin", "rb", strict), ("stdout", "wb", strict), ("stderr", "wb", lax))
+        for number, (name, mode, errors) in enumerate(streams):
+            with open(job[name], mode) as file:
+                os.dup2(file.fileno(), number)
+            setattr(sys, name, os.fdopen(number, mode[0], encoding="utf-8", errors=errors))
         os.chdir(job["cwd"])
         os.environ.update(job["env"])
         sys.path[:0] = job["paths"]
@@ -203,7 +226,12 @@ class Command:
     def __init__(self, folder):
         self.folder = folder
         self.nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                NURSERY,
+            ],  # -P: the path of the `lm` script holds no working folder either
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -77,7 +77,9 @@ def test_a_saved_model_is_a_toml_and_a_safetensors_file(tiny, make_model, tmp_pa
     assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "model.safetensors"]
     assert Config.load(folder / "config.toml").model == model.config
     stored = load_file(folder / "model.safetensors")
-    assert {name: t.shape for name, t in stored.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert {name: t.shape for name, t in stored.items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
 
 
 def test_loaded_weights_are_memory_of_their_own(tiny, make_model, tmp_path):
@@ -367,13 +369,17 @@ def test_hostile_configs_are_one_line_that_names_the_folder(folder, old, new):
     refused(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"[model]\n", b"\xef\xbb\xbf[model]", b"\xff\xfe", b"{}", b"\0"], ids=repr)
+@pytest.mark.parametrize(
+    "text", [b"", b"[model]\n", b"\xef\xbb\xbf[model]", b"\xff\xfe", b"{}", b"\0"], ids=repr
+)
 def test_configs_that_are_no_config_of_these_weights_are_refused(folder, text):
     (folder / "config.toml").write_bytes(text)
     refused(folder)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)], ids=["pipe", "folder", "loop"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)], ids=["pipe", "folder", "loop"]
+)
 @pytest.mark.parametrize("name", ["config.toml", "model.safetensors"])
 def test_what_is_no_file_is_refused(folder, name, make):
     (folder / name).unlink()
@@ -388,11 +394,15 @@ def test_folders_without_what_is_needed_are_refused(folder, tmp_path):
     refused(folder, "holds no config.toml")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"{path.name}: is not a folder; expected a run or a saved model"):
+        with pytest.raises(
+            ValueError, match=f"{path.name}: is not a folder; expected a run or a saved model"
+        ):
             load(path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pkl", "checkpoints/step-000001/model.bin"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pkl", "checkpoints/step-000001/model.bin"]
+)
 def test_pickles_are_never_looked_at(folder, name):
     (folder / "model.safetensors").unlink()
     path = folder / name
@@ -418,11 +428,17 @@ def evil(tmp_path, monkeypatch):
     return tmp_path / "mark"
 
 
-@pytest.mark.parametrize("old, new", [('router = "sigmoid"', 'router = "evil_part:Router"'), ('kind = "mla"', 'kind = "evil_part:Attention"')])
+@pytest.mark.parametrize(
+    "old, new",
+    [('router = "sigmoid"', 'router = "evil_part:Router"'), ('kind = "mla"', 'kind = "evil_part:Attention"')],
+)
 def test_code_that_a_folder_names_is_not_imported_unless_trusted(folder, evil, old, new):
     model = load(folder)
     with_config(folder, old, new)
-    with pytest.raises(ValueError, match=r"config.toml: .*'evil_part:.* is code; importing it needs trust_code \(--trust-code\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"config.toml: .*'evil_part:.* is code; importing it needs trust_code \(--trust-code\)",
+    ):
         load(folder)
     assert not evil.exists() and "evil_part" not in sys.modules
     assert bits(load(folder, trust_code=True)) == bits(model)
@@ -436,9 +452,9 @@ warnings.simplefilter("ignore")
 warm = lm.load(sys.argv[1])
 seen = []
 def hook(event, arguments):
-    if event in ("exec", "compile", "import", "os.system", "subprocess.Popen", "socket.connect") or event.startswith("pickle"):
+    if event.split(".")[0] in ("exec", "compile", "import", "pickle", "subprocess", "socket"):
         seen.append((event, str(arguments)[:200]))
-    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+    if event == "os.system" or event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         seen.append((event, str(arguments)[:200]))
 sys.addaudithook(hook)
 refused, memory = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -459,7 +475,10 @@ def test_loading_hostile_folders_runs_and_writes_nothing(whole, evil, tmp_path):
         path = folder / "model.safetensors"
         path.write_bytes(change(*taken_apart(path)))
         folders.append(folder)
-    evil_configs = [('router = "sigmoid"', 'router = "evil_part:Router"'), ('kind = "mla"', 'kind = "os:system"')]
+    evil_configs = [
+        ('router = "sigmoid"', 'router = "evil_part:Router"'),
+        ('kind = "mla"', 'kind = "os:system"'),
+    ]
     for number, (old, new) in enumerate([*CONFIGS.values(), *evil_configs]):
         folder = Path(shutil.copytree(whole, tmp_path / f"config{number}"))
         with_config(folder, old, new)
@@ -475,7 +494,9 @@ def test_loading_hostile_folders_runs_and_writes_nothing(whole, evil, tmp_path):
     )
     number, seen, grown = json.loads(ran.stdout.splitlines()[-1])
     assert number == len(folders)
-    assert [entry for entry in seen if not entry[1].startswith(("('torch", "('numpy"))] == []  # their own lazy imports
+    assert [
+        entry for entry in seen if not entry[1].startswith(("('torch", "('numpy"))
+    ] == []  # their own lazy imports
     assert grown < 64 * 1024 + 2 * 20 * 1024, f"{grown} kB more memory"  # the largest file has 20 MB
     assert content(tmp_path) == before
 
@@ -490,10 +511,21 @@ def test_no_source_can_unpickle_or_evaluate(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"} & {n.split(".")[0] for n in names}
+            assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"} & {
+                n.split(".")[0] for n in names
+            }
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "torch.load", "torch.save", "np.load", "numpy.load", "os.system")
+            assert called not in (
+                "eval",
+                "exec",
+                "compile",
+                "torch.load",
+                "torch.save",
+                "np.load",
+                "numpy.load",
+                "os.system",
+            )
             assert "allow_pickle" not in [keyword.arg for keyword in node.keywords]
 
 
@@ -541,7 +573,9 @@ def test_any_flipped_byte_of_a_header_or_cut_is_refused_or_the_same_shapes(whole
         assert str(path) in str(error)
     else:
         assert not cut
-        assert {n: t.shape for n, t in loaded.state_dict().items()} == {n: t.shape for n, t in load(whole).state_dict().items()}
+        assert {n: t.shape for n, t in loaded.state_dict().items()} == {
+            n: t.shape for n, t in load(whole).state_dict().items()
+        }
 
 
 # --- checkpoints of a run
@@ -615,7 +649,11 @@ def test_a_parameter_without_gradient_does_not_stop_the_saving(tiny, run):
 def test_a_checkpoint_is_three_files_without_pickle(tiny, run):
     folder = save_checkpoint(run, *stepped(tiny()), state_of(2), keep=2)
     assert folder == run / "checkpoints" / "step-000002"
-    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     json.loads((folder / "state.json").read_text(), parse_constant=pytest.fail)
 
 
@@ -668,10 +706,18 @@ def test_data_is_on_disk_before_its_name(tiny, run, monkeypatch):
     temporary = ".step-000002.tmp"
     files = {("fsync", name) for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
     assert set(events[:3]) == files
-    assert events[3:] == [("fsync", temporary), ("rename", temporary, "step-000002"), ("fsync", "checkpoints")]
+    assert events[3:] == [
+        ("fsync", temporary),
+        ("rename", temporary, "step-000002"),
+        ("fsync", "checkpoints"),
+    ]
     events.clear()
     checkpoint.write_file(run / "config.toml", "x")
-    assert events == [("fsync", ".config.toml.tmp"), ("rename", ".config.toml.tmp", "config.toml"), ("fsync", "run")]
+    assert events == [
+        ("fsync", ".config.toml.tmp"),
+        ("rename", ".config.toml.tmp", "config.toml"),
+        ("fsync", "run"),
+    ]
 
 
 PLACES = [("os", "fsync", number) for number in range(5)] + [
@@ -685,7 +731,11 @@ PLACES = [("os", "fsync", number) for number in range(5)] + [
 
 
 @pytest.mark.parametrize("owner, function, number", PLACES)
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("can't allocate memory"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("can't allocate memory"), KeyboardInterrupt()],
+    ids=repr,
+)
 def test_a_save_that_fails_anywhere_harms_nothing(tiny, run, monkeypatch, owner, function, number, error):
     model, optimizer = stepped(tiny())
     first = save_checkpoint(run, model, optimizer, state_of(1), keep=1)
@@ -703,7 +753,11 @@ def test_a_save_that_fails_anywhere_harms_nothing(tiny, run, monkeypatch, owner,
         patched.setattr(owned, function, failing)
         with pytest.raises(type(error)):
             save_checkpoint(run, model, optimizer, state_of(2), keep=1)
-    if (owner, function, number) == ("os", "fsync", 4):  # the new one is in place already, the old not yet removed
+    if (owner, function, number) == (
+        "os",
+        "fsync",
+        4,
+    ):  # the new one is in place already, the old not yet removed
         assert {name: held for name, held in content(run).items() if "step-000002" not in name} == before
     else:
         assert content(run) == before
@@ -764,7 +818,11 @@ def with_field(key, value):
 
 
 DAMAGES = [
-    *[(name, damage) for name in ("model.safetensors", "optimizer.safetensors", "state.json") for damage in (cut, Path.unlink, replaced_by_pipe)],
+    *[
+        (name, damage)
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+        for damage in (cut, Path.unlink, replaced_by_pipe)
+    ],
     ("model.safetensors", flip),
     ("optimizer.safetensors", flip),
     ("state.json", lambda path: path.write_text("[" * 100_000)),
@@ -801,7 +859,10 @@ def test_when_all_are_damaged_it_is_one_line(tiny, run):
     two_checkpoints(run, tiny())
     for path in (run / "checkpoints").iterdir():
         cut(path / "model.safetensors")
-    with pytest.warns(UserWarning, match="passed over") as caught, pytest.raises(ValueError, match="run: every checkpoint is damaged"):
+    with (
+        pytest.warns(UserWarning, match="passed over") as caught,
+        pytest.raises(ValueError, match="run: every checkpoint is damaged"),
+    ):
         load(run)
     assert len(caught) == 2
 

@@ -48,7 +48,12 @@ def values(section):
 @given(table=values(Config), groups=st.integers(1, 8), size=st.integers(1, 8))
 def test_toml_round_trip_keeps_every_value(tmp_path_factory, table, groups, size):
     table["model"]["num_dense_layers"] = min(table["model"]["num_dense_layers"], table["model"]["num_layers"])
-    table["model"]["moe"] |= {"num_groups": groups, "top_groups": groups, "num_experts": groups * size, "top_k": 1}
+    table["model"]["moe"] |= {
+        "num_groups": groups,
+        "top_groups": groups,
+        "num_experts": groups * size,
+        "top_k": 1,
+    }
     config = Config.from_dict(table)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
@@ -77,7 +82,10 @@ def nested(path, value):
 
 @pytest.mark.parametrize("path, limits, kind", LIMITS, ids=[path for path, *_ in LIMITS])
 def test_every_field_refuses_other_types_and_values_out_of_its_range(path, limits, kind):
-    wrong = {int: [True, 1.0, "1", math.nan, 10**400], float: [True, "1", math.nan, math.inf, -math.inf, 10**400]}
+    wrong = {
+        int: [True, 1.0, "1", math.nan, 10**400],
+        float: [True, "1", math.nan, math.inf, -math.inf, 10**400],
+    }
     bad = wrong.get(kind, [1, None, [], 2.5])
     if kind in (int, float):
         bad = [*bad, limits["least"] - 1, None, [1]]
@@ -103,7 +111,11 @@ def test_every_field_refuses_other_types_and_values_out_of_its_range(path, limit
         ("train.learning_rate", -0.001, "train.learning_rate: a finite number >= 0, got -0.001"),
         ("train.seed", -1, f"train.seed: a whole number 0..{2**63 - 1}, got -1"),
         ("train.seed", 2**64, f"train.seed: a whole number 0..{2**63 - 1}, got {2**64}"),
-        ("train.dtype", "bfloat", "train.dtype: one of auto, float32, bfloat16, got 'bfloat' (did you mean 'bfloat16'?)"),
+        (
+            "train.dtype",
+            "bfloat",
+            "train.dtype: one of auto, float32, bfloat16, got 'bfloat' (did you mean 'bfloat16'?)",
+        ),
         ("model.dim", "256", "model.dim: a whole number >= 1, got '256'"),
         ("model.attention.v_head_dim", 0, "model.attention.v_head_dim: a whole number >= 1, got 0"),
         ("model.tie_embeddings", 1, "model.tie_embeddings: expected bool, got 1"),
@@ -122,7 +134,10 @@ def test_the_message_names_field_value_and_what_would_be_right(path, value, said
     [
         ({"num_experts": 6, "num_groups": 4}, "num_experts 6 is not a multiple of num_groups 4"),
         ({"num_experts": 16, "num_groups": 8, "top_groups": 9}, "top_groups 9 is more than num_groups 8"),
-        ({"num_experts": 8, "num_groups": 4, "top_groups": 1, "top_k": 3}, "top_k 3 is more than the 2 experts"),
+        (
+            {"num_experts": 8, "num_groups": 4, "top_groups": 1, "top_k": 3},
+            "top_k 3 is more than the 2 experts",
+        ),
         ({"num_experts": 4, "top_k": 5}, "top_k 5 is more than the 4 experts"),
     ],
 )
@@ -140,7 +155,10 @@ def test_more_dense_layers_than_layers_are_refused():
     "table, said",
     [
         ({"modle": {}}, r"unknown key 'modle' \(did you mean 'model'\?\)"),
-        ({"train": {"learning_rat": 1}}, r"unknown key 'train.learning_rat' \(did you mean 'learning_rate'\?\)"),
+        (
+            {"train": {"learning_rat": 1}},
+            r"unknown key 'train.learning_rat' \(did you mean 'learning_rate'\?\)",
+        ),
         ({"model": {"moe": {"topk": 1}}}, r"unknown key 'model.moe.topk' \(did you mean 'top_k'\?\)"),
         ({"model": {"zzz": 1}}, r"unknown key 'model.zzz'$"),
         ({"name": "x"}, "unknown key 'name'"),
@@ -224,7 +242,12 @@ def test_a_toml_file_of_ones_own_is_a_preset_too(tmp_path):
 
 def test_configs_are_frozen():
     config = Config()
-    for section, name in ((config, "model"), (config.model, "dim"), (config.model.moe, "top_k"), (config.train, "steps")):
+    for section, name in (
+        (config, "model"),
+        (config.model, "dim"),
+        (config.model.moe, "top_k"),
+        (config.train, "steps"),
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, name, 1)
 
@@ -234,9 +257,11 @@ def test_whole_numbers_are_taken_for_floats():
     assert isinstance(Config.from_dict({"train": {"learning_rate": 1}}).train.learning_rate, float)
 
 
-@pytest.mark.parametrize("code", ["import lm", "import lm.config", "import lm; lm.Config.preset('nano')", "import lm.cli"])
+@pytest.mark.parametrize(
+    "code", ["import lm", "import lm.config", "import lm; lm.Config.preset('nano')", "import lm.cli"]
+)
 def test_importing_loads_no_torch(code):
-    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}; assert 'torch' not in sys.modules, 'torch was loaded'"
+    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

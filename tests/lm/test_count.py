@@ -13,9 +13,29 @@ from lm.config import Config, ModelConfig, build, preset_names
 from lm.model import Transformer
 
 
-def published(layers, dense, width, heads, hidden, expert, experts, shared, top_k, vocab, q_rank=0, groups=(1, 1), **other):
-    """A row of the papers' tables as a ModelConfig: V3's router, and MLA with 512, 128, 64 and 128, unless told."""
-    mla = {"q_lora_rank": q_rank, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+def published(
+    layers,
+    dense,
+    width,
+    heads,
+    hidden,
+    expert,
+    experts,
+    shared,
+    top_k,
+    vocab,
+    q_rank=0,
+    groups=(1, 1),
+    **other,
+):
+    """A row of the papers' tables as a ModelConfig: V3's router, MLA of 512, 128, 64 and 128, unless told."""
+    mla = {
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
     return build(
         ModelConfig,
         {
@@ -84,7 +104,9 @@ def test_figures_of_the_papers_that_are_rounded():
     assert 245e9 < flops < 255e9  # "about 250 GFLOP a token"
     assert round(flops * 14.8e12 / 1e24, 1) == 3.7
     llama = dataclasses.replace(
-        v3, num_layers=126, attention=dataclasses.replace(v3.attention, kind="gqa", num_kv_heads=8, head_dim=128)
+        v3,
+        num_layers=126,
+        attention=dataclasses.replace(v3.attention, kind="gqa", num_kv_heads=8, head_dim=128),
     )
     assert count.cache_elements_per_token(llama) == 258_048  # Llama 3.1 405B
     assert round(258_048 / count.cache_elements_per_token(v3), 1) == 7.3
@@ -140,7 +162,10 @@ def instantiated(config):
 def test_total_is_what_is_instantiated(config):
     model, total = instantiated(config)
     assert count.total_parameters(config) == total == sum(count.parameters_by_part(config).values())
-    experts = sum(block.mlp.experts.gate_up[0].numel() + block.mlp.experts.down[0].numel() for block in model.blocks[config.num_dense_layers :])
+    experts = sum(
+        block.mlp.experts.gate_up[0].numel() + block.mlp.experts.down[0].numel()
+        for block in model.blocks[config.num_dense_layers :]
+    )
     assert count.active_parameters(config) == total - (config.moe.num_experts - config.moe.top_k) * experts
 
 
@@ -233,7 +258,11 @@ def test_summary_and_its_text_agree(tiny):
     assert facts["cache_elements_per_token"]["MHA"] == 3 * 2 * 8 * 6
     assert facts["cache_elements_per_token"]["MQA"] == 3 * 2 * 6
     text = count.as_text(facts)
-    for number in (facts["parameters"]["total"], facts["parameters"]["active"], facts["training_flops_per_token"]):
+    for number in (
+        facts["parameters"]["total"],
+        facts["parameters"]["active"],
+        facts["training_flops_per_token"],
+    ):
         assert f"{number:,}" in text
     assert f"{2 * 3 * 12 * 1000 / 2**20:,.2f} MiB" in text
     assert math.isclose(sum(facts["parameters"]["by_part"].values()), facts["parameters"]["total"], rel_tol=0)

@@ -28,7 +28,7 @@ def prompts_of(*lengths, seed=0):
 
 @torch.no_grad()
 def greedy_without_cache(model, prompt, new, window=None):
-    """The most likely token after all that may be seen, again and again; a full window is left but for its half."""
+    """The most likely token after all that may be seen, again and again; of a full window half is left."""
     text, start = list(prompt), 0
     for _ in range(new):
         if window is not None and len(text) - start > window:
@@ -45,9 +45,9 @@ def written(model, prompts, *arguments, **options):
 @pytest.mark.parametrize("length", [1, 2, 31])
 def test_greedy_equals_the_uncached_model_token_for_token(model, length):
     tokens = torch.tensor(prompts_of(length, length, length))
-    want = [greedy_without_cache(model, row, 40) for row in tokens.tolist()]
+    want = [greedy_without_cache(model, row, 25) for row in tokens.tolist()]
     assert len({token for row in want for token in row}) > 10  # not one token again and again
-    out = generate(model, tokens, 40, temperature=0)
+    out = generate(model, tokens, 25, temperature=0)
     assert out.dtype == torch.int64 and torch.equal(out[:, :length], tokens)
     assert out[:, length:].tolist() == want
 
@@ -55,14 +55,15 @@ def test_greedy_equals_the_uncached_model_token_for_token(model, length):
 def test_ragged_prompts_write_greedily_what_each_writes_alone(model):
     prompts = prompts_of(*range(1, 21))
     together = written(model, prompts, 12, 0)
-    assert together == [written(model, [prompt], 12, 0)[0] for prompt in prompts]
     assert together == [greedy_without_cache(model, prompt, 12) for prompt in prompts]
 
 
 def test_ragged_prompts_draw_with_their_seeds_what_each_draws_alone(model):
     prompts = prompts_of(*range(1, 21))
     together = written(model, prompts, 12, 1.0, seed=100)
-    assert together == [written(model, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)]
+    assert together == [
+        written(model, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)
+    ]
 
 
 def test_neighbours_and_their_order_change_nothing(model):
@@ -290,4 +291,4 @@ def test_an_empty_prompt_is_refused(mla, prompts):
 def test_narrow_models_write_too(tiny, make_model, dtype):
     model = make_model(tiny().model, dtype)
     out = generate(model, torch.tensor(prompts_of(5, 5)), 6, seed=0)
-    assert out.shape == (2, 11) and 0 <= int(out.min()) and int(out.max()) < 256
+    assert out.shape == (2, 11) and set(out.flatten().tolist()) <= set(range(256))

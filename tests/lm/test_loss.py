@@ -16,7 +16,11 @@ def by_hand(logits, target):
 
 ROWS = st.integers(2, 6).flatmap(
     lambda vocab: st.lists(
-        st.tuples(st.lists(st.floats(-50, 50), min_size=vocab, max_size=vocab), st.integers(0, vocab - 1), st.booleans()),
+        st.tuples(
+            st.lists(st.floats(-50, 50), min_size=vocab, max_size=vocab),
+            st.integers(0, vocab - 1),
+            st.booleans(),
+        ),
         min_size=1,
         max_size=6,
     )
@@ -29,7 +33,9 @@ def test_loss_is_minus_the_log_of_the_softmax(rows):
     targets, mask = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
     want = [by_hand(row[0], row[1]) for row in rows]
     assert token_log_probs(logits, targets).tolist() == pytest.approx(want, rel=1e-12, abs=1e-12)
-    assert float(cross_entropy(logits, targets)) == pytest.approx(-sum(want) / len(want), rel=1e-12, abs=1e-12)
+    assert float(cross_entropy(logits, targets)) == pytest.approx(
+        -sum(want) / len(want), rel=1e-12, abs=1e-12
+    )
     counted = [value for value, row in zip(want, rows) if row[2]]
     mean = -sum(counted) / len(counted) if counted else 0.0
     assert float(cross_entropy(logits, targets, mask)) == pytest.approx(mean, rel=1e-12, abs=1e-12)
@@ -40,12 +46,16 @@ def test_leading_axes_are_kept():
     targets = torch.randint(5, (2, 3, 4))
     got = token_log_probs(logits, targets)
     assert got.shape == (2, 3, 4)
-    assert got[1, 2, 3].item() == pytest.approx(by_hand(logits[1, 2, 3].tolist(), targets[1, 2, 3].item()), rel=1e-12)
+    assert got[1, 2, 3].item() == pytest.approx(
+        by_hand(logits[1, 2, 3].tolist(), targets[1, 2, 3].item()), rel=1e-12
+    )
     assert token_log_probs(logits[0, 0, 0], targets[0, 0, 0]).shape == ()
 
 
 def test_even_logits_cost_the_log_of_the_vocabulary():
-    assert float(cross_entropy(torch.zeros(3, 7, dtype=torch.float64), torch.tensor([0, 3, 6]))) == pytest.approx(math.log(7))
+    assert float(
+        cross_entropy(torch.zeros(3, 7, dtype=torch.float64), torch.tensor([0, 3, 6]))
+    ) == pytest.approx(math.log(7))
 
 
 def test_nothing_left_by_the_mask_is_0_with_gradient_0():
@@ -67,7 +77,10 @@ def test_masked_tokens_have_no_gradient_and_do_not_change_the_mean():
     assert logits.grad[1:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("dtype, wide", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, wide",
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
 def test_narrow_logits_are_summed_in_fp32(dtype, wide):
     logits = torch.randn(64, 300).to(dtype)
     targets = torch.randint(300, (64,))

@@ -9,7 +9,9 @@ from lm import machine
 def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
+    )
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
 
@@ -35,7 +37,14 @@ def test_a_device_is_found_by_name_and_auto_prefers_a_gpu(monkeypatch, gpus, mps
 
 @pytest.mark.parametrize(
     "gpus, name, found",
-    [(0, "cuda", "cpu"), (0, "", "cpu"), (0, "gpu", "cpu"), (0, "meta", "cpu"), (2, "cuda:2", "cuda:0, cuda:1, cpu"), (1, "mps", "cuda:0, cpu")],
+    [
+        (0, "cuda", "cpu"),
+        (0, "", "cpu"),
+        (0, "gpu", "cpu"),
+        (0, "meta", "cpu"),
+        (2, "cuda:2", "cuda:0, cuda:1, cpu"),
+        (1, "mps", "cuda:0, cpu"),
+    ],
 )
 def test_a_device_that_is_not_here_names_those_that_are(monkeypatch, gpus, name, found):
     pretend(monkeypatch, gpus)

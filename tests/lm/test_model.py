@@ -36,7 +36,9 @@ class ByToken(First):
 
 
 class Doubled(MultiheadLatentAttention):
-    def __init__(self, dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, factor=2.0):
+    def __init__(
+        self, dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, factor=2.0
+    ):
         super().__init__(dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
         self.factor = factor
 
@@ -184,7 +186,14 @@ def test_shared_experts_are_one_mlp_of_their_width_together(tiny):
 
 @pytest.mark.parametrize("name, kind", [("sigmoid", SigmoidRouter), ("softmax", SoftmaxRouter)])
 def test_the_router_gets_the_numbers_of_the_config(tiny, name, kind):
-    moe = {"router": name, "top_k": 3, "num_groups": 2, "top_groups": 1, "normalize": False, "routed_scaling_factor": 2.5}
+    moe = {
+        "router": name,
+        "top_k": 3,
+        "num_groups": 2,
+        "top_groups": 1,
+        "normalize": False,
+        "routed_scaling_factor": 2.5,
+    }
     router = Transformer(tiny(moe=moe).model).routers()[0]
     assert type(router) is kind
     for key in ("top_k", "num_groups", "top_groups", "normalize", "routed_scaling_factor"):
@@ -196,7 +205,12 @@ def test_attention_gets_the_numbers_of_the_config(tiny):
     mla = Transformer(tiny(rope=rope).model).blocks[0].attention
     assert isinstance(mla, MultiheadLatentAttention)
     assert (mla.num_heads, mla.q_lora_rank, mla.kv_lora_rank, mla.qk_nope_head_dim) == (2, 8, 8, 6)
-    assert (mla.qk_rope_head_dim, mla.v_head_dim, mla.rope.theta, mla.rope.interleaved) == (4, 6, 500.0, False)
+    assert (mla.qk_rope_head_dim, mla.v_head_dim, mla.rope.theta, mla.rope.interleaved) == (
+        4,
+        6,
+        500.0,
+        False,
+    )
     gqa = Transformer(tiny(attention={"kind": "gqa"}, rope=rope).model).blocks[0].attention
     assert isinstance(gqa, GroupedQueryAttention)
     assert (gqa.num_heads, gqa.num_kv_heads, gqa.head_dim, gqa.rope.dim) == (2, 1, 8, 8)
@@ -270,7 +284,10 @@ def test_a_dotted_path_that_is_no_module_class_is_refused_and_never_called(tiny,
 @pytest.mark.parametrize(
     "moe, said",
     [
-        ({"router": "own_parts:First", "arguments": {"unknown": 1}}, "model.moe.router own_parts:First: .*unknown"),
+        (
+            {"router": "own_parts:First", "arguments": {"unknown": 1}},
+            "model.moe.router own_parts:First: .*unknown",
+        ),
         ({"router": "torch.nn:Linear"}, "model.moe.router torch.nn:Linear: .*in_features"),
     ],
 )
@@ -285,7 +302,10 @@ def test_arguments_that_a_class_does_not_take_are_refused(tiny, moe, said):
         ({"moe": {"num_groups": 8, "top_groups": 4, "top_k": 2}}, "needs 2 a group"),
         ({"moe": {"routed_scaling_factor": 0.0}}, "routed_scaling_factor=0.0 must be positive"),
         ({"attention": {"qk_rope_head_dim": 5}}, "dim=5 must be even"),
-        ({"attention": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 3}}, "num_kv_heads=3 does not divide num_heads=4"),
+        (
+            {"attention": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 3}},
+            "num_kv_heads=3 does not divide num_heads=4",
+        ),
         ({"attention": {"kind": "gqa", "head_dim": 7}}, "dim=7 must be even"),
     ],
 )
@@ -370,12 +390,17 @@ def test_a_narrow_model_keeps_selection_biases_in_fp32(tiny, make_model, dtype):
 
 
 PEERS = {
-    "v3": {"moe": {"num_experts": 8, "top_k": 3, "num_groups": 4, "top_groups": 2, "routed_scaling_factor": 2.5}},
+    "v3": {
+        "moe": {"num_experts": 8, "top_k": 3, "num_groups": 4, "top_groups": 2, "routed_scaling_factor": 2.5}
+    },
     "v2-lite's attention": {"attention": {"q_lora_rank": 0}},
     "one group, two shared": {"moe": {"num_groups": 1, "top_groups": 1, "top_k": 4, "num_shared_experts": 2}},
     "not normalized": {"moe": {"normalize": False}},
     "wide value": {"attention": {"v_head_dim": 12}},
-    "tied, half rotation": {"model": {"tie_embeddings": True}, "rope": {"interleaved": False, "theta": 1000.0}},
+    "tied, half rotation": {
+        "model": {"tie_embeddings": True},
+        "rope": {"interleaved": False, "theta": 1000.0},
+    },
 }
 
 
@@ -386,7 +411,9 @@ def test_logits_equal_those_of_transformers(tiny, make_model, peers, monkeypatch
     tokens = draw_tokens(3, 40)
     with torch.no_grad():
         got, plain = ours(tokens).logits, theirs(tokens).logits
-        monkeypatch.setattr(torch, "float32", torch.float64)  # what they round to fp32, router and norms, no more
+        monkeypatch.setattr(
+            torch, "float32", torch.float64
+        )  # what they round to fp32, router and norms, no more
         want = theirs(tokens).logits
     assert want.dtype == got.dtype == torch.float64
     assert (got - want).abs().max() <= 1e-12 * want.abs().max()

@@ -268,6 +268,11 @@ def test_v3_absorbs_below_about_170_queries_over_a_long_past():
     assert not layer.absorbed_is_cheaper(4096, 4096)
 
 
+def test_a_whole_text_is_expanded_however_small_the_latent():
+    layer = MultiheadLatentAttention(2, 1, 1, qk_nope_head_dim=9, qk_rope_head_dim=2, v_head_dim=9)
+    assert layer.absorbed_is_cheaper(4, 5) and not layer.absorbed_is_cheaper(4, 4)
+
+
 def test_the_absorbed_form_does_the_multiply_adds_that_were_counted():
     layer = make(form="absorbed")
     cache = layer.new_cache(BATCH, 30)

@@ -79,8 +79,20 @@ def test_router_and_experts_that_disagree_are_refused():
     MoE(nn.Identity(), Experts(5, 7, 3))  # a router need not say its sizes
 
 
+def short_products_round_as_long_ones() -> bool:
+    """Does this machine's matmul give a row the same bits in 16 rows, or 32 ..., as in 1024? (AVX2: no.)"""
+    for inner, columns in ((64, 64), (24, 80), (704, 256)):
+        x, w = torch.randn(1024, inner), torch.randn(columns, inner)
+        whole = nn.functional.linear(x, w)
+        if any(not torch.equal(nn.functional.linear(x[:n], w), whole[:n]) for n in (16, 32, 48, 64, 112)):
+            return False
+    return True
+
+
 @pytest.mark.parametrize("dim, hidden, num_experts", [(64, 32, 8), (24, 40, 5), (256, 704, 4)])
 def test_a_token_gets_the_same_bits_in_any_fp32_batch_of_16_and_more(dim, hidden, num_experts):
+    if not short_products_round_as_long_ones():
+        pytest.skip("a row's last bits depend on the number of rows on this machine, even in sixteens")
     layer = make(shared=False, dim=dim, hidden=hidden, num_experts=num_experts)
     x = torch.randn(300, dim)
     whole, routing = layer(x)

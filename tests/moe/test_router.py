@@ -218,7 +218,7 @@ def test_bias_is_a_saved_buffer_that_no_cast_can_narrow(cast):
     assert torch.equal(fresh.bias, values)
 
 
-@pytest.mark.parametrize("dim, num_experts", [(64, 8), (7, 5), (40, 33)])
+@pytest.mark.parametrize("dim, num_experts", [(64, 8), (7, 5), (40, 33), (24, 80)])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_a_token_is_routed_alike_to_the_last_bit_whoever_comes_with_it(kind, dim, num_experts):
     router = kind(dim, num_experts, top_k=3)
