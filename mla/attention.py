@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .cache import Cache, LatentCache, slots
+from .cache import Cache, LatentCache, cache_dtype, slots
 from .rope import RotaryEmbedding
 
 
@@ -200,9 +200,9 @@ class MultiheadLatentAttention(nn.Module):
         return w_key, w_value
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> LatentCache:
-        """An empty cache on this module's device; dtype None: that of its weights."""
+        """An empty cache on this module's device; dtype None: that of its weights, or of autocast."""
         weight = self.kv_a.weight
-        dtype = weight.dtype if dtype is None else dtype
+        dtype = cache_dtype(weight) if dtype is None else dtype
         return LatentCache(batch, max_length, self.kv_lora_rank, self.qk_rope_head_dim, dtype, weight.device)
 
 

@@ -54,7 +54,7 @@ class Cache:
         if total > max_length:
             last = max_length - 1
             raise ValueError(f"cache full: position {total - 1} asked for, {max_length=} ends at {last}")
-        if new.requires_grad or self.entries.requires_grad:
+        if torch.is_grad_enabled():
             self.entries = self.entries.clone()  # backward of earlier chunks still needs the old ones
         if min(start) == max(start):
             self.entries[:, start[0] : total] = new
@@ -140,6 +140,12 @@ class KVCache(Cache):
         split = "batch total (two heads head_dim) -> two batch total heads head_dim"
         key, value = rearrange(self.write(new), split, two=2, heads=self.num_kv_heads)
         return key, value
+
+
+def cache_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a projection by this weight comes out in: its own, or autocast's where that is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def slots(start: list[int], time: int, device: torch.device) -> Tensor:

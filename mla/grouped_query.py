@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import check_positive, softmax_attention, where_and_what
-from .cache import KVCache
+from .cache import KVCache, cache_dtype
 from .rope import RotaryEmbedding
 
 
@@ -59,7 +59,7 @@ class GroupedQueryAttention(nn.Module):
         return self.out(rearrange(context, "batch time heads head_dim -> batch time (heads head_dim)"))
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache on this module's device; dtype None: that of its weights."""
+        """An empty cache on this module's device; dtype None: that of its weights, or of autocast."""
         weight = self.k.weight
-        dtype = weight.dtype if dtype is None else dtype
+        dtype = cache_dtype(weight) if dtype is None else dtype
         return KVCache(batch, max_length, self.num_kv_heads, self.head_dim, dtype, weight.device)

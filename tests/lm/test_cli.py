@@ -213,10 +213,10 @@ def test_training_ends_with_a_report(tiny, options, command, tmp_path):
 
 def test_options_change_single_numbers_of_the_preset(command, quick, text_file, tmp_path):
     numbers = {"steps": 1, "context": 16, "eval_tokens": 16}
-    given = "--train.steps=1 --train.context 16 --train.eval_tokens 16 --train.dtype float32".split()
-    given += "--seed 7 --device=cpu --model.moe.top_k 1 --model.tie-embeddings --data".split()
+    given = "--train.steps=1 --train.context 16 --train.eval_tokens 16 --train.dtype float32 "
+    given += "--seed 7 --device=cpu --model.moe.top_k 1 --model.tie-embeddings --data"
     run = tmp_path / "deep" / "run"
-    assert command("train", "--preset", "nano", "--out-dir", run, *given, text_file, before=quick).code == 0
+    assert command("train", "--preset", "nano", "--out-dir", run, *given.split(), text_file, before=quick).code == 0
     nano = Config.preset("nano")
     model = replace(nano.model, tie_embeddings=True, moe=replace(nano.model.moe, top_k=1))
     training = replace(nano.train, **numbers, dtype="float32", seed=7, device="cpu")

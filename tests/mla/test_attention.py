@@ -418,3 +418,26 @@ def test_output_equals_transformers(form, q_lora_rank):
     angles = module.DeepseekV3RotaryEmbedding(config)(x, positions)
     hidden = torch.full((TIME, TIME), -math.inf, dtype=torch.float64).triu(1).expand(BATCH, 1, -1, -1)
     close(once(ours, x, form, positions=positions[0]), theirs(x, angles, hidden)[0])
+
+
+def test_cache_under_autocast_takes_what_autocast_makes():
+    attention = MultiheadLatentAttention(dim=24, num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = attention.new_cache(2, 9)
+        chunks = torch.cat([attention(x[:, :6], cache), attention(x[:, 6:], cache)], dim=1)
+        torch.testing.assert_close(chunks, attention(x), rtol=0.05, atol=0.02)
+    assert cache.entries.dtype == torch.bfloat16
+
+
+def test_gradients_flow_through_the_cache_where_only_the_query_is_trained():
+    attention = MultiheadLatentAttention(dim=24, num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    attention = attention.double().requires_grad_(False)
+    attention.q.weight.requires_grad_(True)
+    x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cache = attention.new_cache(2, 9)
+    sum(attention(part, cache).square().sum() for part in x.split([4, 1, 4], dim=1)).backward()
+    through_the_cache = attention.q.weight.grad.clone()
+    attention.q.weight.grad = None
+    attention(x).square().sum().backward()
+    torch.testing.assert_close(through_the_cache, attention.q.weight.grad, rtol=1e-10, atol=1e-12)
