@@ -299,7 +299,7 @@ def run_eval(options: Eval) -> int:
     device = machine.pick_device(options.device)
     dtype = machine.pick_dtype(config.train.dtype, device)
     loss = train.evaluate(model, windows, None, dtype, config.train.batch_size)
-    print(f"loss {loss:.4f} nats a byte on {len(windows) * windows.context:,} bytes")
+    print(f"loss {loss:.4f} nats a byte on a text of {len(tokens):,} bytes")
     print(f"{loss / math.log(2):.4f} bits a byte, perplexity {math.exp(loss):.3f}")
     return 0
 

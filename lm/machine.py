@@ -35,8 +35,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        native = device.type == "cpu" and has_amx()
     return torch.bfloat16 if native else torch.float32
+
+
+def has_amx() -> bool:
+    """Whether the CPU has bf16 matrix units that PyTorch may use (ATEN_CPU_CAPABILITY can forbid it)."""
+    return torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def describe(device: torch.device | None = None) -> dict[str, str | int]:
@@ -46,12 +51,11 @@ def describe(device: torch.device | None = None) -> dict[str, str | int]:
         with open("/proc/cpuinfo") as info:
             names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    amx = " AMX" * torch.cpu._is_amx_tile_supported()
     facts: dict[str, str | int] = {
         "cpu": cpu,
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() + amx,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() + " AMX" * has_amx(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": sys.platform,

@@ -341,17 +341,22 @@ class Trainer:
 def evaluate(
     model: Transformer, windows: data.Windows, tokens: int | None, dtype: torch.dtype, batch_size: int
 ) -> float:
-    """Mean loss of a text, nats a token; None: all its windows, else about that many tokens spread evenly."""
-    count = len(windows) if tokens is None else min(len(windows), max(1, tokens // windows.context))
-    chosen = [index * len(windows) // count for index in range(count)]
+    """Mean loss of a text, nats a token; None: of all of it, else of about that many tokens spread evenly.
+
+    Windows overlap by an eighth, which does not count: as to an n-gram model, the text before a token is known.
+    """
+    known = windows.context // 8
+    starts = range(0, len(windows.tokens) - windows.context, windows.context - known)
+    count = len(starts) if tokens is None else min(len(starts), max(1, tokens // windows.context))
+    chosen = [starts[index * len(starts) // count] for index in range(count)]
     device = next(model.parameters()).device
     model.eval()
     total = 0.0
     for at in range(0, count, batch_size):
-        batch = torch.stack([windows[index] for index in chosen[at : at + batch_size]]).to(device)
+        batch = torch.stack([windows.cut(start) for start in chosen[at : at + batch_size]]).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(batch[:, :-1]).logits
-        total += float(loss.cross_entropy(logits, batch[:, 1:])) * len(batch)
+        total += float(loss.cross_entropy(logits[:, known:], batch[:, known + 1 :])) * len(batch)
     return total / count
 
 

@@ -454,7 +454,8 @@ seen = []
 def hook(event, arguments):
     if event.split(".")[0] in ("exec", "compile", "import", "pickle", "subprocess", "socket"):
         seen.append((event, str(arguments)[:200]))
-    if event == "os.system" or event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if event == "os.system" or writes:
         seen.append((event, str(arguments)[:200]))
 sys.addaudithook(hook)
 refused, memory = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

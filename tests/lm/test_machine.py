@@ -6,7 +6,7 @@ import torch
 from lm import machine
 
 
-def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False):
+def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False, capability="AVX512"):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(
@@ -14,6 +14,7 @@ def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False):
     )
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +81,9 @@ def test_the_description_is_json_and_names_what_measurements_depend_on():
     assert json.loads(json.dumps(facts)) == facts
     assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
     assert facts["cpu"] and facts["cores"] >= 1 and facts["cpu_capability"]
+
+
+def test_matrix_units_that_pytorch_was_told_not_to_use_do_not_count(monkeypatch):
+    pretend(monkeypatch, amx=True, capability="AVX2")
+    assert machine.pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert machine.describe()["cpu_capability"] == "AVX2"
