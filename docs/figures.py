@@ -34,8 +34,9 @@ def table() -> str:
         rows.append((what, f"{loss} after {minutes}", machine(found), f"`lm train --preset {name}`"))
     found = read("experiments/results/balance.json")
     violations = found["max_violation_by_layer_last_100_steps"]
-    shown = " / ".join(f"{a:.2f} against {b:.2f}" for a, b in zip(violations["bias update"], violations["none"]))
-    what = "MaxVio with the bias update against none, each layer, last 100 steps"
+    pairs = zip(violations["bias update"], violations["none"])
+    shown = " / ".join(f"{a:.2f} against {b:.2f}" for a, b in pairs)
+    what = f"MaxVio with the bias update against none, each layer, last 100 of {found['steps']:,} steps"
     rows.append((what, shown, machine(found), "`python -m experiments.balance`"))
     for path in sorted((ROOT / "benchmarks" / "results").glob("speed-*.json")):
         found = read(f"benchmarks/results/{path.name}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 
-from lm import machine, train
+from lm import machine, runs, train
 from lm.config import Config
 
 matplotlib.use("Agg")
@@ -36,7 +36,7 @@ def run(config: Config, rate: float) -> list[dict]:
     )
     with tempfile.TemporaryDirectory() as folder:
         train.train(dataclasses.replace(config, train=settings), Path(folder) / "run")
-        return train.read_metrics(Path(folder) / "run")
+        return runs.read_metrics(Path(folder) / "run")
 
 
 def by_layer(rows: list[dict]) -> list[float]:

@@ -156,10 +156,10 @@ def run_train(arguments: list[str]) -> int:
         base = Config.preset(preset)
     options = parse(Train, "train", arguments, Train(config=base))
 
-    from . import checkpoint, report, train
+    from . import checkpoint, report, runs, train
 
     if resume:
-        train.same_model(checkpoint.read_config(run, options.trust_code), options.config)
+        runs.same_model(checkpoint.read_config(run, options.trust_code), options.config)
     status = train.train(options.config, run, resume)
     if status == 0:
         page = report.write(run, trust_code=True)

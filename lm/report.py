@@ -17,8 +17,8 @@ from moe import balance
 from . import checkpoint, count, data
 from .config import Config
 from .model import Transformer
+from .runs import read_metrics
 from .tokenizer import ByteTokenizer
-from .train import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of backend

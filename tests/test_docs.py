@@ -24,7 +24,8 @@ def test_equations_page_is_current():
 
 def test_equations_page_finds_the_line_of_a_tag(tmp_path):
     file = tmp_path / "part.py"
-    file.write_text('class A:\n    def f(self):\n        """V3 eq. 9"""\n        return 1  # V3 eq. 5, 7-8; why\n')
+    method = '    def f(self):\n        """V3 eq. 9"""\n        return 1  # V3 eq. 5, 7-8; why\n'
+    file.write_text("class A:\n" + method)
     assert script("equations").tags(file) == [("V3", n, "A.f", 4, "return 1") for n in (5, 7, 8)]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lm import checkpoint, cli, count, data, decode, train
 from lm.config import Config, preset_names
-from lm.train import read_metrics
+from lm.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "import sys; from lm.cli import main; sys.exit(main())"  # as the installed `lm` script
@@ -466,7 +466,7 @@ def test_eval_takes_another_text(trained_once, command, tmp_path):
     model = checkpoint.load(trained_once)
     windows = data.Windows(data.open_text(tmp_path / "text"), 16)
     assert (
-        f"loss {train.evaluate(model, windows, None, torch.float32, 4):.4f} nats a byte on a text of 330 bytes"
+        f"loss {train.evaluate(model, windows, None, torch.float32, 4):.4f} nats a byte on a text of 330 "
         in ended.out.decode()
     )
 

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lm import checkpoint, count, data, report, train
-from lm.train import read_metrics
+from lm.runs import read_metrics
 from mla import GroupedQueryAttention
 from moe import balance
 

@@ -22,7 +22,8 @@ from lm.config import Config
 from lm.decode import stream
 from lm.model import Transformer
 from lm.optim import learning_rate
-from lm.train import RunFailed, Trainer, read_metrics
+from lm.runs import read_metrics
+from lm.train import RunFailed, Trainer
 from moe import balance
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -421,7 +421,7 @@ def test_output_equals_transformers(form, q_lora_rank):
 
 
 def test_cache_under_autocast_takes_what_autocast_makes():
-    attention = MultiheadLatentAttention(dim=24, num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    attention = MultiheadLatentAttention(24, 2, 8, 6, 4, 5)
     x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = attention.new_cache(2, 9)
@@ -431,7 +431,7 @@ def test_cache_under_autocast_takes_what_autocast_makes():
 
 
 def test_gradients_flow_through_the_cache_where_only_the_query_is_trained():
-    attention = MultiheadLatentAttention(dim=24, num_heads=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+    attention = MultiheadLatentAttention(24, 2, 8, 6, 4, 5)
     attention = attention.double().requires_grad_(False)
     attention.q.weight.requires_grad_(True)
     x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
