@@ -145,7 +145,8 @@ class KVCache(Cache):
 def cache_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that a projection by this weight comes out in: its own, or autocast's where that is on."""
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else weight.dtype
 
 
 def slots(start: list[int], time: int, device: torch.device) -> Tensor:
