@@ -18,10 +18,11 @@ from lm.model import Transformer
 
 from .peers import deepseek_v3, speed_model
 
+RUN = 8  # decoding steps in a row: text is not written a token from each of two models in turn
 RESULTS = Path(__file__).parent / "results"
 
 
-def in_turns(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, the candidates in turns; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
@@ -63,15 +64,16 @@ def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
     ours.initialize(torch.Generator().manual_seed(0))
     theirs = deepseek_v3(ours)
     tokens = torch.randint(config.vocab_size, (batch, context))
-    caches = ours.new_caches(batch, context + rounds + 2)
+    caches = ours.new_caches(batch, context + RUN * (rounds + 1))
     for chunk in tokens.split(256, dim=1):
         ours(chunk, caches)
-    past = theirs(tokens, use_cache=True).past_key_values
+    past, last = theirs(tokens, use_cache=True).past_key_values, tokens[:, -1:]
     calls = {
-        "ours": lambda: ours(tokens[:, -1:], caches),
-        "transformers grouped_mm": lambda: theirs(tokens[:, -1:], past_key_values=past, use_cache=True),
+        "ours": lambda: [ours(last, caches) for _ in range(RUN)],
+        "transformers grouped_mm": lambda: [theirs(last, past_key_values=past) for _ in range(RUN)],
     }
-    return summary(in_turns(calls, rounds), batch)
+    seconds = in_turns(calls, rounds)
+    return summary({name: [value / RUN for value in values] for name, values in seconds.items()}, batch)
 
 
 def summary(seconds: dict[str, list[float]], tokens: int) -> dict:
@@ -113,7 +115,7 @@ def main() -> None:
             found[f"train step, {name}, {dtype}, batch 16 x 256"] = train_step(config, dtype, rounds)
         for context, batch in ((256, 1), (2048, 1), (8192, 1), (2048, 8)):
             key = f"decode, {name}, float32, batch {batch} at {context} of context"
-            found[key] = decode(config, context, batch, 10 * rounds)
+            found[key] = decode(config, context, batch, rounds)
     for key, value in found.items():
         print(key, json.dumps(value))
     kind = "amx" if "AMX" in str(facts["cpu_capability"]) else str(facts["cpu_capability"]).lower()
