@@ -73,9 +73,10 @@ def same_model(old: Config, new: Config) -> None:
     """Raise ValueError unless a run of one config can go on with the other."""
     for section in ("model", "data"):
         before, after = (flat(dataclasses.asdict(getattr(config, section)), section) for config in (old, new))
-        for name, value in before.items():
-            if after.get(name) != value:
-                raise ValueError(f"{name} is {value!r} in the run and {after.get(name)!r} now; it must stay")
+        for name in before | after:
+            old_value, new_value = before.get(name), after.get(name)
+            if old_value != new_value:
+                raise ValueError(f"{name} is {old_value!r} in the run and {new_value!r} now; it must stay")
 
 
 def flat(table: dict[str, Any], path: str) -> dict[str, Any]:

@@ -183,9 +183,10 @@ class Ended:
 
 # Forks a child for each command, which spares it the seconds that importing torch takes.
 NURSERY = """
-import json, os, signal, sys, traceback
+import gc, json, os, signal, sys, traceback
 import lm.cli, lm.decode, lm.report, lm.train
 import torch._dynamo  # building an optimizer imports it, in a second
+gc.freeze()
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

@@ -635,6 +635,19 @@ def test_a_checkpoint_holds_weights_biases_and_optimizer_bit_for_bit(tiny, run, 
     assert bits(fresh) == bits(model)
 
 
+def test_a_resumed_optimizer_is_memory_of_its_own(tiny, run):
+    model, optimizer = stepped(tiny())
+    folder = save_checkpoint(run, model, optimizer, state_of(2), keep=2)
+    fresh, other = stepped(tiny(), steps=0)
+    load_checkpoint(folder, fresh, other)
+    for path in folder.glob("*.safetensors"):
+        with open(path, "r+b") as file:
+            file.write(b"\xff" * path.stat().st_size)
+    assert bits(fresh) == bits(model)
+    for ours, theirs in zip(model.parameters(), fresh.parameters()):
+        assert torch.equal(optimizer.state[ours]["exp_avg"], other.state[theirs]["exp_avg"])
+
+
 def test_a_parameter_without_gradient_does_not_stop_the_saving(tiny, run):
     config = tiny()
     model, optimizer = stepped(config, steps=0)

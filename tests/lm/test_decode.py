@@ -58,11 +58,11 @@ def test_ragged_prompts_write_greedily_what_each_writes_alone(model):
     assert together == [greedy_without_cache(model, prompt, 12) for prompt in prompts]
 
 
-def test_ragged_prompts_draw_with_their_seeds_what_each_draws_alone(model):
+def test_ragged_prompts_draw_with_their_seeds_what_each_draws_alone(mla):
     prompts = prompts_of(*range(1, 21))
-    together = written(model, prompts, 12, 1.0, seed=100)
+    together = written(mla, prompts, 12, 1.0, seed=100)
     assert together == [
-        written(model, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)
+        written(mla, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)
     ]
 
 
@@ -73,12 +73,12 @@ def test_neighbours_and_their_order_change_nothing(model):
     assert written(model, [prompts[1]] * 3, 8, 0) == [first[1]] * 3
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 8, 20, 1000])
-def test_a_prompt_read_in_chunks_is_the_prompt(model, monkeypatch, chunk):
+@pytest.mark.parametrize("chunk", [1, 7, 8, 20, 1000])
+def test_a_prompt_read_in_chunks_is_the_prompt(mla, monkeypatch, chunk):
     prompts = prompts_of(20, 8, 7, 1, 15, 16)
-    whole = written(model, prompts, 6, 0)
+    whole = written(mla, prompts, 6, 0)
     monkeypatch.setattr(decode, "CHUNK", chunk)
-    assert written(model, prompts, 6, 0) == whole
+    assert written(mla, prompts, 6, 0) == whole
 
 
 def test_a_prompt_longer_than_a_chunk_is_read_whole(mla):

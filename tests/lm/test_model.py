@@ -106,6 +106,14 @@ def test_any_chunking_through_the_caches_equals_one_call(tiny, make_model, chang
         assert torch.equal(torch.cat([out.routings[layer].experts for out in outs], dim=1), routing.experts)
 
 
+def test_hidden_is_what_the_final_norm_and_the_head_get(tiny, make_model):
+    model = make_model(tiny().model)
+    out = model(draw_tokens(2, 5))
+    scale = (out.hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    want = (out.hidden * scale * model.norm.weight) @ model.head.weight.T
+    torch.testing.assert_close(out.logits, want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 def test_later_tokens_change_nothing_earlier(tiny, make_model, changes):
     model, tokens = make_model(tiny(**changes).model), draw_tokens(1, 10)

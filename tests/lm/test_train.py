@@ -152,7 +152,7 @@ def stop_at(monkeypatch, steps, number):
 # --- stopped and resumed
 
 
-@pytest.mark.parametrize("steps", [[1], [5], [6], [11], [2, 3, 7, 9], list(range(1, 12))], ids=str)
+@pytest.mark.parametrize("steps", [[1], [5], [6], [2, 3, 7, 11], list(range(1, 12))], ids=str)
 def test_a_stopped_and_resumed_run_equals_the_unbroken_one(tiny, trained_once, tmp_path, monkeypatch, steps):
     stop_at(monkeypatch, steps, signal.SIGINT)
     for _ in steps:
@@ -283,11 +283,8 @@ def killed_within_a_save(shorter, command, quick, options, folder, owner, name, 
     "owner, name, number",
     [
         ("os", "fsync", 1),
-        ("os", "fsync", 2),
         ("os", "fsync", 3),
-        ("os", "fsync", 9),
         ("os", "fsync", 13),
-        ("pathlib.Path", "rename", 2),
         ("pathlib.Path", "rename", 3),
     ],
 )
@@ -355,7 +352,7 @@ def test_a_second_signal_leaves_at_once_and_harms_nothing(tiny, command, options
     command.wait_for(lambda: b"once more to leave at once" in (command.folder / "stdout").read_bytes())
     os.kill(pid, signal.SIGINT)
     ended = command.wait()
-    assert ended.code == 130 and ended.err == ""
+    assert ended.code == 130 and ended.err == "" and b"stopped after step" not in ended.out
     assert checkpoint.checkpoints(run)[-1].name >= "step-000010"
     checkpoint.load(run)
 
@@ -846,6 +843,7 @@ def test_a_router_of_ones_own_trains_whatever_it_calls_bias(tiny, tmp_path, rout
     [{"train": {"context": 1}}, {"train": {"context": 2, "batch_size": 1}}, {"model": {"vocab_size": 300}}],
 )
 def test_odd_sizes_train_too(tiny, tmp_path, changes):
+    changes["train"] = {**changes.get("train", {}), "steps": 2}
     assert train.train(tiny(**changes), tmp_path / "run") == 0
 
 
@@ -886,13 +884,6 @@ def test_event_files_are_written_where_they_are_asked_for(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     train.train(tiny(train={"tensorboard": True}), tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
-
-
-def test_a_row_that_a_crash_cut_short_is_left_out(tmp_path):
-    assert read_metrics(tmp_path) == []
-    rows = [{"step": step, "tokens": 1, "seconds": 0.5, "loss": 2.0, "max_violations": []} for step in (1, 2)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"ste')
-    assert read_metrics(tmp_path) == rows
 
 
 def test_the_seconds_of_a_resumed_run_go_on_from_those_before(tiny, tmp_path, monkeypatch):
