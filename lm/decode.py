@@ -114,9 +114,8 @@ def sampler(
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        device, logits = logits.device, logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)).cpu()  # a tiny temperature cannot overflow upwards
-        probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
+        device = logits.device
+        probabilities = (logits.float().cpu() / max(temperature, 1e-30)).softmax(-1)  # less would overflow
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             ranked[:, top_k:] = 0
