@@ -118,7 +118,7 @@ def main() -> None:
             found[key] = decode(config, context, batch, rounds)
     for key, value in found.items():
         print(key, json.dumps(value))
-    kind = "amx" if "AMX" in str(facts["cpu_capability"]) else str(facts["cpu_capability"]).lower()
+    kind = str(facts["cpu_capability"]).lower().replace(" ", "-")
     (RESULTS / f"speed-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

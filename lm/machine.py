@@ -35,13 +35,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and has_amx()
+        native = device.type == "cpu" and bf16_units() != ""
     return torch.bfloat16 if native else torch.float32
 
 
-def has_amx() -> bool:
-    """Whether the CPU has bf16 matrix units that PyTorch may use (ATEN_CPU_CAPABILITY can forbid it)."""
-    return torch.cpu._is_amx_tile_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def bf16_units() -> str:
+    """What the CPU multiplies bf16 with: "AMX" (tiles), "BF16" (AVX-512's own instructions) or "" (nothing).
+
+    ATEN_CPU_CAPABILITY can forbid PyTorch to use them.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "BF16" if torch.cpu._is_avx512_bf16_supported() else ""
 
 
 def describe(device: torch.device | None = None) -> dict[str, str | int]:
@@ -55,7 +62,7 @@ def describe(device: torch.device | None = None) -> dict[str, str | int]:
         "cpu": cpu,
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() + " AMX" * has_amx(),
+        "cpu_capability": f"{torch.backends.cpu.get_cpu_capability()} {bf16_units()}".strip(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": sys.platform,

@@ -118,7 +118,7 @@ class MultiheadLatentAttention(nn.Module):
     def query(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (batch, time, dim) -> q_nope (batch, time, heads, nope), q_rope (batch, time, heads, rope)"""
         q = self.q(x) if self.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x)))  # V3 eq. 6, 7
-        q = rearrange(q, "batch time (heads width) -> batch time heads width", heads=self.num_heads)
+        q = q.unflatten(-1, (self.num_heads, -1))  # (batch, time, heads, nope + rope)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
 
@@ -194,8 +194,7 @@ class MultiheadLatentAttention(nn.Module):
 
     def split_kv_b(self) -> tuple[Tensor, Tensor]:
         """-> W_UK (heads, nope, latent), W_UV (heads, value, latent)"""
-        by_head = "(heads width) latent -> heads width latent"
-        weight = rearrange(self.kv_b.weight, by_head, heads=self.num_heads)
+        weight = self.kv_b.weight.unflatten(0, (self.num_heads, -1))  # (heads, nope + value, latent)
         w_key, w_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         return w_key, w_value
 

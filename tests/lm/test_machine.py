@@ -6,7 +6,7 @@ import torch
 from lm import machine
 
 
-def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False, capability="AVX512"):
+def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False, avx512_bf16=False, capability="AVX512"):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(
@@ -14,6 +14,7 @@ def pretend(monkeypatch, gpus=0, mps=False, bf16=True, amx=False, capability="AV
     )
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
@@ -83,7 +84,21 @@ def test_the_description_is_json_and_names_what_measurements_depend_on():
     assert facts["cpu"] and facts["cores"] >= 1 and facts["cpu_capability"]
 
 
+@pytest.mark.parametrize(
+    "amx, avx512_bf16, dtype, capability",
+    [
+        (False, False, torch.float32, "AVX512"),
+        (False, True, torch.bfloat16, "AVX512 BF16"),
+        (True, True, torch.bfloat16, "AVX512 AMX"),
+    ],
+)
+def test_bf16_instructions_without_tiles_count_too(monkeypatch, amx, avx512_bf16, dtype, capability):
+    pretend(monkeypatch, amx=amx, avx512_bf16=avx512_bf16)
+    assert machine.pick_dtype("auto", torch.device("cpu")) == dtype
+    assert machine.describe()["cpu_capability"] == capability
+
+
 def test_matrix_units_that_pytorch_was_told_not_to_use_do_not_count(monkeypatch):
-    pretend(monkeypatch, amx=True, capability="AVX2")
+    pretend(monkeypatch, amx=True, avx512_bf16=True, capability="AVX2")
     assert machine.pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert machine.describe()["cpu_capability"] == "AVX2"
