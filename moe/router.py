@@ -151,13 +151,15 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.reshape(-1, dim)
     count = rows.shape[0]
     # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit can
-    # flip an expert. In products of 48 rows each a token's logits depend on neither (with AVX2 and AVX-512).
-    size = 48 if x.is_cpu and not torch.compiler.is_compiling() else max(count, 1)
+    # flip an expert. In products of 48 rows with 16 experts or a multiple, a token's logits depend on neither
+    # (seen with AVX2 and AVX-512, Intel's and AMD's).
+    fixed = x.is_cpu and not torch.compiler.is_compiling()
+    size, filling = (48, -num_experts % 16) if fixed else (max(count, 1), 0)
     with torch.autocast(x.device.type, enabled=False):
         rows = torch.cat((rows.to(dtype), rows.new_zeros(-count % size, dim, dtype=dtype)))
-        weight = weight.to(dtype)
+        weight = F.pad(weight.to(dtype), (0, 0, 0, filling)) if filling else weight.to(dtype)
         products = [F.linear(part, weight) for part in rows.split(size)]  # V3 eq. 15: u_t . e_i
-    return torch.cat(products)[:count].reshape(*x.shape[:-1], num_experts)
+    return torch.cat(products)[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
 
 
 def sigmoid(logits: Tensor) -> Tensor:
