@@ -56,7 +56,15 @@ class AttentionConfig(Section):
     v_head_dim: int = number(16, 1)
     num_kv_heads: int = number(4, 1)
     head_dim: int = number(32, 2)
+    qkv_bias: bool = False  # of the projections from x: gqa's query, key and value, mla's two compressions
+    out_bias: bool = False
+    qk_norm: bool = False  # gqa: an RMSNorm over each head's query and key, as Qwen3
     arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of a class of your own
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.qk_norm and self.kind == "mla":
+            raise ValueError("model.attention.qk_norm is for gqa: mla norms its latents instead")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,15 @@ class RopeConfig(Section):
     name: ClassVar[str] = "model.rope"
     theta: float = number(10000.0, 1e-6)
     interleaved: bool = True  # pairs (2i, 2i + 1), as DeepSeek; false: (i, i + dim/2), as Llama
+    scaling: str = choice("none", "linear", "yarn", "llama3")  # for texts longer than in training
+    factor: float = number(1.0, 1)  # how many times longer
+    original_context: int = number(4096, 1)  # tokens in training, before scaling
+    beta_fast: float = number(32.0, 1e-6)  # yarn: pairs with more turns than this in training stay the same
+    beta_slow: float = number(1.0, 1e-6)  # yarn: pairs with fewer are slowed by the whole factor
+    mscale: float = number(1.0)  # yarn: how much cos and sin grow with ln(factor)
+    mscale_all_dim: float = number(0.0)  # yarn: how much of that mla's softmax scale takes over
+    low_freq_factor: float = number(1.0, 1e-6)  # llama3's beta_slow
+    high_freq_factor: float = number(4.0, 1e-6)  # llama3's beta_fast
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class MoEConfig(Section):
     top_k: int = number(2, 1)
     hidden_dim: int = number(64, 1)  # of one expert
     num_shared_experts: int = number(1)  # always on
+    shared_gate: bool = False  # the shared experts count sigmoid(gate(x)), as Qwen2-MoE, and not 1
     num_groups: int = number(1, 1)  # 1: no group limit
     top_groups: int = number(1, 1)  # groups a token may use
     normalize: bool = True  # divide the chosen weights by their sum
@@ -94,6 +112,8 @@ class MoEConfig(Section):
             raise ValueError(
                 f"model.moe.top_groups {self.top_groups} is more than num_groups {self.num_groups}"
             )
+        if self.shared_gate and not self.num_shared_experts:
+            raise ValueError("model.moe.shared_gate: there is no shared expert to gate")
         reachable = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             raise ValueError(
@@ -115,6 +135,7 @@ class ModelConfig(Section):
     norm_eps: float = number(1e-6)
     tie_embeddings: bool = False  # the head's matrix is the embedding's
     init_std: float = number(0.02, 1e-9)  # of every weight matrix; V2 and V3: 0.006
+    max_length: int = number(0)  # tokens of the longest text it was made for; 0: not stated
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

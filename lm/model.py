@@ -1,5 +1,6 @@
 """The toy transformer: DeepSeek-V3's block, from `mla` and `moe`. Only here does a part meet a config."""
 
+import dataclasses
 import importlib
 import inspect
 import os
@@ -10,8 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mla import GroupedQueryAttention, MultiheadLatentAttention, RMSNorm, RotaryEmbedding
-from moe import Experts, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
+from mla import (
+    GroupedQueryAttention,
+    Linear,
+    Llama3,
+    MultiheadLatentAttention,
+    RMSNorm,
+    RotaryEmbedding,
+    YaRN,
+)
+from moe import Experts, Gated, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
 
 from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 
@@ -32,7 +41,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = build_attention(config.dim, config.attention, config.rope)
+        self.attention = build_attention(config.dim, config.attention, config.rope, config.norm_eps)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         dense = layer < config.num_dense_layers
         self.mlp = SwiGLU(config.dim, config.hidden_dim) if dense else build_moe(config.dim, config.moe)
@@ -108,13 +117,16 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw every weight matrix from a normal of std init_std (V3 section 4.2; there 0.006)."""
+        """Draw every weight matrix from a normal of std init_std (V3 section 4.2; there 0.006), biases 0."""
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, self.config.init_std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
 
 
-def build_attention(dim: int, config: AttentionConfig, rope: RopeConfig) -> nn.Module:
+def build_attention(dim: int, config: AttentionConfig, rope: RopeConfig, norm_eps: float) -> nn.Module:
     """The attention that a config names."""
     if config.kind == "mla":
         return MultiheadLatentAttention(
@@ -125,12 +137,32 @@ def build_attention(dim: int, config: AttentionConfig, rope: RopeConfig) -> nn.M
             config.qk_rope_head_dim,
             config.v_head_dim,
             config.q_lora_rank or None,
-            RotaryEmbedding(config.qk_rope_head_dim, rope.theta, rope.interleaved),
+            build_rope(config.qk_rope_head_dim, rope),
+            config.qkv_bias,
+            config.out_bias,
         )
     if config.kind == "gqa":
-        rotary = RotaryEmbedding(config.head_dim, rope.theta, rope.interleaved)
-        return GroupedQueryAttention(dim, config.num_heads, config.num_kv_heads, config.head_dim, rotary)
+        return GroupedQueryAttention(
+            dim,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            build_rope(config.head_dim, rope),
+            config.qkv_bias,
+            config.out_bias,
+            norm_eps if config.qk_norm else None,
+        )
     return build_own("model.attention.kind", config.kind, config.arguments, {**vars(config), "dim": dim})
+
+
+def build_rope(dim: int, config: RopeConfig) -> RotaryEmbedding:
+    """The rotary embedding that a config describes."""
+    kinds = {"linear": Linear, "yarn": YaRN, "llama3": Llama3}
+    scaling = None
+    if config.scaling != "none":
+        kind = kinds[config.scaling]
+        scaling = kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(kind)})
+    return RotaryEmbedding(dim, config.theta, config.interleaved, scaling)
 
 
 def build_moe(dim: int, config: MoEConfig) -> MoE:
@@ -140,7 +172,10 @@ def build_moe(dim: int, config: MoEConfig) -> MoE:
         router = build_own("model.moe.router", ROUTERS[config.router], {}, sizes)
     else:
         router = build_own("model.moe.router", config.router, config.arguments, sizes)
-    shared = SwiGLU(dim, config.num_shared_experts * config.hidden_dim) if config.num_shared_experts else None
+    shared: nn.Module | None = None
+    if config.num_shared_experts:
+        shared = SwiGLU(dim, config.num_shared_experts * config.hidden_dim)
+        shared = Gated(shared, dim) if config.shared_gate else shared
     return MoE(router, Experts(config.num_experts, dim, config.hidden_dim), shared)
 
 

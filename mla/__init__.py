@@ -6,13 +6,16 @@ Needs torch and einops only; the folder works copied alone into another project.
 from .attention import MultiheadLatentAttention, RMSNorm
 from .cache import KVCache, LatentCache
 from .grouped_query import GroupedQueryAttention
-from .rope import RotaryEmbedding
+from .rope import Linear, Llama3, RotaryEmbedding, YaRN
 
 __all__ = [
     "GroupedQueryAttention",
     "KVCache",
     "LatentCache",
+    "Linear",
+    "Llama3",
     "MultiheadLatentAttention",
     "RMSNorm",
     "RotaryEmbedding",
+    "YaRN",
 ]

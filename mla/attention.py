@@ -39,6 +39,8 @@ class MultiheadLatentAttention(nn.Module):
         v_head_dim: a head's value dims (128 in V3).
         q_lora_rank: width of the query's latent (1536 in V3); None: no compression, as in V2-Lite.
         rope: a module (x, positions) -> x over qk_rope_head_dim; None: plain RotaryEmbedding.
+        qkv_bias: a bias on the two compressions; the expansions and a query without compression have none.
+        out_bias: a bias on the output.
 
     Raises:
         ValueError: a size is below 1; x, positions, mask or cache do not fit.
@@ -54,6 +56,8 @@ class MultiheadLatentAttention(nn.Module):
         v_head_dim: int,
         q_lora_rank: int | None = None,
         rope: nn.Module | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
     ):
         super().__init__()
         check_positive(
@@ -72,21 +76,22 @@ class MultiheadLatentAttention(nn.Module):
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.q_lora_rank = q_lora_rank
-        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5  # also absorbed, over wider vectors
         self.rope = RotaryEmbedding(qk_rope_head_dim) if rope is None else rope
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5  # also absorbed, over wider vectors
+        self.scale *= getattr(self.rope, "softmax_factor", 1.0)
 
         q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
             self.q = nn.Linear(dim, q_width, bias=False)
         else:
-            self.q_a = nn.Linear(dim, q_lora_rank, bias=False)  # W_DQ
+            self.q_a = nn.Linear(dim, q_lora_rank, bias=qkv_bias)  # W_DQ
             self.q_norm = RMSNorm(q_lora_rank)
             self.q_b = nn.Linear(q_lora_rank, q_width, bias=False)  # W_UQ, W_QR; a head: nope, then rope rows
-        self.kv_a = nn.Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=False)  # W_DKV, then W_KR
+        self.kv_a = nn.Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=qkv_bias)  # W_DKV, then W_KR
         self.kv_norm = RMSNorm(kv_lora_rank)
         kv_width = num_heads * (qk_nope_head_dim + v_head_dim)
         self.kv_b = nn.Linear(kv_lora_rank, kv_width, bias=False)  # W_UK, W_UV; a head: key, then value rows
-        self.out = nn.Linear(num_heads * v_head_dim, dim, bias=False)  # W_O
+        self.out = nn.Linear(num_heads * v_head_dim, dim, bias=out_bias)  # W_O
 
     def forward(
         self,

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import check_positive, softmax_attention, where_and_what
+from .attention import RMSNorm, check_positive, softmax_attention, where_and_what
 from .cache import KVCache, cache_dtype
 from .rope import RotaryEmbedding
 
@@ -17,6 +17,9 @@ class GroupedQueryAttention(nn.Module):
     Args:
         num_kv_heads: num_heads is MHA, 1 is MQA, a divisor between them is GQA.
         rope: a module (x, positions) -> x over head_dim; None: plain RotaryEmbedding.
+        qkv_bias: a bias on query, key and value, as in Qwen2.
+        out_bias: a bias on the output.
+        qk_norm_eps: the eps of an RMSNorm over each head's query and key, as in Qwen3; None: no such norms.
 
     Raises:
         ValueError: a size is below 1, num_kv_heads does not divide num_heads, or x, positions, mask or cache
@@ -24,7 +27,15 @@ class GroupedQueryAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rope: nn.Module | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope: nn.Module | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
     ):
         super().__init__()
         check_positive(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
@@ -35,10 +46,13 @@ class GroupedQueryAttention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.rope = RotaryEmbedding(head_dim) if rope is None else rope
-        self.q = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.q = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
+        self.q_norm, self.k_norm = (  # each shared by all heads
+            nn.Identity() if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps) for _ in range(2)
+        )
 
     def forward(
         self,
@@ -50,8 +64,8 @@ class GroupedQueryAttention(nn.Module):
         """Arguments as in `MultiheadLatentAttention.forward`."""
         positions, visible = where_and_what(x, self.dim, cache, positions, mask)
         heads = "batch time (heads head_dim) -> batch time heads head_dim"
-        query = self.rope(rearrange(self.q(x), heads, head_dim=self.head_dim), positions)
-        key = self.rope(rearrange(self.k(x), heads, head_dim=self.head_dim), positions)
+        query = self.rope(self.q_norm(rearrange(self.q(x), heads, head_dim=self.head_dim)), positions)
+        key = self.rope(self.k_norm(rearrange(self.k(x), heads, head_dim=self.head_dim)), positions)
         value = rearrange(self.v(x), heads, head_dim=self.head_dim)
         if cache is not None:
             key, value = cache.append(key, value)

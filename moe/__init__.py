@@ -4,8 +4,8 @@ Needs torch and einops only; the folder works copied alone into another project.
 """
 
 from . import balance
-from .experts import Experts, SwiGLU
+from .experts import Experts, Gated, SwiGLU
 from .layer import MoE
 from .router import Routing, SigmoidRouter, SoftmaxRouter
 
-__all__ = ["Experts", "MoE", "Routing", "SigmoidRouter", "SoftmaxRouter", "SwiGLU", "balance"]
+__all__ = ["Experts", "Gated", "MoE", "Routing", "SigmoidRouter", "SoftmaxRouter", "SwiGLU", "balance"]

@@ -27,6 +27,21 @@ class SwiGLU(nn.Module):
         return self.down(gated(self.gate_up(x)))
 
 
+class Gated(nn.Module):
+    """A shared expert that each token weighs itself: sigmoid(gate(x)) mlp(x), as in Qwen2-MoE.
+
+    x (..., dim) -> y (..., dim)
+    """
+
+    def __init__(self, mlp: nn.Module, dim: int):
+        super().__init__()
+        self.mlp = mlp
+        self.gate = nn.Linear(dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).sigmoid() * self.mlp(x)
+
+
 class Experts(nn.Module):
     """The routed experts' weights, and the weighted sum of the chosen ones' outputs (V3 eq. 12, middle term).
 

@@ -54,6 +54,8 @@ def test_toml_round_trip_keeps_every_value(tmp_path_factory, table, groups, size
         "num_experts": groups * size,
         "top_k": 1,
     }
+    table["model"]["moe"]["shared_gate"] &= table["model"]["moe"]["num_shared_experts"] > 0
+    table["model"]["attention"]["qk_norm"] &= table["model"]["attention"]["kind"] != "mla"
     config = Config.from_dict(table)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
@@ -118,6 +120,16 @@ def test_every_field_refuses_other_types_and_values_out_of_its_range(path, limit
         ),
         ("model.dim", "256", "model.dim: a whole number >= 1, got '256'"),
         ("model.attention.v_head_dim", 0, "model.attention.v_head_dim: a whole number >= 1, got 0"),
+        (
+            "model.rope.scaling",
+            "yan",
+            "model.rope.scaling: one of none, linear, yarn, llama3, got 'yan' (did you mean 'yarn'?)",
+        ),
+        ("model.rope.factor", 0.5, "model.rope.factor: a finite number >= 1, got 0.5"),
+        ("model.rope.factor", math.nan, "model.rope.factor: a finite number >= 1, got nan"),
+        ("model.rope.factor", math.inf, "model.rope.factor: a finite number >= 1, got inf"),
+        ("model.rope.original_context", 0, "model.rope.original_context: a whole number >= 1, got 0"),
+        ("model.attention.qkv_bias", "yes", "model.attention.qkv_bias: expected bool, got 'yes'"),
         ("model.tie_embeddings", 1, "model.tie_embeddings: expected bool, got 1"),
         ("model.attention", 3, "model.attention: expected a table, got 3"),
         ("model", [1], "model: expected a table, got [1]"),
@@ -144,6 +156,20 @@ def test_the_message_names_field_value_and_what_would_be_right(path, value, said
 def test_numbers_of_experts_that_do_not_fit_each_other_are_refused(moe, said):
     with pytest.raises(ValueError, match=said):
         Config.from_dict({"model": {"moe": moe}})
+
+
+@pytest.mark.parametrize(
+    "section, table, said",
+    [
+        ("moe", {"shared_gate": True, "num_shared_experts": 0}, "there is no shared expert to gate"),
+        ("attention", {"qk_norm": True}, "model.attention.qk_norm is for gqa"),
+        ("attention", {"qk_norm": True, "kind": "mla"}, "model.attention.qk_norm is for gqa"),
+    ],
+)
+def test_an_option_without_what_it_changes_is_refused(section, table, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        Config.from_dict({"model": {section: table}})
+    assert "\n" not in str(caught.value)
 
 
 def test_more_dense_layers_than_layers_are_refused():

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lm.config import Config
-from lm.model import Output, Transformer
-from mla import GroupedQueryAttention, MultiheadLatentAttention
-from moe import MoE, Routing, SigmoidRouter, SoftmaxRouter
+from lm.model import Output, Transformer, build_attention
+from mla import GroupedQueryAttention, Linear, Llama3, MultiheadLatentAttention, YaRN
+from moe import Gated, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
 
 OWN_PARTS = """
 import torch
@@ -76,6 +76,15 @@ CONFIGS = {
     "all dense": {"model": {"num_dense_layers": 3}},
     "no dense": {"model": {"num_dense_layers": 0}},
     "half rotation": {"rope": {"interleaved": False, "theta": 100.0}},
+    "mla with biases, yarn, gated shared expert": {
+        "attention": {"qkv_bias": True, "out_bias": True},
+        "rope": {"scaling": "yarn", "factor": 4, "original_context": 64, "mscale_all_dim": 0.5},
+        "moe": {"shared_gate": True},
+    },
+    "gqa with biases, norms, llama3's rope": {
+        "attention": {"kind": "gqa", "qkv_bias": True, "out_bias": True, "qk_norm": True},
+        "rope": {"scaling": "llama3", "factor": 4, "original_context": 8},
+    },
 }
 
 
@@ -225,6 +234,76 @@ def test_attention_gets_the_numbers_of_the_config(tiny):
     assert (gqa.rope.theta, gqa.rope.interleaved) == (500.0, False)
 
 
+SCALINGS = {
+    "none": None,
+    "linear": Linear(3.0),
+    "yarn": YaRN(3.0, 100, beta_fast=20.0, beta_slow=2.0, mscale=0.5, mscale_all_dim=0.25),
+    "llama3": Llama3(3.0, 100, low_freq_factor=2.5, high_freq_factor=5.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("scaling, want", SCALINGS.items())
+def test_rope_scaling_gets_the_numbers_of_the_config(tiny, scaling, want, kind):
+    numbers = {"factor": 3.0, "original_context": 100, "beta_fast": 20.0, "beta_slow": 2.0, "mscale": 0.5}
+    numbers |= {"mscale_all_dim": 0.25, "low_freq_factor": 2.5, "high_freq_factor": 5.0, "theta": 7.0}
+    config = tiny(attention={"kind": kind}, rope={"scaling": scaling, "interleaved": False, **numbers}).model
+    for block in Transformer(config).blocks:
+        rope = block.attention.rope
+        assert rope.scaling == want and type(rope.scaling) is type(want)
+        assert (rope.theta, rope.interleaved, rope.dim) == (7.0, False, 4 if kind == "mla" else 8)
+
+
+@pytest.mark.parametrize(
+    "preset, factor", [("v3", 1.8739), ("r1", 1.8739), ("v2", 1.5896), ("v2-lite", 1.5896)]
+)
+def test_deepseeks_presets_grow_the_softmax_scale_and_not_cos_and_sin(preset, factor):
+    config = Config.preset(f"deepseek-{preset}").model
+    with torch.device("meta"):
+        attention = build_attention(config.dim, config.attention, config.rope, config.norm_eps)
+    assert attention.scale * 192**0.5 == pytest.approx(factor, abs=5e-5)
+    assert attention.rope.cos_sin_factor == 1.0
+
+
+PARTS = {  # options of model.attention, and the parameters that they add
+    "mla": (
+        {"qkv_bias": ["q_a.bias", "kv_a.bias"], "out_bias": ["out.bias"]},
+        {"kind": "mla"},
+    ),
+    "mla without query compression": (
+        {"qkv_bias": ["kv_a.bias"], "out_bias": ["out.bias"]},
+        {"kind": "mla", "q_lora_rank": 0},
+    ),
+    "gqa": (
+        {
+            "qkv_bias": ["q.bias", "k.bias", "v.bias"],
+            "out_bias": ["out.bias"],
+            "qk_norm": ["q_norm.weight", "k_norm.weight"],
+        },
+        {"kind": "gqa"},
+    ),
+}
+
+
+@pytest.mark.parametrize("parts, attention", PARTS.values(), ids=PARTS)
+def test_each_option_of_attention_adds_its_biases_or_norms_to_every_layer(tiny, parts, attention):
+    names = lambda **options: [  # noqa: E731
+        set(block.attention.state_dict())
+        for block in Transformer(tiny(attention={**attention, **options}).model).blocks
+    ]
+    for option, added in parts.items():
+        for plain, more in zip(names(), names(**{option: True})):
+            assert more - plain == set(added) and plain < more
+
+
+def test_shared_gate_weighs_the_shared_experts_of_every_moe_layer(tiny):
+    for gate in (False, True):
+        moe = {"shared_gate": gate, "num_shared_experts": 3}
+        shared = [block.mlp.shared for block in Transformer(tiny(moe=moe).model).blocks[1:]]
+        assert {type(module) for module in shared} == {Gated if gate else SwiGLU}
+    assert shared[0].gate.weight.shape == (1, 16) and shared[0].mlp.gate_up.weight.shape == (2 * 3 * 8, 16)
+
+
 def test_q_lora_rank_0_means_no_query_compression(tiny):
     attention = Transformer(tiny(attention={"q_lora_rank": 0}).model).blocks[0].attention
     assert attention.q_lora_rank is None and attention.q.weight.shape == (2 * (6 + 4), 16)
@@ -234,6 +313,9 @@ def test_norm_eps_reaches_the_block_norms_and_never_the_latent_ones(tiny):
     model = Transformer(tiny(model={"norm_eps": 0.01}).model)
     assert model.norm.eps == model.blocks[1].attention_norm.eps == model.blocks[1].mlp_norm.eps == 0.01
     assert model.blocks[1].attention.kv_norm.eps == 1e-6
+    gqa = tiny(model={"norm_eps": 0.01}, attention={"kind": "gqa", "qk_norm": True}).model
+    attention = Transformer(gqa).blocks[1].attention
+    assert attention.q_norm.eps == attention.k_norm.eps == 0.01
 
 
 @pytest.mark.usefixtures("own_parts")
@@ -315,11 +397,18 @@ def test_arguments_that_a_class_does_not_take_are_refused(tiny, moe, said):
             "num_kv_heads=3 does not divide num_heads=4",
         ),
         ({"attention": {"kind": "gqa", "head_dim": 7}}, "dim=7 must be even"),
+        ({"rope": {"scaling": "yarn", "beta_fast": 0.5}}, "beta_fast=0.5 is below beta_slow=1.0"),
+        (
+            {"rope": {"scaling": "llama3", "high_freq_factor": 1}},
+            "high_freq_factor=1.0 must be above low_freq_factor=1.0",
+        ),
+        ({"rope": {"scaling": "yarn", "theta": 1}}, "theta=1.0 must be above 1 for YaRN"),
     ],
 )
 def test_numbers_that_a_part_cannot_use_are_refused_when_built(tiny, changes, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as caught:
         Transformer(tiny(**changes).model)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_largest_model_is_built_on_meta_without_memory():
@@ -365,7 +454,8 @@ def test_tied_embeddings_are_one_parameter_that_learns_from_both_ends(tiny, make
 
 @pytest.mark.parametrize("std", [0.006, 0.02, 0.5])
 def test_initialize_draws_every_matrix_with_init_std_and_leaves_norms(tiny, std):
-    config = tiny(model={"init_std": std, "dim": 64, "vocab_size": 300}, moe={"hidden_dim": 64}).model
+    changes = {"attention": {"qkv_bias": True, "out_bias": True}, "moe": {"hidden_dim": 64}}
+    config = tiny(model={"init_std": std, "dim": 64, "vocab_size": 300}, **changes).model
     model = Transformer(config)
     model.initialize(torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
@@ -374,14 +464,14 @@ def test_initialize_draws_every_matrix_with_init_std_and_leaves_norms(tiny, std)
             assert abs(parameter.std().item() - std) < 5 * error, name
             assert abs(parameter.mean().item()) < 5 * std / parameter.numel() ** 0.5, name
         else:
-            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            assert parameter.eq(0 if name.endswith("bias") else 1).all(), name
 
 
 def test_initialize_repeats_with_its_seed_alone(tiny):
     weights = []
     for seed, noise in ((3, 1), (3, 2), (4, 1)):
         torch.manual_seed(noise)
-        model = Transformer(tiny().model)
+        model = Transformer(tiny(attention={"qkv_bias": True, "out_bias": True}).model)
         model.initialize(torch.Generator().manual_seed(seed))
         weights.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

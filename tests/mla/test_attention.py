@@ -1,5 +1,6 @@
 """Multi-head latent attention against V3 eq. 1-11 in plain loops, and all its ways to the same numbers."""
 
+import importlib
 import math
 import re
 
@@ -16,6 +17,7 @@ from mla import (
     MultiheadLatentAttention,
     RMSNorm,
     RotaryEmbedding,
+    YaRN,
 )
 
 # All different, so that a transposed axis or a width taken for another cannot go unseen.
@@ -25,9 +27,12 @@ FORMS = pytest.mark.parametrize("form", ["expanded", "absorbed", "cheaper"])
 CHUNKINGS = [[6], [1] * 6, [5, 1], [1, 5], [2, 3, 1], [3, 3], [4, 1, 1], [1, 2, 2, 1]]
 
 
-def make(q_lora_rank=None, form="cheaper", value=VALUE):
+def make(q_lora_rank=None, form="cheaper", value=VALUE, dim=DIM, **options):
     """An attention in float64 with weights well away from their start, that takes one form or the cheaper."""
-    layer = MultiheadLatentAttention(DIM, HEADS, LATENT, NOPE, ROPE, value, q_lora_rank).double()
+    layer = MultiheadLatentAttention(dim, HEADS, LATENT, NOPE, ROPE, value, q_lora_rank, **options).double()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
     for norm in (layer.kv_norm, getattr(layer, "q_norm", None)):
         if norm is not None:
             norm.weight.data.uniform_(0.5, 2)
@@ -70,12 +75,17 @@ def rms_norm(vector, weight):
     return vector / (sum(v * v for v in vector) / len(vector) + 1e-6).sqrt() * weight
 
 
-def by_hand(layer, text, positions):
+def affine(linear, vector):
+    y = linear.weight @ vector
+    return y if linear.bias is None else y + linear.bias
+
+
+def by_hand(layer, text, positions, softmax_factor=1.0):
     """V3 eq. 1-11 for one text, token by token, head by head."""
     width = NOPE + layer.v_head_dim
     keys, values, outputs = [], [], []
     for h, position in zip(text, positions):
-        row = layer.kv_a.weight @ h
+        row = affine(layer.kv_a, h)
         c_kv = rms_norm(row[:LATENT], layer.kv_norm.weight)  # eq. 1
         k_rope = turn(row[LATENT:], position)  # eq. 3
         kv = layer.kv_b.weight @ c_kv
@@ -85,14 +95,15 @@ def by_hand(layer, text, positions):
         if layer.q_lora_rank is None:
             q = layer.q.weight @ h
         else:
-            q = layer.q_b.weight @ rms_norm(layer.q_a.weight @ h, layer.q_norm.weight)  # eq. 6, 7
+            q = layer.q_b.weight @ rms_norm(affine(layer.q_a, h), layer.q_norm.weight)  # eq. 6, 7
         heads = []
         for i in range(HEADS):
             q_nope, q_rope = q[i * (NOPE + ROPE) : (i + 1) * (NOPE + ROPE)].split([NOPE, ROPE])
             query = torch.cat((q_nope, turn(q_rope, position)))  # eq. 8, 9
-            weights = [(query @ key[i] / math.sqrt(NOPE + ROPE)).exp() for key in keys]
+            scale = softmax_factor / math.sqrt(NOPE + ROPE)
+            weights = [(query @ key[i] * scale).exp() for key in keys]
             heads.append(sum(w * v[i] for w, v in zip(weights, values)) / sum(weights))  # eq. 10
-        outputs.append(layer.out.weight @ torch.cat(heads))  # eq. 11
+        outputs.append(affine(layer.out, torch.cat(heads)))  # eq. 11
     return torch.stack(outputs)
 
 
@@ -104,6 +115,34 @@ def test_output_equals_the_papers_equations(form, q_lora_rank, value):
     start = 5
     want = torch.stack([by_hand(layer, text, range(start, start + TIME)) for text in x])
     close(once(layer, x, form, positions=torch.arange(start, start + TIME)), want)
+
+
+@QUERIES
+@FORMS
+@pytest.mark.parametrize("qkv_bias, out_bias", [(True, True), (True, False), (False, True)])
+def test_biases_are_those_of_compressions_and_output_alone(qkv_bias, out_bias, form, q_lora_rank):
+    layer, x = make(q_lora_rank, form, qkv_bias=qkv_bias, out_bias=out_bias), some_x()
+    names = {"out.bias"} if out_bias else set()
+    if qkv_bias:
+        names |= {"kv_a.bias"} if q_lora_rank is None else {"kv_a.bias", "q_a.bias"}
+    assert {name for name in layer.state_dict() if name.endswith("bias")} == names
+    want = torch.stack([by_hand(layer, text, range(TIME)) for text in x])
+    close(once(layer, x, form), want)
+    close(in_chunks(layer, x, [2, 3, 1]), want)
+
+
+@FORMS
+@pytest.mark.parametrize("mscale, factor", [(1.0, 1.8739), (0.707, 1.5896)])
+def test_yarn_sharpens_attention_also_where_rope_turns_nothing(mscale, factor, form):
+    scaling = YaRN(40.0, 4096, mscale=mscale, mscale_all_dim=mscale)
+    layer, x = make(QUERY, form, rope=RotaryEmbedding(ROPE, scaling=scaling)), some_x()
+    plain = make_like(layer, form)
+    assert layer.scale / plain.scale == pytest.approx(factor, abs=5e-5)
+    still = [0] * TIME
+    exact = (0.1 * mscale * math.log(40) + 1) ** 2
+    y = once(layer, x, form, positions=torch.tensor(still))
+    close(y, torch.stack([by_hand(layer, text, still, exact) for text in x]))
+    assert (y - once(plain, x, form, positions=torch.tensor(still))).abs().max() > 0.01
 
 
 @QUERIES
@@ -317,6 +356,21 @@ def test_another_rope_can_be_given():
     standard.load_state_dict(layer.state_dict())
     x = some_x()
     assert layer.rope is rope and not torch.allclose(layer(x), standard(x))
+    standard.rope = RotaryEmbedding(ROPE, theta=50.0, interleaved=False)
+    assert torch.equal(layer(x), standard(x))
+
+
+class NoRope(torch.nn.Module):
+    """A student's own, which knows no softmax_factor."""
+
+    def forward(self, x, positions):
+        return x
+
+
+def test_a_rope_of_ones_own_needs_only_to_be_called():
+    layer, x = make(rope=NoRope()), some_x()
+    standard = make_like(layer, "cheaper")
+    close(layer(x), standard(x, positions=torch.zeros(TIME, dtype=torch.int64)))
 
 
 LAYERS = {
@@ -391,33 +445,58 @@ def test_rms_norm_computes_in_fp32_whatever_comes_in():
 
 @QUERIES
 @FORMS
-def test_output_equals_transformers(form, q_lora_rank):
+@pytest.mark.parametrize(
+    "version, scaling, interleaved, bias",
+    [
+        ("V3", None, True, False),
+        ("V3", None, True, True),
+        ("V3", YaRN(32.0, 4096, mscale=1.0, mscale_all_dim=1.0), True, False),
+        ("V3", YaRN(32.0, 4096, 1.0, 1.0, mscale=1.0, mscale_all_dim=1.0), False, False),
+        ("V3", YaRN(32.0, 4096, mscale=1.0, mscale_all_dim=0.707), True, True),
+        ("V3", YaRN(32.0, 4096), True, False),
+        ("V2", YaRN(40.0, 4096, mscale=0.707, mscale_all_dim=0.707), True, True),
+    ],
+)
+def test_output_equals_transformers(version, scaling, interleaved, bias, form, q_lora_rank):
     pytest.importorskip("transformers")
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as module
-    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
-
-    config = DeepseekV3Config(
+    folder = f"transformers.models.deepseek_{version.lower()}"
+    module = importlib.import_module(f"{folder}.modeling_deepseek_{version.lower()}")
+    settings = importlib.import_module(f"{folder}.configuration_deepseek_{version.lower()}")
+    numbers = {"rope_type": "default"}
+    if scaling is not None:
+        numbers = {"rope_type": "yarn", **{name: value for name, value in vars(scaling).items() if value}}
+        numbers["original_max_position_embeddings"] = numbers.pop("original_context")
+    config = getattr(settings, f"Deepseek{version}Config")(
         hidden_size=HEADS * 4, num_attention_heads=HEADS, num_key_value_heads=HEADS, q_lora_rank=q_lora_rank,
         kv_lora_rank=LATENT, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE, v_head_dim=VALUE,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attn_implementation="sdpa",
-        rope_interleave=True,
+        rope_parameters={"rope_theta": 10000.0, **numbers}, attn_implementation="sdpa",
+        rope_interleave=interleaved, attention_bias=bias, max_position_embeddings=4096 * 40,
     )  # fmt: skip
-    theirs = module.DeepseekV3Attention(config, layer_idx=0).double()
-    ours = MultiheadLatentAttention(HEADS * 4, HEADS, LATENT, NOPE, ROPE, VALUE, q_lora_rank).double()
-    if form != "cheaper":
-        ours.absorbed_is_cheaper = lambda time, total: form == "absorbed"
+    theirs = getattr(module, f"Deepseek{version}Attention")(config, layer_idx=0).double()
+    rope = RotaryEmbedding(ROPE, 10000.0, interleaved, scaling)
+    ours = make(q_lora_rank, form, dim=HEADS * 4, rope=rope, qkv_bias=bias, out_bias=bias)
     names = {"kv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_b": "kv_b_proj", "out": "o_proj"}
     names |= {"q": "q_proj", "q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q_b": "q_b_proj"}
-    for name, weight in ours.named_parameters():
-        theirs.get_parameter(names[name.removesuffix(".weight")] + ".weight").data.copy_(weight.data)
+    given = {}
+    for name, tensor in ours.state_dict().items():
+        part, kind = name.split(".")
+        given[f"{names[part]}.{kind}"] = tensor
+    theirs.load_state_dict(given)
     for name in ("kv_a_layernorm", "q_a_layernorm"):  # theirs rounds to fp32 inside
         if (norm := getattr(theirs, name)) is not None:
-            setattr(theirs, name, torch.nn.RMSNorm(norm.weight.shape, eps=1e-6, dtype=torch.float64))
+            wide = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
+            wide.weight.data.copy_(norm.weight)
+            setattr(theirs, name, wide)
     x = torch.randn(BATCH, TIME, HEADS * 4, dtype=torch.float64)
-    positions = torch.arange(3, 3 + TIME).unsqueeze(0)
-    angles = module.DeepseekV3RotaryEmbedding(config)(x, positions)
     hidden = torch.full((TIME, TIME), -math.inf, dtype=torch.float64).triu(1).expand(BATCH, 1, -1, -1)
-    close(once(ours, x, form, positions=positions[0]), theirs(x, angles, hidden)[0])
+    positions = torch.tensor([0, 1, 3, 100, 5000, 5001]).unsqueeze(0)
+    angles = getattr(module, f"Deepseek{version}RotaryEmbedding")(config)(x, positions)
+    want, _ = theirs(x, position_embeddings=angles, attention_mask=hidden)
+    y = once(ours, x, form, positions=positions[0])
+    if version == "V3":
+        close(y, want)
+    else:  # turned in fp32
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
 def test_cache_under_autocast_takes_what_autocast_makes():

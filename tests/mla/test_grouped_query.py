@@ -1,5 +1,6 @@
 """Grouped-query attention against a plain loop, and MHA, GQA and MQA against each other."""
 
+import importlib
 import math
 
 import pytest
@@ -7,14 +8,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla import GroupedQueryAttention, RotaryEmbedding
+from mla import GroupedQueryAttention, Linear, Llama3, RotaryEmbedding, YaRN
 
 BATCH, TIME, DIM, HEADS, HEAD_DIM = 3, 5, 11, 6, 4
 KV_HEADS = pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])  # MHA, GQA twice, MQA
 
 
-def make(kv_heads, rope=None):
-    return GroupedQueryAttention(DIM, HEADS, kv_heads, HEAD_DIM, rope).double()
+def make(kv_heads, dim=DIM, **options):
+    """An attention in float64 with biases and norms well away from their start."""
+    layer = GroupedQueryAttention(dim, HEADS, kv_heads, HEAD_DIM, **options).double()
+    for name, parameter in layer.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+        elif "norm" in name:
+            parameter.data.uniform_(0.5, 2)
+    return layer
 
 
 def some_x(time=TIME):
@@ -25,21 +33,30 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def by_hand(layer, text, positions):
-    """softmax(q k^T / sqrt(head_dim)) v for one text, token by token, head by head."""
-    turned = lambda vector, p: layer.rope(vector.view(1, 1, -1), torch.tensor([p])).flatten()  # noqa: E731
-    part = lambda rows, i: rows[i * HEAD_DIM : (i + 1) * HEAD_DIM]  # noqa: E731
+def by_hand(layer, text, positions, eps=None):
+    """softmax(q k^T / sqrt(head_dim)) v for one text, token by token, head by head; eps: of q and k norm."""
+
+    def part(linear, h, i):
+        rows = linear.weight @ h if linear.bias is None else linear.weight @ h + linear.bias
+        return rows[i * HEAD_DIM : (i + 1) * HEAD_DIM]
+
+    def turned(vector, p, norm):
+        if eps is not None:
+            vector = vector / (vector @ vector / HEAD_DIM + eps).sqrt() * norm.weight
+        return layer.rope(vector.view(1, 1, -1), torch.tensor([p])).flatten()
+
     keys, values, outputs = [], [], []
     for h, p in zip(text, positions):
-        keys.append([turned(part(layer.k.weight @ h, i), p) for i in range(layer.num_kv_heads)])
-        values.append([part(layer.v.weight @ h, i) for i in range(layer.num_kv_heads)])
+        keys.append([turned(part(layer.k, h, i), p, layer.k_norm) for i in range(layer.num_kv_heads)])
+        values.append([part(layer.v, h, i) for i in range(layer.num_kv_heads)])
         heads = []
         for i in range(HEADS):
             shared = i // (HEADS // layer.num_kv_heads)
-            query = turned(part(layer.q.weight @ h, i), p)
+            query = turned(part(layer.q, h, i), p, layer.q_norm)
             weights = [(query @ key[shared] / math.sqrt(HEAD_DIM)).exp() for key in keys]
             heads.append(sum(w * v[shared] for w, v in zip(weights, values)) / sum(weights))
-        outputs.append(layer.out.weight @ torch.cat(heads))
+        y = layer.out.weight @ torch.cat(heads)
+        outputs.append(y if layer.out.bias is None else y + layer.out.bias)
     return torch.stack(outputs)
 
 
@@ -48,6 +65,31 @@ def test_output_equals_a_plain_loop(kv_heads):
     layer, x = make(kv_heads), some_x()
     want = torch.stack([by_hand(layer, text, range(3, 3 + TIME)) for text in x])
     close(layer(x, positions=torch.arange(3, 3 + TIME)), want)
+
+
+YARN = RotaryEmbedding(HEAD_DIM, scaling=YaRN(32.0, 4096, mscale=1.0, mscale_all_dim=1.0))
+OPTIONS = {
+    "qkv_bias": ({"qkv_bias": True}, {"q.bias", "k.bias", "v.bias"}),
+    "out_bias": ({"out_bias": True}, {"out.bias"}),
+    "qk_norm": ({"qk_norm_eps": 0.1}, {"q_norm.weight", "k_norm.weight"}),
+    "yarn, whose softmax factor is for MLA alone": ({"rope": YARN}, set()),
+    "all": (
+        {"rope": YARN, "qkv_bias": True, "out_bias": True, "qk_norm_eps": 0.1},
+        {"q.bias", "k.bias", "v.bias", "out.bias", "q_norm.weight", "k_norm.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("options, names", OPTIONS.values(), ids=OPTIONS)
+def test_biases_and_norms_are_as_in_a_plain_loop_also_through_a_cache(options, names, kv_heads):
+    layer, x = make(kv_heads, **options), some_x()
+    assert layer.state_dict().keys() == {"q.weight", "k.weight", "v.weight", "out.weight"} | names
+    eps = options.get("qk_norm_eps")
+    want = torch.stack([by_hand(layer, text, range(TIME), eps) for text in x])
+    close(layer(x), want)
+    cache = layer.new_cache(BATCH, TIME)
+    close(torch.cat([layer(chunk, cache) for chunk in x.split([3, 1, 1], dim=1)], dim=1), want)
 
 
 @KV_HEADS
@@ -119,21 +161,58 @@ def test_any_sizes_build_an_attention_that_works_or_a_value_error(dim, heads, kv
     assert layer(torch.randn(2, 3, dim)).isfinite().all()
 
 
-def test_output_equals_transformers_llama():
-    pytest.importorskip("transformers")
-    from transformers.models.llama import modeling_llama as module
-    from transformers.models.llama.configuration_llama import LlamaConfig
+LLAMA3, YARNS = Llama3(8.0, 64, 1.0, 4.0), {"rope_type": "yarn", "factor": 32.0}
+PEERS = {  # their model, their numbers, our options, our scaling and its name for them
+    "Llama": ("Llama", {}, {}, None, {"rope_type": "default"}),
+    "Llama with biases": (
+        "Llama", {"attention_bias": True}, {"qkv_bias": True, "out_bias": True}, None,
+        {"rope_type": "default"},
+    ),
+    "Llama 3.1": (
+        "Llama", {}, {}, LLAMA3,
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    "Llama, linear": ("Llama", {}, {}, Linear(3.0), {"rope_type": "linear", "factor": 3.0}),
+    "Llama, YaRN with DeepSeek's mscale": (
+        "Llama", {}, {}, YaRN(32.0, 64, mscale=1.0, mscale_all_dim=0.7),
+        {**YARNS, "mscale": 1.0, "mscale_all_dim": 0.7},
+    ),
+    "Qwen2": ("Qwen2", {}, {"qkv_bias": True}, YaRN(32.0, 64), YARNS),
+    "Qwen2-MoE": ("Qwen2Moe", {"qkv_bias": True}, {"qkv_bias": True}, None, {"rope_type": "default"}),
+    "Qwen3": ("Qwen3", {"rms_norm_eps": 0.1}, {"qk_norm_eps": 0.1}, YaRN(32.0, 64), YARNS),
+    "Qwen3-MoE": (
+        "Qwen3Moe", {"rms_norm_eps": 0.1, "attention_bias": True},
+        {"qk_norm_eps": 0.1, "qkv_bias": True, "out_bias": True}, None, {"rope_type": "default"},
+    ),
+}  # fmt: skip
 
-    config = LlamaConfig(
+
+@pytest.mark.parametrize("peer, numbers, options, scaling, theirs_of_it", PEERS.values(), ids=PEERS)
+def test_output_equals_transformers(peer, numbers, options, scaling, theirs_of_it):
+    transformers = pytest.importorskip("transformers")
+    folder = {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}.get(peer, peer.lower())
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    if scaling is not None and not isinstance(scaling, Linear):
+        theirs_of_it = {**theirs_of_it, "original_max_position_embeddings": 64}
+    config = getattr(transformers, f"{peer}Config")(
         hidden_size=24, num_attention_heads=HEADS, num_key_value_heads=2, head_dim=HEAD_DIM,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="sdpa",
+        rope_parameters={"rope_theta": 500.0, **theirs_of_it}, attn_implementation="sdpa",
+        max_position_embeddings=2048, **numbers,
     )  # fmt: skip
-    theirs = module.LlamaAttention(config, layer_idx=0).double()
-    rope = RotaryEmbedding(HEAD_DIM, theta=500.0, interleaved=False)
-    ours = GroupedQueryAttention(24, HEADS, 2, HEAD_DIM, rope).double()
-    for name, weight in ours.named_parameters():
-        theirs.get_parameter(name.replace("out", "o").replace(".", "_proj.")).data.copy_(weight.data)
-    x, positions = torch.randn(BATCH, TIME, 24, dtype=torch.float64), torch.arange(3, 3 + TIME)
-    angles = module.LlamaRotaryEmbedding(config)(x, positions.unsqueeze(0))
+    theirs = getattr(module, f"{peer}Attention")(config, layer_idx=0).double()
+    rope = RotaryEmbedding(HEAD_DIM, theta=500.0, interleaved=False, scaling=scaling)
+    ours = make(2, dim=24, rope=rope, **options)
+    given = {}
+    for name, tensor in ours.state_dict().items():
+        part, kind = name.split(".")
+        given[f"{part if 'norm' in part else part.replace('out', 'o') + '_proj'}.{kind}"] = tensor
+    theirs.load_state_dict(given)
+    for name in ("q_norm", "k_norm"):  # theirs rounds to fp32 inside
+        if (norm := getattr(theirs, name, None)) is not None:
+            wide = torch.nn.RMSNorm(HEAD_DIM, eps=norm.variance_epsilon, dtype=torch.float64)
+            wide.weight.data.copy_(norm.weight)
+            setattr(theirs, name, wide)
+    x, positions = torch.randn(BATCH, TIME, 24, dtype=torch.float64), torch.tensor([0, 1, 3, 100, 2000])
+    angles = getattr(module, f"{peer}RotaryEmbedding")(config)(x, positions.unsqueeze(0))
     hidden = torch.full((TIME, TIME), -math.inf, dtype=torch.float64).triu(1).expand(BATCH, 1, -1, -1)
-    close(ours(x, positions=positions), theirs(x, angles, hidden)[0])
+    close(ours(x, positions=positions), theirs(x, position_embeddings=angles, attention_mask=hidden)[0])

@@ -1,4 +1,4 @@
-"""The rotary embedding against complex multiplication and explicit 2 x 2 rotations."""
+"""The rotary embedding and its scalings against complex multiplication, in plain floats, and transformers."""
 
 import cmath
 import math
@@ -6,31 +6,80 @@ import math
 import pytest
 import torch
 
-from mla import RotaryEmbedding
+from mla import Linear, Llama3, RotaryEmbedding, YaRN
+from mla.rope import frequencies
 
 DIM, THETA = 6, 100.0
 X = torch.randn(3, 5, 2, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.tensor([3, 4, 5, 9, 12])
+SCALINGS = {  # theta and scaling
+    "linear": (10000.0, Linear(3.0)),
+    "V3": (10000.0, YaRN(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)),
+    "V2": (10000.0, YaRN(40.0, 4096, mscale=0.707, mscale_all_dim=0.707)),
+    "Kimi K2": (50000.0, YaRN(32.0, 4096, 1.0, 1.0, mscale=1.0, mscale_all_dim=1.0)),
+    "Qwen": (1e6, YaRN(4.0, 32768)),
+    "two mscales": (10000.0, YaRN(8.0, 4096, mscale=1.5, mscale_all_dim=0.5)),
+    "no fast pair": (10000.0, YaRN(8.0, 128)),
+    "hardly any context": (10000.0, YaRN(8.0, 6)),
+    "no slow pair": (10.0, YaRN(8.0, 1000)),
+    "Llama 3.1": (500000.0, Llama3(8.0, 8192, 1.0, 4.0)),
+    "all of Llama 3's ramp": (100.0, Llama3(5.0, 100, 0.5, 20.0)),
+}
+DIMS = (2, 6, 10, 64, 128)
+SCALED = pytest.mark.parametrize("theta, scaling", SCALINGS.values(), ids=SCALINGS)
+LAYOUTS = pytest.mark.parametrize("interleaved", [True, False])
 
 
-def by_hand(vector, position, interleaved, theta=THETA):
-    """Pair i, as one complex number, times exp(1j x position x theta^(-2i/dim)) (RoFormer eq. 15)."""
+def plain_turns(dim, theta=THETA):
+    return [theta ** (-2 * i / dim) for i in range(dim // 2)]
+
+
+def scaled_turns(dim, theta, scaling):
+    """Radians a position for each pair, from the papers, YaRN's ramp and rounding from its authors' code."""
+    scaled = []
+    rounds = lambda i: scaling.original_context * theta ** (-2 * i / dim) / (2 * math.pi)  # noqa: E731
+    for i, turn in enumerate(plain_turns(dim, theta)):
+        if isinstance(scaling, Linear):
+            kept = 0.0
+        elif isinstance(scaling, Llama3):
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            kept = min(max((rounds(i) - low) / (high - low), 0.0), 1.0)
+        else:  # straight from the last pair that is fast to the first one that is slow
+            fast = max((j for j in range(dim) if rounds(j) >= scaling.beta_fast), default=0)
+            slow = min((j for j in range(dim) if rounds(j) <= scaling.beta_slow), default=dim - 1)
+            kept = 1.0 if i <= fast else 0.0 if i >= slow else (slow - i) / (slow - fast)
+        scaled.append(kept * turn + (1 - kept) * turn / scaling.factor)
+    return scaled
+
+
+def growth(scaling):
+    """What YaRN multiplies cos and sin by."""
+    of = lambda mscale: 0.1 * mscale * math.log(scaling.factor) + 1  # noqa: E731
+    return of(scaling.mscale) / of(scaling.mscale_all_dim) if isinstance(scaling, YaRN) else 1.0
+
+
+def by_hand(vector, position, interleaved, turns, factor=1.0):
+    """Pair i, as one complex number, times factor x exp(1j x position x turns[i]) (RoFormer eq. 15)."""
     half = len(vector) // 2
     out = [0.0] * len(vector)
     for i in range(half):
-        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
-        z = complex(vector[a], vector[b]) * cmath.exp(1j * position * theta ** (-2 * i / len(vector)))
+        a, b = pair(i, half, interleaved)
+        z = complex(vector[a], vector[b]) * factor * cmath.exp(1j * position * turns[i])
         out[a], out[b] = z.real, z.imag
     return out
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
+def pair(i, half, interleaved):
+    return (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+
+
+@LAYOUTS
 def test_rotation_is_multiplication_by_a_complex_number_of_length_1(interleaved):
     y = RotaryEmbedding(DIM, THETA, interleaved)(X, POSITIONS)
     for row in range(3):
         for time, position in enumerate(POSITIONS.tolist()):
             for head in range(2):
-                want = by_hand(X[row, time, head].tolist(), position, interleaved)
+                want = by_hand(X[row, time, head].tolist(), position, interleaved, plain_turns(DIM))
                 assert y[row, time, head].tolist() == pytest.approx(want, abs=5e-6)  # angles are fp32
     torch.testing.assert_close(y.norm(dim=-1), X.norm(dim=-1), rtol=1e-6, atol=0)
 
@@ -48,7 +97,7 @@ def test_the_two_layouts_differ_by_a_permutation_of_the_features():
     assert not torch.allclose(halves(X, POSITIONS), interleaved(X, POSITIONS), atol=0.1)
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
+@LAYOUTS
 @pytest.mark.parametrize("shift", [1, 100, 5000])
 def test_scores_depend_on_relative_positions_only(interleaved, shift):
     rope = RotaryEmbedding(DIM, THETA, interleaved)
@@ -108,9 +157,103 @@ def test_a_theta_without_meaning_is_refused(theta):
         RotaryEmbedding(4, theta)
 
 
-def test_scaling_is_refused_until_it_exists():
-    with pytest.raises(ValueError, match="scaling='yarn' is not supported"):
-        RotaryEmbedding(4, scaling="yarn")
+def test_a_theta_without_fast_and_slow_pairs_is_refused_for_yarn():
+    with pytest.raises(ValueError, match=r"theta=1\.0 must be above 1 for YaRN"):
+        RotaryEmbedding(4, 1.0, scaling=YaRN(4.0, 4096))
+
+
+@pytest.mark.parametrize("scaling", ["yarn", 4.0, YaRN, {"factor": 4.0}])
+def test_what_is_no_scaling_is_refused(scaling):
+    with pytest.raises(ValueError, match=r"scaling=.* must be a Linear, YaRN, Llama3 or None"):
+        RotaryEmbedding(4, scaling=scaling)
+
+
+NUMBERS = {
+    Linear: {"factor": 1.0},
+    YaRN: {
+        "factor": 1.0,
+        "original_context": 1,
+        "beta_fast": 1e-6,
+        "beta_slow": 1e-6,
+        "mscale": 0.0,
+        "mscale_all_dim": 0.0,
+    },
+    Llama3: {"factor": 1.0, "original_context": 1, "low_freq_factor": 1e-6, "high_freq_factor": 1e-6},
+}
+
+
+@pytest.mark.parametrize(
+    "kind, name, least", [(kind, *item) for kind, numbers in NUMBERS.items() for item in numbers.items()]
+)
+def test_numbers_of_a_scaling_out_of_their_range_are_refused_by_name(kind, name, least):
+    good = {"factor": 4.0, "original_context": 4096}
+    good = {key: value for key, value in good.items() if key in NUMBERS[kind]}
+    for value in (least - 1e-7, -1, math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=rf"^{name}={value} must be finite and at least {least}$"):
+            kind(**{**good, name: value})
+    if name not in ("beta_fast", "high_freq_factor"):  # may not be below their partners
+        assert getattr(kind(**{**good, name: least}), name) == least
+
+
+def test_a_ramp_that_ends_before_it_begins_is_refused():
+    with pytest.raises(ValueError, match=r"beta_fast=1\.5 is below beta_slow=2\.0"):
+        YaRN(4.0, 4096, beta_fast=1.5, beta_slow=2.0)
+    for high in (1.5, 2.0):
+        with pytest.raises(ValueError, match=f"high_freq_factor={high} must be above low_freq_factor=2.0"):
+            Llama3(4.0, 4096, low_freq_factor=2.0, high_freq_factor=high)
+
+
+@LAYOUTS
+@SCALED
+def test_every_pair_turns_as_its_scaling_says(theta, scaling, interleaved):
+    for dim in DIMS:
+        turns, half = scaled_turns(dim, theta, scaling), dim // 2
+        positions = [round(1 / turn) for turn in turns]  # here pair i has turned by about a radian
+        x = torch.randn(1, half, dim, dtype=torch.float64)
+        y = RotaryEmbedding(dim, theta, interleaved, scaling)(x, torch.tensor(positions))
+        for i, position in enumerate(positions):
+            want = by_hand(x[0, i].tolist(), position, interleaved, turns, growth(scaling))
+            for feature in pair(i, half, interleaved):
+                assert y[0, i, feature].item() == pytest.approx(want[feature], abs=5e-6)
+
+
+@pytest.mark.parametrize("mscale, softmax_factor", [(1.0, 1.8739), (0.707, 1.5896)])
+def test_deepseeks_yarn_grows_the_softmax_scale_and_not_cos_and_sin(mscale, softmax_factor):
+    for interleaved in (True, False):
+        scaling = YaRN(40.0, 4096, mscale=mscale, mscale_all_dim=mscale)
+        rope = RotaryEmbedding(DIM, THETA, interleaved, scaling)
+        assert rope.cos_sin_factor == 1.0
+        assert rope.softmax_factor == pytest.approx(softmax_factor, abs=5e-5)
+        assert rope.softmax_factor == pytest.approx((0.1 * mscale * math.log(40) + 1) ** 2, rel=1e-14)
+        assert torch.equal(rope(X, torch.zeros(5, dtype=torch.int64)), X)
+        norms = rope(X, POSITIONS + 4096).norm(dim=-1)
+        torch.testing.assert_close(norms, X.norm(dim=-1), rtol=1e-6, atol=0)
+
+
+def test_the_papers_yarn_grows_cos_and_sin_and_not_the_softmax_scale():
+    rope = RotaryEmbedding(DIM, THETA, scaling=YaRN(4.0, 32768))
+    assert rope.softmax_factor == 1.0 and rope.cos_sin_factor == pytest.approx(0.1 * math.log(4) + 1)
+    torch.testing.assert_close(rope(X, 0 * POSITIONS), rope.cos_sin_factor * X, rtol=1e-6, atol=0)
+    for other in (None, Linear(4.0), Llama3(4.0, 32768)):
+        rope = RotaryEmbedding(DIM, THETA, scaling=other)
+        assert (rope.cos_sin_factor, rope.softmax_factor) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("scaling", [Linear(1.0), YaRN(1.0, 4096, mscale_all_dim=0.5), Llama3(1.0, 4096)])
+def test_a_factor_of_1_changes_nothing(scaling):
+    rope = RotaryEmbedding(64, scaling=scaling)
+    assert (rope.cos_sin_factor, rope.softmax_factor) == (1.0, 1.0)
+    x = torch.randn(1, 5, 64)
+    torch.testing.assert_close(rope(x, POSITIONS), RotaryEmbedding(64)(x, POSITIONS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [None, Linear(7.0), YaRN(7.0, 4096), Llama3(7.0, 4096)])
+def test_the_device_is_that_of_the_features_whatever_the_default(scaling):
+    rope, x = RotaryEmbedding(DIM, 77.0, scaling=scaling), X.float()
+    with torch.device("meta"):
+        y = rope(x, POSITIONS)
+    assert y.device.type == "cpu" and rope(x.to("meta"), POSITIONS.to("meta")).device.type == "meta"
+    assert torch.equal(y, rope(x, POSITIONS))
 
 
 @pytest.mark.parametrize(
@@ -139,3 +282,38 @@ def test_halves_equal_transformers_llama():
     theirs, _ = apply_rotary_pos_emb(x, x, cos.unsqueeze(0), sin.unsqueeze(0))
     ours = RotaryEmbedding(DIM, THETA, interleaved=False)(X.float(), POSITIONS)
     torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=0, atol=1e-6)
+
+
+@SCALED
+def test_scaled_vectors_equal_those_of_transformers_up_to_position_131072(theta, scaling):
+    pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    kind = type(scaling).__name__.lower()
+    names = {"original_context": "original_max_position_embeddings"}
+    numbers = {names.get(name, name): value for name, value in vars(scaling).items() if value}
+    longest = round(scaling.factor * getattr(scaling, "original_context", 4096))
+    positions = torch.tensor([[0, 1, 100, 4095, 131072], [131071, 5000, 7, 65537, 32768]])  # row by row
+    for dim in DIMS:
+        config = LlamaConfig(
+            hidden_size=dim, num_attention_heads=1, head_dim=dim, max_position_embeddings=longest,
+            rope_parameters={"rope_type": kind, "rope_theta": theta, **numbers},
+        )  # fmt: skip
+        turn, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        ours = frequencies(dim, theta, scaling, torch.device("cpu"))
+        torch.testing.assert_close(ours, turn, rtol=2e-7, atol=0)
+        x = torch.randn(2, 5, 3, dim)
+        cos, sin = LlamaRotaryEmbedding(config)(x, positions)
+        by_head = x.transpose(1, 2)
+        halves = RotaryEmbedding(dim, theta, interleaved=False, scaling=scaling)
+        interleaved = RotaryEmbedding(dim, theta, interleaved=True, scaling=scaling)
+        assert halves.cos_sin_factor == interleaved.cos_sin_factor == pytest.approx(factor, rel=1e-14)
+        theirs, _ = apply_rotary_pos_emb(by_head, by_head, cos, sin)
+        torch.testing.assert_close(halves(x, positions).transpose(1, 2), theirs, rtol=0, atol=1e-5)
+        theirs, _ = apply_rotary_pos_emb_interleave(by_head, by_head, cos, sin)
+        y = interleaved(x, positions).transpose(1, 2)
+        y = torch.cat((y[..., ::2], y[..., 1::2]), dim=-1)  # theirs gives even features, then odd ones
+        torch.testing.assert_close(y, theirs, rtol=0, atol=1e-5)

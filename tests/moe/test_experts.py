@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe import Experts, Routing, SwiGLU
+from moe import Experts, Gated, Routing, SwiGLU
 
 NUM_EXPERTS, DIM, HIDDEN = 5, 7, 3
 FIRST = torch.zeros(4, 2, dtype=torch.int64)
@@ -220,3 +220,16 @@ def test_swiglu_equals_its_equation():
     x = torch.randn(2, 9, DIM, dtype=torch.float64)
     gate, up = x @ layer.gate_up.weight[:HIDDEN].T, x @ layer.gate_up.weight[HIDDEN:].T
     torch.testing.assert_close(layer(x), (silu(gate) * up) @ layer.down.weight.T, rtol=1e-12, atol=1e-14)
+
+
+def test_gated_counts_each_token_by_its_own_gate():
+    layer = Gated(SwiGLU(DIM, HIDDEN), DIM).double()
+    assert layer.state_dict().keys() == {"mlp.gate_up.weight", "mlp.down.weight", "gate.weight"}
+    x = 3 * torch.randn(2, 9, DIM, dtype=torch.float64)
+    weight = layer.mlp.gate_up.weight
+    y = layer(x)
+    for u, row in zip(x.flatten(0, 1), y.flatten(0, 1)):
+        mlp = layer.mlp.down.weight @ (silu(weight[:HIDDEN] @ u) * (weight[HIDDEN:] @ u))
+        share = 1 / (1 + math.exp(-sum((layer.gate.weight[0] * u).tolist())))
+        torch.testing.assert_close(row, share * mlp, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(layer(x[0, 0]), y[0, 0])

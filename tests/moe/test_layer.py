@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moe import Experts, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU, balance
+from moe import Experts, Gated, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU, balance
 
 DIM, HIDDEN, SHARED, NUM_EXPERTS, TOP_K = 7, 3, 5, 6, 2
 
@@ -163,5 +163,33 @@ def test_output_equals_transformers():
         theirs.shared_experts.gate_proj.weight.copy_(gate)
         theirs.shared_experts.up_proj.weight.copy_(up)
         theirs.shared_experts.down_proj.weight.copy_(ours.shared.down.weight)
+    x = torch.randn(2, 25, 32)
+    torch.testing.assert_close(ours(x)[0], theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gated_shared_expert_equals_transformers_qwen2_moe():
+    pytest.importorskip("transformers")
+    from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    config = Qwen2MoeConfig(
+        hidden_size=32, moe_intermediate_size=12, shared_expert_intermediate_size=20, num_experts=8,
+        num_experts_per_tok=3, norm_topk_prob=False,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    theirs = Qwen2MoeSparseMoeBlock(config)
+    ours = MoE(SoftmaxRouter(32, 8, 3), Experts(8, 32, 12), Gated(SwiGLU(32, 20), 32))
+    gate, up = ours.shared.mlp.gate_up.weight.chunk(2)
+    theirs.load_state_dict(
+        {
+            "gate.weight": ours.router.weight,
+            "experts.gate_up_proj": ours.experts.gate_up,
+            "experts.down_proj": ours.experts.down,
+            "shared_expert.gate_proj.weight": gate,
+            "shared_expert.up_proj.weight": up,
+            "shared_expert.down_proj.weight": ours.shared.mlp.down.weight,
+            "shared_expert_gate.weight": ours.shared.gate.weight,
+        }
+    )
     x = torch.randn(2, 25, 32)
     torch.testing.assert_close(ours(x)[0], theirs(x), rtol=1e-5, atol=1e-6)
