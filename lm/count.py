@@ -1,8 +1,11 @@
-"""Parameters, FLOPs and cache sizes of a model, by arithmetic: no weight is made. Numbers, not bytes."""
+"""Parameters, FLOPs and cache sizes of a model, by arithmetic: no weight is made."""
 
-from typing import Any
+from typing import NamedTuple
 
-from .config import ModelConfig
+from .config import ModelConfig, nearest
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}  # of one number in a cache
+FP8_BLOCK = 128  # numbers of a latent in fp8 that share a scale in fp32
 
 
 def total_parameters(config: ModelConfig) -> int:
@@ -12,8 +15,7 @@ def total_parameters(config: ModelConfig) -> int:
 
 def active_parameters(config: ModelConfig) -> int:
     """The weights that one token meets: as `total_parameters`, but of routed experts only top_k a layer."""
-    idle = config.moe.num_experts - config.moe.top_k
-    return total_parameters(config) - num_moe_layers(config) * idle * expert_parameters(config)
+    return sum(parameters_by_part(config, active=True).values())
 
 
 def training_flops_per_token(config: ModelConfig, context: int = 4096) -> int:
@@ -22,40 +24,106 @@ def training_flops_per_token(config: ModelConfig, context: int = 4096) -> int:
     A weight met by a product costs 6. A causal query sees (context + 1) / 2 keys on average; each is one
     product with the key, one with the value. Elementwise work and the lookup in the embedding are left out.
     """
-    attention = config.attention
-    per_key = attention.num_heads * (
-        attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
-        if attention.kind == "mla"
-        else 2 * attention.head_dim
-    )
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    norms = sum(norm_parameters(config).values())
-    biases = num_moe_layers(config) * bias_parameters(config)
-    in_products = active_parameters(config) - lookup - norms - biases
-    return 6 * in_products + 3 * config.num_layers * per_key * (context + 1)
+    in_products = active_parameters(config) - lookup - vector_parameters(config)
+    return 6 * in_products + 3 * config.num_layers * built_in_attention(config).per_key * (context + 1)
+
+
+def deepseek_training_flops(
+    num_layers: int, dim: int, vocab_size: int, context: int, feed_forwards: float = 1.0
+) -> float:
+    """Floating-point operations of training on one sequence, as DeepSeekMoE counts them (arXiv 2401.06066).
+
+    Attention has 4 dim^2 weights a layer and a feed-forward 8 dim^2, whatever the widths; all pairs of tokens
+    are counted, also those that the causal mask hides. The paper's figures come out to the last digit.
+
+    Args:
+        context: tokens of the sequence.
+        feed_forwards: how many such feed-forwards a token meets in a layer: 1 when dense, 2 with
+            DeepSeekMoE's 8 experts of a quarter each.
+    """
+    weights = num_layers * (4 + 8 * feed_forwards) * dim**2 + vocab_size * dim
+    pairs = 2 * num_layers * dim * context
+    return 6 * context * (weights + pairs)
+
+
+def feed_forwards(config: ModelConfig) -> float:
+    """The same unit for a model: 8 dim^2 weights of feed-forward a token and layer, to the nearest quarter.
+
+    DeepSeekMoE counts in quarters, though widths are rounded to what the hardware likes (1408 for 1365).
+    """
+    parts = parameters_by_part(config, active=True)
+    met = sum(parts[name] for name in ("dense MLPs", "routed experts", "shared experts"))
+    return round(4 * met / (config.num_layers * 8 * config.dim**2)) / 4
+
+
+def training_cost(
+    flops_per_token: float,
+    tokens: float,
+    pretraining_hours: float,
+    all_hours: float,
+    dollars_per_hour: float,
+    peak_flops: float,
+) -> dict[str, float]:
+    """What a training took, and how much of the GPUs' peak its pre-training used.
+
+    Args:
+        tokens: of pre-training.
+        pretraining_hours, all_hours: GPU hours, without and with all that came after pre-training.
+        peak_flops: floating-point operations a second of one GPU.
+    """
+    flops = flops_per_token * tokens
+    reached = flops / (pretraining_hours * 3600)
+    return {
+        "flops": flops,
+        "flops_per_second_and_gpu": reached,
+        "utilisation": reached / peak_flops,
+        "dollars": all_hours * dollars_per_hour,
+    }
 
 
 def cache_elements_per_token(config: ModelConfig) -> int:
     """Numbers that the caches of all layers hold for one token (V2 table 1)."""
-    attention = config.attention
-    if built_in_attention(config) == "mla":
-        return config.num_layers * (attention.kv_lora_rank + attention.qk_rope_head_dim)
-    return config.num_layers * 2 * attention.num_kv_heads * attention.head_dim
+    return config.num_layers * built_in_attention(config).cache
 
 
-def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """Parameters of embedding, attention, dense MLPs, routed and shared experts, routers, norms and head."""
-    moe, layers = config.moe, num_moe_layers(config)
+def cache_bytes_per_token(config: ModelConfig, dtype: str = "bf16") -> int:
+    """Bytes of all layers' caches for one token, in bf16, fp16, fp32 or fp8.
+
+    In fp8 a latent has a scale for each 128 numbers and its rope key stays in bf16, as FlashMLA lays it out
+    (656 bytes a layer in V3); keys and values have one scale a tensor, which is not counted.
+
+    Raises:
+        ValueError: dtype is another.
+    """
+    if dtype not in BYTES:
+        raise ValueError(f"dtype {dtype!r}{nearest(dtype, list(BYTES))}; there are {', '.join(BYTES)}")
+    attention = built_in_attention(config)
+    a_layer = attention.cache_fp8 if dtype == "fp8" else BYTES[dtype] * attention.cache
+    return config.num_layers * a_layer
+
+
+def parameters_by_part(config: ModelConfig, active: bool = False) -> dict[str, int]:
+    """Parameters of each part of the model; active: those that one token meets."""
+    moe, layers, attention = config.moe, num_moe_layers(config), built_in_attention(config)
+    experts = moe.top_k if active else moe.num_experts
+    gate = config.dim if moe.shared_gate else 0
     return {
         "embedding": config.vocab_size * config.dim,
-        "attention": config.num_layers * attention_parameters(config),
+        "attention": config.num_layers * (attention.weights + attention.biases),
         "dense MLPs": config.num_dense_layers * 3 * config.dim * config.hidden_dim,
-        "routed experts": layers * moe.num_experts * expert_parameters(config),
-        "shared experts": layers * moe.num_shared_experts * expert_parameters(config),
-        "routers": layers * (moe.num_experts * config.dim + bias_parameters(config)),
-        "norms": sum(norm_parameters(config).values()),
+        "routed experts": layers * experts * expert_parameters(config),
+        "shared experts": layers * (moe.num_shared_experts * expert_parameters(config) + gate),
+        "routers": layers * (moe.num_experts * config.dim + selection_biases(config)),
+        "norms": norm_parameters(config),
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
+
+
+def vector_parameters(config: ModelConfig) -> int:
+    """Those that no matrix product meets: norms and biases."""
+    biases = config.num_layers * built_in_attention(config).biases
+    return norm_parameters(config) + biases + num_moe_layers(config) * selection_biases(config)
 
 
 def num_moe_layers(config: ModelConfig) -> int:
@@ -68,8 +136,8 @@ def expert_parameters(config: ModelConfig) -> int:
     return 3 * config.dim * config.moe.hidden_dim
 
 
-def bias_parameters(config: ModelConfig) -> int:
-    """One router's selection bias."""
+def selection_biases(config: ModelConfig) -> int:
+    """One router's selection bias, if the router can be counted."""
     if config.moe.router not in ("sigmoid", "softmax"):
         raise ValueError(
             f"model.moe.router {config.moe.router!r}: only built-in routers can be counted by arithmetic"
@@ -77,76 +145,50 @@ def bias_parameters(config: ModelConfig) -> int:
     return config.moe.num_experts if config.moe.router == "sigmoid" else 0
 
 
-def attention_parameters(config: ModelConfig) -> int:
-    """One layer's attention, without norms."""
-    dim, attention = config.dim, config.attention
-    heads = attention.num_heads
-    if built_in_attention(config) == "gqa":
-        return 2 * dim * (heads + attention.num_kv_heads) * attention.head_dim
-    key, value = attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
-    rank, q_rank = attention.kv_lora_rank, attention.q_lora_rank
-    query = q_rank * (dim + heads * key) if q_rank else dim * heads * key
-    down = dim * (rank + attention.qk_rope_head_dim)
-    up = rank * heads * (attention.qk_nope_head_dim + value)
-    return query + down + up + heads * value * dim
+def norm_parameters(config: ModelConfig) -> int:
+    """The norms' weights: two a block and the final one, and those inside the attention."""
+    return (2 * config.num_layers + 1) * config.dim + config.num_layers * built_in_attention(config).norms
 
 
-def norm_parameters(config: ModelConfig) -> dict[str, int]:
-    """The norms' weights: two a block and the final one, and those of the latents."""
-    latents = 0
-    if built_in_attention(config) == "mla":
-        latents = config.num_layers * (config.attention.q_lora_rank + config.attention.kv_lora_rank)
-    return {"blocks": (2 * config.num_layers + 1) * config.dim, "latents": latents}
+class Attention(NamedTuple):
+    """The counts of one layer's attention."""
+
+    weights: int  # of its matrices
+    biases: int
+    norms: int
+    per_key: int  # multiplications a query does with one key and its value, all heads
+    cache: int  # numbers a token
+    cache_fp8: int  # bytes a token
+    value_dim: int  # of a head
 
 
-def built_in_attention(config: ModelConfig) -> str:
-    """The attention's kind, if it can be counted."""
-    kind = config.attention.kind
-    if kind not in ("mla", "gqa"):
-        raise ValueError(
-            f"model.attention.kind {kind!r}: only built-in attention can be counted by arithmetic"
+def built_in_attention(config: ModelConfig) -> Attention:
+    """What is particular to a kind of attention, if the kind can be counted."""
+    dim, a = config.dim, config.attention
+    out_bias = dim if a.out_bias else 0
+    if a.kind == "mla":
+        key, compressed = a.qk_nope_head_dim + a.qk_rope_head_dim, a.kv_lora_rank + a.qk_rope_head_dim
+        query = a.q_lora_rank * (dim + a.num_heads * key) if a.q_lora_rank else dim * a.num_heads * key
+        expansion = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+        return Attention(
+            weights=query + dim * compressed + expansion + a.num_heads * a.v_head_dim * dim,
+            biases=(a.q_lora_rank + compressed if a.qkv_bias else 0) + out_bias,
+            norms=a.q_lora_rank + a.kv_lora_rank,
+            per_key=a.num_heads * (key + a.v_head_dim),
+            cache=compressed,
+            cache_fp8=a.kv_lora_rank + 4 * -(-a.kv_lora_rank // FP8_BLOCK) + 2 * a.qk_rope_head_dim,
+            value_dim=a.v_head_dim,
         )
-    return kind
-
-
-def summary(config: ModelConfig, context: int) -> dict[str, Any]:
-    """All counts of a model, and its cache beside MHA, GQA and MQA with as many heads of the same width."""
-    attention, cache = config.attention, cache_elements_per_token(config)
-    heads = attention.num_heads
-    width = attention.v_head_dim if attention.kind == "mla" else attention.head_dim
-    total, active = total_parameters(config), active_parameters(config)
-    embedding = config.vocab_size * config.dim
-    return {
-        "parameters": {
-            "total": total,
-            "active": active,
-            "active_without_input_embedding": active - (0 if config.tie_embeddings else embedding),
-            "by_part": parameters_by_part(config),
-        },
-        "training_flops_per_token": training_flops_per_token(config, context),
-        "context": context,
-        "cache_elements_per_token": {
-            "this model": cache,
-            **{
-                name: config.num_layers * 2 * groups * width
-                for name, groups in (("MHA", heads), ("GQA, 4 heads a group", max(1, heads // 4)), ("MQA", 1))
-            },
-        },
-    }
-
-
-def as_text(facts: dict[str, Any]) -> str:
-    """`summary` for a person."""
-    parameters, caches = facts["parameters"], facts["cache_elements_per_token"]
-    lines = [
-        f"parameters       {parameters['total']:>20,}",
-        f"  active a token {parameters['active']:>20,}",
-        f"  without lookup {parameters['active_without_input_embedding']:>20,}",
-        *(f"  {name:15}{number:>20,}" for name, number in parameters["by_part"].items()),
-        f"training FLOPs a token at {facts['context']:,} of context: {facts['training_flops_per_token']:,}",
-        f"cache at {facts['context']:,} tokens of context, in bf16:",
-    ]
-    for name, numbers in caches.items():
-        size = 2 * numbers * facts["context"] / 2**20
-        lines.append(f"  {name:22}{numbers:>10,} numbers a token {size:>12,.2f} MiB")
-    return "\n".join(lines)
+    if a.kind == "gqa":
+        cache = 2 * a.num_kv_heads * a.head_dim
+        query = a.num_heads * a.head_dim
+        return Attention(
+            weights=dim * (2 * query + cache),
+            biases=(query + cache if a.qkv_bias else 0) + out_bias,
+            norms=2 * a.head_dim if a.qk_norm else 0,
+            per_key=2 * query,
+            cache=cache,
+            cache_fp8=cache,
+            value_dim=a.head_dim,
+        )
+    raise ValueError(f"model.attention.kind {a.kind!r}: only built-in attention can be counted by arithmetic")

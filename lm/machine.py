@@ -39,6 +39,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def memory() -> int:
+    """Bytes of main memory; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
 def bf16_units() -> str:
     """What the CPU multiplies bf16 with: "AMX" (tiles), "BF16" (AVX-512's own instructions) or "" (nothing).
 

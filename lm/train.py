@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from moe import balance
 
-from . import checkpoint, data, loss, machine
-from .config import Config
+from . import checkpoint, count, data, loss, machine
+from .config import Config, ModelConfig
 from .decode import stream
 from .model import Transformer
 from .optim import build_optimizer, learning_rate
@@ -45,6 +45,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
         RunFailed: names the step, and the checkpoint that is left.
     """
     device = machine.pick_device(config.train.device)
+    check_memory(config.model)
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)  # a config that does not fit shows here, before anything is written
     model.initialize(torch.Generator().manual_seed(config.train.seed))
@@ -58,6 +59,20 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
         else:
             checkpoint.write_file(run / "config.toml", config.to_toml())
         return trainer.run_steps()
+
+
+def check_memory(config: ModelConfig) -> None:
+    """Raise ValueError for a model whose training cannot fit: a weight, its gradient and two moments in fp32."""
+    try:
+        parameters = count.total_parameters(config)
+    except ValueError:  # a router or attention of one's own: nobody knows before it is made
+        return
+    needed, here = 16 * parameters, machine.memory()
+    if 0 < here < needed:
+        raise ValueError(
+            f"the model has {parameters:,} parameters; training them takes {needed / 2**30:,.0f} GiB, "
+            f"this machine has {here / 2**30:,.0f}"
+        )
 
 
 class Trainer:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lm import checkpoint, data, machine, train
+from lm import checkpoint, count, data, machine, train
 from lm.config import Config
 from lm.decode import stream
 from lm.model import Transformer
@@ -492,6 +492,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_can_go_on(
 
 
 # --- folders
+
+
+def test_a_model_that_training_has_no_room_for_is_refused_before_it_is_made(tiny, tmp_path, monkeypatch):
+    config = tiny()
+    needed = 16 * count.total_parameters(config.model)
+    monkeypatch.setattr(train.machine, "memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=f"has {needed // 16:,} parameters; training them takes"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for enough in (needed, 0):  # 0: the system does not tell
+        monkeypatch.setattr(train.machine, "memory", lambda enough=enough: enough)
+        train.check_memory(config.model)
 
 
 def test_a_folder_that_is_no_new_run_is_refused_and_not_touched(tiny, trained, tmp_path):

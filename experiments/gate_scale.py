@@ -1,0 +1,51 @@
+"""Where do Moonlight's 2.446 and Kimi K2's 2.827, the factors on the routed experts, come from?
+
+python -m experiments.gate_scale  ->  experiments/results/gate_scale.json
+
+Claim (Moonlight, arXiv 2502.16982, appendix): the factor is the mean of 1/||p||_2 over Gaussian logits, p the
+normalised sigmoids of the top k. Experts whose outputs are independent and of one size then add up to that
+size, as one dense MLP has it. Kimi K2's digits are those of V3's 256 experts; its own 384 give 0.0004 more.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from lm import machine
+from lm.config import Config
+
+RESULTS = Path(__file__).parent / "results"
+CASES = (("moonlight", 64), ("kimi-k2", 384), ("kimi-k2", 256))  # preset, experts
+SAMPLES = 200_000
+CHUNK = 20_000  # samples held in memory at once
+SEED = 0
+
+
+def gate_scale(num_experts: int, top_k: int, samples: int, seed: int) -> float:
+    """The mean of 1 / ||p||_2 over that many tokens with logits from N(0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for start in range(0, samples, CHUNK):
+        logits = torch.randn(min(CHUNK, samples - start), num_experts, generator=generator)
+        chosen = logits.sigmoid().topk(top_k).values  # (tokens, top_k)
+        p = chosen / chosen.sum(-1, keepdim=True)
+        total += float((1 / p.norm(dim=-1)).double().sum())
+    return total / samples
+
+
+def main() -> None:
+    """Each model's factor, beside the published one."""
+    rows = []
+    for preset, num_experts in CASES:
+        moe = Config.preset(preset).model.moe
+        sizes = {"model": preset, "num_experts": num_experts, "top_k": moe.top_k}
+        computed = round(gate_scale(num_experts, moe.top_k, SAMPLES, SEED), 4)
+        rows.append({**sizes, "computed": computed, "published": moe.routed_scaling_factor})
+    found = {"machine": machine.describe(), "samples": SAMPLES, "seed": SEED, "gate_scale": rows}
+    (RESULTS / "gate_scale.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

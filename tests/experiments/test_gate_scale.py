@@ -1,0 +1,57 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm.config import Config
+from moe import SigmoidRouter
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    spec = importlib.util.spec_from_file_location("gate_scale", EXPERIMENTS / "gate_scale.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_moonlight_and_kimi_k2_have_the_mean_of_one_over_the_norm(experiment):
+    # experts of equal weight would give 2.4495 and 2.8284; softmax or no normalisation are further away
+    assert round(experiment.gate_scale(64, 6, samples=5000, seed=1), 3) == 2.446
+    assert round(experiment.gate_scale(256, 8, samples=5000, seed=1), 3) == 2.827
+    assert abs(experiment.gate_scale(384, 8, samples=5000, seed=1) - 2.8277) < 1e-4
+
+
+def test_the_router_scaled_so_keeps_the_size_of_independent_outputs():
+    moe = Config.preset("moonlight").model.moe
+    router = SigmoidRouter(64, 64, moe.top_k, routed_scaling_factor=moe.routed_scaling_factor)
+    router.weight.data.copy_(torch.eye(64))
+    weights = router(torch.randn(2000, 64)).weights
+    outputs = torch.randn(2000, moe.top_k)  # one number of each chosen expert, variance 1
+    assert abs(weights.norm(dim=-1).mean() - 1) < 1e-3
+    assert abs((weights * outputs).sum(-1).std() - 1) < 0.05
+
+
+def test_the_same_seed_gives_the_same_number_in_any_chunks(experiment, monkeypatch):
+    whole = experiment.gate_scale(16, 3, samples=1000, seed=5)
+    assert experiment.gate_scale(16, 3, samples=1000, seed=5) == whole
+    assert experiment.gate_scale(16, 3, samples=1000, seed=6) != whole
+    monkeypatch.setattr(experiment, "CHUNK", 300)
+    assert abs(experiment.gate_scale(16, 3, samples=1000, seed=5) - whole) < 0.01
+
+
+def test_results_are_those_of_the_presets(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "SAMPLES", 10)
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    experiment.main()
+    made = json.loads((tmp_path / "gate_scale.json").read_text())
+    kept = json.loads((EXPERIMENTS / "results" / "gate_scale.json").read_text())
+    assert made["machine"].keys() == kept["machine"].keys()
+    for row, other in zip(made["gate_scale"], kept["gate_scale"], strict=True):
+        assert {**row, "computed": 0} == {**other, "computed": 0}
+        assert abs(other["computed"] - other["published"]) < 1e-3
+        assert row["published"] == Config.preset(row["model"]).model.moe.routed_scaling_factor
