@@ -2,7 +2,7 @@
 # Both make .venv first. Other options of `lm train`: make train ARGS="--preset nano".
 PYTHON ?= python3
 ARGS ?=
-.PHONY: train test long lint coverage equations clean
+.PHONY: train test long lint coverage tables clean
 
 train: .venv/lm
 	.venv/bin/lm train $(ARGS)
@@ -20,8 +20,10 @@ lint: .venv/dev
 coverage: .venv/dev
 	.venv/bin/pytest -q -m "not long" --cov=moe --cov=mla --cov-branch --cov-report=term-missing tests/moe tests/mla
 
-equations: .venv/dev
+tables: .venv/dev
 	.venv/bin/python docs/equations.py
+	.venv/bin/python docs/names.py
+	.venv/bin/python docs/figures.py
 
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

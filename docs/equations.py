@@ -61,7 +61,7 @@ def page() -> str:
                 code = code.replace("|", "\\|")
                 rows[paper].append((equation, name, line, f"| {equation} | `{code}` | {place} |"))
     lines = ["# Where is equation N?", ""]
-    lines += ["Made by `make equations` from the tags in the code; do not edit.", ""]
+    lines += ["Made by `make tables` from the tags in the code; do not edit.", ""]
     for paper, title in PAPERS.items():
         if rows[paper]:
             lines += [f"## {title}", "", "| equation | line | in |", "| --- | --- | --- |"]

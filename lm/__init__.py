@@ -6,16 +6,18 @@ Names are resolved when first used, so that `import lm` loads no torch.
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Output", "Transformer", "count", "generate", "load", "save"]
+__all__ = ["Config", "Output", "Transformer", "count", "from_hf", "generate", "load", "save", "to_hf"]
 
 PLACES = {
     "Config": ("config", "Config"),
     "Output": ("model", "Output"),
     "Transformer": ("model", "Transformer"),
     "count": ("count", None),
+    "from_hf": ("hf", "from_hf"),
     "generate": ("decode", "generate"),
     "load": ("checkpoint", "load"),
     "save": ("checkpoint", "save"),
+    "to_hf": ("hf", "to_hf"),
 }
 
 

@@ -41,15 +41,20 @@ def save(model: Transformer, folder: Path | str) -> None:
         ValueError: the folder is not empty, or is a file.
     """
     folder = Path(folder)
+    check_new(folder)
+    commit(folder, lambda into: write_model(model, into))
+
+
+def check_new(folder: Path) -> None:
+    """Raise ValueError unless a folder can be written there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is not an empty folder; choose another, nothing was written")
 
-    def write(into: Path) -> None:
-        (into / "config.toml").write_text(Config(model=model.config).to_toml(), encoding="utf-8")
-        save_file(model_tensors(model), into / "model.safetensors")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    commit(folder, write)
+def write_model(model: Transformer, into: Path) -> None:
+    """Write config.toml and model.safetensors."""
+    (into / "config.toml").write_text(Config(model=model.config).to_toml(), encoding="utf-8")
+    save_file(model_tensors(model), into / "model.safetensors")
 
 
 def load(folder: Path | str, trust_code: bool = False) -> Transformer:
@@ -261,7 +266,7 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         write(temporary)
         for path in [*temporary.iterdir(), temporary]:
             sync(path)

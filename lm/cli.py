@@ -12,9 +12,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import Config, preset_names
+from .config import PRESETS, Config, preset_names
 
-PRESET_HELP = f"where the numbers start: {', '.join(preset_names())}, or a TOML file of your own"
+RECIPES = [name for name in preset_names() if "[train]" in (PRESETS / f"{name}.toml").read_text("utf-8")]
+PUBLISHED = [name for name in preset_names() if name not in RECIPES]
+PRESET_HELP = (
+    f"where the numbers start: {', '.join(RECIPES)}, or a TOML file of your own; "
+    f"to make smaller, models as they were published: {', '.join(PUBLISHED)}"
+)
 SHORT = {"--data": "--data.path", "--device": "--train.device", "--seed": "--train.seed"}  # of lm train
 
 
@@ -36,7 +41,7 @@ class Train:
 class Generate:
     """Write on from a prompt."""
 
-    run: tyro.conf.Positional[Path]  # a run folder, or one that lm.save wrote
+    run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
     prompt: str = "\n"  # the text to go on from; FILE:PATH reads it from a file, - from standard input
     max_new_tokens: int = 300
     temperature: float = 0.8  # 0: always the most likely token
@@ -52,7 +57,7 @@ class Generate:
 class Chat:
     """Take turns with a model in the terminal: it goes on from all that was said. An empty line ends it."""
 
-    run: tyro.conf.Positional[Path]  # a run folder, or one that lm.save wrote
+    run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
     max_new_tokens: int = 200  # the longest answer
     temperature: float = 0.8
     top_k: int | None = None
@@ -66,7 +71,7 @@ class Chat:
 class Eval:
     """The loss on the whole held-out text, in nats a byte, bits a byte, and perplexity."""
 
-    run: tyro.conf.Positional[Path]  # a run folder
+    run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
     data: Path | None = None  # another text
     device: str = "auto"
     trust_code: bool = False  # import the router or attention of your own that the run names
@@ -84,9 +89,27 @@ class Report:
 class Info:
     """Parameters, FLOPs and cache of a model, counted without making it."""
 
-    model: tyro.conf.Positional[str]  # a preset, or a run folder
+    model: tyro.conf.Positional[str]  # a preset, a run folder, or a Hugging Face one
     context: int = 4096  # tokens, for the size of the cache and the FLOPs of attention
+    dtype: str = "bf16"  # of the cache: bf16, fp16, fp32 or fp8
     json: bool = False  # as one JSON object
+    plot: Path | None = None  # a PNG file to draw the parameters of each part to
+
+
+@dataclass
+class Import:
+    """Read a Hugging Face folder (DeepSeek, Kimi, Llama, Qwen, ...) and write one of ours."""
+
+    folder: tyro.conf.Positional[Path]  # with config.json and safetensors
+    out: tyro.conf.Positional[Path]  # a new folder
+
+
+@dataclass
+class Export:
+    """Write a model as a Hugging Face folder, which transformers reads."""
+
+    run: tyro.conf.Positional[Path]  # a run folder, or one that lm.save wrote
+    out: tyro.conf.Positional[Path]  # a new folder
 
 
 COMMANDS: dict[str, type] = {
@@ -96,6 +119,8 @@ COMMANDS: dict[str, type] = {
     "eval": Eval,
     "report": Report,
     "info": Info,
+    "import": Import,
+    "export": Export,
 }
 
 
@@ -191,12 +216,22 @@ def first_free(preset: str) -> int:
 
 def open_model(path: Path, trust_code: bool, device: str) -> tuple[Any, Config, Any]:
     """-> the model, its config, its tokenizer"""
-    from . import checkpoint, machine
-    from .tokenizer import ByteTokenizer
+    import torch
+
+    from . import checkpoint, hf, machine
+    from .tokenizer import open_tokenizer
 
     place = machine.pick_device(device)
-    model = checkpoint.load(path, trust_code)
-    return model.to(place), checkpoint.read_config(path, trust_code), ByteTokenizer()
+    if (path / "config.json").is_file() and not (path / "config.toml").exists():
+        model = hf.from_hf(path)
+        config = Config(model=model.config)
+    else:
+        model = checkpoint.load(path, trust_code)
+        config = checkpoint.read_config(path, trust_code)
+    tokenizer = open_tokenizer(path, config.model.vocab_size)
+    if model.embedding.weight.dtype.itemsize == 2 and machine.pick_dtype("auto", place) == torch.float32:
+        model = model.float()  # this machine would emulate it, a hundred times slower
+    return model.to(place), config, tokenizer
 
 
 def run_generate(options: Generate) -> int:
@@ -229,14 +264,14 @@ def say_on(
     """Write the continuation to standard output as it is made, up to the end of the text -> its tokens."""
     from .decode import stream
 
-    said, window = [], config.train.context
+    said, window, text_of = [], config.model.max_length or config.train.context, tokenizer.writer()
     sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, window)
     for step in stream(model, [tokens], *sampling):
         token = int(step)
-        if token == tokenizer.end_of_text:
+        if token in tokenizer.ends:
             break
         said.append(token)
-        write(tokenizer.decode_bytes([token]))
+        write(text_of(token))
     return said
 
 
@@ -261,7 +296,7 @@ def read_prompt(prompt: str) -> str | bytes:
 
 def run_chat(options: Chat) -> int:
     """lm chat"""
-    from . import decode
+    from . import decode, template
 
     decode.check_options(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
@@ -271,6 +306,7 @@ def run_chat(options: Chat) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be said
     print("Say something; the model goes on from all that was said. An empty line ends it.")
     history: list[int] = []
+    messages: list[dict[str, str]] = []
     while True:
         try:
             line = input("> ")
@@ -278,6 +314,14 @@ def run_chat(options: Chat) -> int:
             line = ""
         if not line:
             return 0
+        if tokenizer.chat_template is not None:
+            messages.append({"role": "user", "content": line})
+            said = template.render(tokenizer.chat_template, messages, tokenizer.special)
+            prompt = tokenizer.encode(said, special=False)  # the template has put them in
+            answer = say_on(model, config, tokenizer, prompt, options, options.seed)
+            messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+            write(b"\n")
+            continue
         history += tokenizer.encode(line + "\n")
         history += say_on(model, config, tokenizer, history, options, options.seed)
         write(b"\n")
@@ -290,16 +334,20 @@ def run_eval(options: Eval) -> int:
 
     from . import data, machine, train
 
-    model, config, _ = open_model(options.run, options.trust_code, options.device)
+    model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
     if options.data is None:
-        _, tokens = data.load(config.data, config.model.vocab_size)
+        _, text = data.load(config.data, config.model.vocab_size)
     else:
-        tokens = data.open_text(options.data)
-    windows = data.Windows(tokens, config.train.context)
+        text = data.open_text(options.data)
+    tokens = tokenizer.encode_array(text)
+    windows = data.Windows(tokens, min(config.model.max_length or config.train.context, 1024))
     device = machine.pick_device(options.device)
     dtype = machine.pick_dtype(config.train.dtype, device)
     loss = train.evaluate(model, windows, None, dtype, config.train.batch_size)
-    print(f"loss {loss:.4f} nats a byte on a text of {len(tokens):,} bytes")
+    if len(tokens) != len(text):
+        print(f"loss {loss:.4f} nats a token, {len(tokens):,} tokens")
+        loss *= len(tokens) / len(text)
+    print(f"loss {loss:.4f} nats a byte on a text of {len(text):,} bytes")
     print(f"{loss / math.log(2):.4f} bits a byte, perplexity {math.exp(loss):.3f}")
     return 0
 
@@ -316,14 +364,34 @@ def run_info(options: Info) -> int:
     """lm info"""
     import json
 
-    from . import count
+    from . import info
 
     if options.context < 1:
         raise ValueError(f"context={options.context} must be at least 1")
-    path = Path(options.model) / "config.toml"
-    config = (Config.load(path) if path.exists() else Config.preset(options.model)).model
-    facts = count.summary(config, options.context)
-    print(json.dumps(facts, indent=1) if options.json else count.as_text(facts))
+    facts = info.summary(info.find_config(options.model), options.context, options.dtype)
+    if options.plot is not None:
+        info.draw(facts["parameters"], f"Parameters of {options.model}", options.plot)
+    print(json.dumps(facts, indent=1) if options.json else info.as_text(facts))
+    return 0
+
+
+def run_import(options: Import) -> int:
+    """lm import"""
+    from . import hf
+
+    aside = hf.import_folder(options.folder, options.out)
+    print(f"{options.out}: written; lm generate, chat, eval and info take it")
+    if aside:
+        print(f"{len(aside)} tensors of multi-token prediction are kept beside it, in mtp.safetensors")
+    return 0
+
+
+def run_export(options: Export) -> int:
+    """lm export"""
+    from . import checkpoint, hf
+
+    hf.to_hf(checkpoint.load(options.run), options.out, tokenizer_from=options.run)
+    print(f"{options.out}: written; transformers reads it")
     return 0
 
 
@@ -333,4 +401,6 @@ RUN: dict[str, Callable[[Any], int]] = {
     "eval": run_eval,
     "report": run_report,
     "info": run_info,
+    "import": run_import,
+    "export": run_export,
 }

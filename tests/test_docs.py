@@ -22,6 +22,10 @@ def test_equations_page_is_current():
     assert (ROOT / "docs" / "equations.md").read_text() == script("equations").page()
 
 
+def test_names_page_is_current():
+    assert (ROOT / "docs" / "names.md").read_text() == script("names").page()
+
+
 def test_equations_page_finds_the_line_of_a_tag(tmp_path):
     file = tmp_path / "part.py"
     method = '    def f(self):\n        """V3 eq. 9"""\n        return 1  # V3 eq. 5, 7-8; why\n'
@@ -45,7 +49,7 @@ def test_python_on_the_page_runs(page, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "docs/equations.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "docs/equations.md", "docs/checkpoints.md"])
 def test_links_within_the_project_lead_somewhere(page):
     text = (ROOT / page).read_text()
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]

@@ -511,21 +511,34 @@ def test_info_counts_presets_and_runs(trained_once, capsys):
     assert facts["parameters"]["total"] == sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     assert facts["context"] == 1000
     caches = model.new_caches(1, 10)
-    assert (
-        facts["cache_elements_per_token"]["this model"]
-        == sum(cache.entries.numel() for cache in caches) // 10
-    )
+    assert facts["cache_elements_per_token"] == sum(cache.entries.numel() for cache in caches) // 10
+
+
+def test_info_tells_the_cache_in_another_dtype_and_draws(tmp_path, capsys):
+    picture = tmp_path / "parameters.png"
+    assert cli.main(["info", "deepseek-v3", "--dtype", "fp8", "--plot", str(picture)]) == 0
+    shown = capsys.readouterr()
+    assert f"{61 * 656:,}" in shown.out and shown.err == ""
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["info", "nano", "--json", "--plot", str(picture)]) == 0
+    assert json.loads(capsys.readouterr().out)["cache_dtype"] == "bf16"
 
 
 def test_info_of_what_is_neither_is_one_line(trained, command):
     assert "no preset 'nan' (did you mean 'nano'?); there are " in one_line(command("info", "nan"), "info")
     assert "context=0 must be at least 1" in one_line(command("info", "nano", "--context", "0"), "info")
+    assert "dtype 'x'; there are bf16, fp16" in one_line(command("info", "nano", "--dtype", "x"), "info")
+    for path in ("a.jpg", "absent/a.png"):
+        assert f"plot={path}: " in one_line(command("info", "nano", "--plot", path), "info")
     (trained / "config.toml").write_text("[model]\ndim = 0\n")
     assert "config.toml: model.dim: a whole number >= 1, got 0" in one_line(command("info", trained), "info")
 
 
 def test_info_needs_no_torch():
-    check = "import sys; from lm.cli import main; main(['info', 'nano']); assert 'torch' not in sys.modules"
+    check = (
+        "import sys; from lm.cli import main; main(['info', 'nano'])\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
     subprocess.run(
         [sys.executable, "-c", check],
         check=True,

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.tokenizer import ByteTokenizer
+from lm.tokenizer import ByteTokenizer, open_tokenizer
 
 tokenizer = ByteTokenizer()
 
@@ -45,3 +47,103 @@ def test_tokens_beyond_the_bytes_are_shown_as_what_is_no_text(token):
     """A model's vocabulary may be larger than the tokenizer's; such a token can then be drawn."""
     assert tokenizer.decode([104, token, 105]) == "h\ufffdi"
     assert len(tokenizer.decode_bytes([token])) == 1
+
+
+# --- a folder's own
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A byte-level BPE of 300 tokens, as DeepSeek, Llama 3 and Qwen have them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<b>", "<e>", "<u>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["to be or not to be, that is the question " * 20], trainer)
+    around = tokenizers.processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 0)])
+    bpe.post_processor = around
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<b>", "eos_token": {"content": "<e>"}, "chat_template": "{{ bos_token }}!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_a_folders_tokenizer_is_found_and_goes_there_and_back(folder):
+    found = open_tokenizer(folder, 300)
+    tokens = found.encode("to be é 日")
+    assert tokens[0] == 0 and found.encode("to be é 日", special=False) == tokens[1:]
+    assert len(tokens) < len("to be é 日".encode())
+    assert found.decode(tokens) == "to be é 日"
+    assert found.encode(b"to be \xc3\xa9") == found.encode("to be é")
+    assert found.encode("a\udcffb") == found.encode("a\ufffdb")  # a byte of a command line that is no text
+    assert found.special == {"bos_token": "<b>", "eos_token": "<e>"}
+    assert found.chat_template == "{{ bos_token }}!"
+
+
+def test_text_is_written_when_its_character_is_whole(folder):
+    found = open_tokenizer(folder, 300)
+    write = found.writer()
+    parts = [write(token) for token in found.encode("é日 to be")]
+    assert b"".join(parts).decode() == "é日 to be"
+    for part in parts:
+        part.decode()  # no character in pieces
+    assert len([part for part in parts if part]) > 2
+
+
+@pytest.mark.parametrize(
+    "files, ends",
+    [
+        ({}, {1}),
+        ({"config.json": {"eos_token_id": 7}}, {7}),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [5, 6]}}, {5, 6}),
+        ({"config.json": {"eos_token_id": None}, "tokenizer_config.json": {}}, set()),
+    ],
+)
+def test_where_the_end_of_text_is_said(folder, files, ends):
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    assert open_tokenizer(folder, 300).ends == ends
+
+
+TOOL = {"name": "tool", "template": "t"}
+
+
+@pytest.mark.parametrize(
+    "settings, file, wanted",
+    [
+        ({"chat_template": "a"}, None, "a"),
+        ({"chat_template": "a"}, "b", "b"),
+        ({"chat_template": [TOOL, {"name": "default", "template": "d"}]}, None, "d"),
+        ({"chat_template": [TOOL]}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_where_the_chat_template_is_said(folder, settings, file, wanted):
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if file is not None:
+        (folder / "chat_template.jinja").write_text(file)
+    assert open_tokenizer(folder, 300).chat_template == wanted
+
+
+def test_without_a_tokenizer_the_tokens_are_bytes_or_unknown(tmp_path):
+    assert isinstance(open_tokenizer(tmp_path, 256), ByteTokenizer)
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, and 102400 tokens cannot be bytes"):
+        open_tokenizer(tmp_path, 102400)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(folder):
+    size = open_tokenizer(folder, 300).tokenizer.get_vocab_size()
+    assert open_tokenizer(folder, size).vocab_size == size
+    told = rf"tokenizer.json: has token {size - 1}; the model knows 0..{size - 2}$"
+    with pytest.raises(ValueError, match=told):
+        open_tokenizer(folder, size - 1)
+    (folder / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: holds a list; expected an object"):
+        open_tokenizer(folder, 300)
+    (folder / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer: "):
+        open_tokenizer(folder, 300)

@@ -1,0 +1,533 @@
+"""Architectures of Hugging Face checkpoints, and one table of names: ours, the papers', theirs.
+
+Reading a config.json and writing one both follow it; docs/names.md is made from it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, build
+
+
+class Name(NamedTuple):
+    """One thing under three names."""
+
+    ours: str
+    symbol: str  # in V2 and V3; "" where they give it none
+    theirs: str  # of a weight: several names where ours is theirs stacked, rows below rows
+
+
+MODEL = [
+    Name("vocab_size", "", "vocab_size"),
+    Name("dim", "d", "hidden_size"),
+    Name("num_layers", "l", "num_hidden_layers"),
+    Name("hidden_dim", "", "intermediate_size"),
+    Name("norm_eps", "", "rms_norm_eps"),
+    Name("tie_embeddings", "", "tie_word_embeddings"),
+    Name("init_std", "", "initializer_range"),
+    Name("max_length", "", "max_position_embeddings"),
+    Name("attention.num_heads", "n_h", "num_attention_heads"),
+]
+BIASES = [
+    Name("attention.qkv_bias", "", "attention_bias"),
+    Name("attention.out_bias", "", "attention_bias"),
+]
+MLA = [
+    Name("attention.q_lora_rank", "d'_c", "q_lora_rank"),
+    Name("attention.kv_lora_rank", "d_c", "kv_lora_rank"),
+    Name("attention.qk_nope_head_dim", "d_h", "qk_nope_head_dim"),
+    Name("attention.qk_rope_head_dim", "d^R_h", "qk_rope_head_dim"),
+    Name("attention.v_head_dim", "d_h", "v_head_dim"),
+    *BIASES,
+]
+GQA = [
+    Name("attention.num_kv_heads", "n_g", "num_key_value_heads"),
+    Name("attention.head_dim", "d_h", "head_dim"),
+]
+MOE = [
+    Name("moe.num_experts", "N_r", "n_routed_experts"),
+    Name("moe.top_k", "K_r", "num_experts_per_tok"),
+    Name("moe.hidden_dim", "", "moe_intermediate_size"),
+    Name("moe.num_shared_experts", "N_s", "n_shared_experts"),
+    Name("moe.num_groups", "D", "n_group"),
+    Name("moe.top_groups", "M", "topk_group"),
+    Name("moe.normalize", "", "norm_topk_prob"),
+    Name("moe.routed_scaling_factor", "", "routed_scaling_factor"),
+]
+FIRST_DENSE = Name("num_dense_layers", "", "first_k_dense_replace")
+QWEN_MOE = [
+    Name("moe.num_experts", "", "num_experts"),  # num_local_experts in newer files
+    Name("moe.top_k", "", "num_experts_per_tok"),
+    Name("moe.hidden_dim", "", "moe_intermediate_size"),
+    Name("moe.normalize", "", "norm_topk_prob"),
+]
+MIXTRAL_MOE = [
+    Name("moe.num_experts", "", "num_local_experts"),
+    Name("moe.top_k", "", "num_experts_per_tok"),
+    Name("moe.hidden_dim", "", "intermediate_size"),
+]
+ROPE = {  # our fields and theirs, of each scaling
+    "none": {},
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "original_context": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+    },
+    "llama3": {
+        "factor": "factor",
+        "original_context": "original_max_position_embeddings",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+}
+
+WHOLE = [  # weights outside the blocks
+    Name("embedding.weight", "", "model.embed_tokens.weight"),
+    Name("norm.weight", "", "model.norm.weight"),
+    Name("head.weight", "", "lm_head.weight"),
+]
+BLOCK = [  # of blocks.N and model.layers.N; .weight or .bias follow where none is written
+    Name("attention_norm.weight", "", "input_layernorm.weight"),
+    Name("mlp_norm.weight", "", "post_attention_layernorm.weight"),
+    Name("attention.q", "W^Q", "self_attn.q_proj"),
+    Name("attention.q_a", "W^DQ", "self_attn.q_a_proj"),
+    Name("attention.q_b", "[W^UQ; W^QR]", "self_attn.q_b_proj"),
+    Name("attention.kv_a", "[W^DKV; W^KR]", "self_attn.kv_a_proj_with_mqa"),
+    Name("attention.kv_norm.weight", "", "self_attn.kv_a_layernorm.weight"),
+    Name("attention.kv_b", "[W^UK; W^UV]", "self_attn.kv_b_proj"),
+    Name("attention.k", "W^K", "self_attn.k_proj"),
+    Name("attention.v", "W^V", "self_attn.v_proj"),
+    Name("attention.k_norm.weight", "", "self_attn.k_norm.weight"),
+    Name("attention.out", "W^O", "self_attn.o_proj"),
+    Name("mlp.gate_up", "", "mlp.gate_proj mlp.up_proj"),
+    Name("mlp.down", "", "mlp.down_proj"),
+    Name("mlp.router.weight", "e_i", "mlp.gate.weight"),
+    Name("mlp.router.bias", "b_i", "mlp.gate.e_score_correction_bias"),
+    Name("mlp.experts.gate_up", "", "mlp.experts.{e}.gate_proj.weight mlp.experts.{e}.up_proj.weight"),
+    Name("mlp.experts.down", "", "mlp.experts.{e}.down_proj.weight"),
+    Name("mlp.shared.gate_up", "", "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj"),
+    Name("mlp.shared.down", "", "mlp.shared_experts.down_proj"),
+    Name("mlp.shared.mlp.gate_up", "", "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj"),
+    Name("mlp.shared.mlp.down", "", "mlp.shared_expert.down_proj"),
+    Name("mlp.shared.gate.weight", "", "mlp.shared_expert_gate.weight"),
+]
+# attention.q_norm.weight is of the latent or of a head
+Q_NORM = {"mla": "self_attn.q_a_layernorm.weight", "gqa": "self_attn.q_norm.weight"}
+MIXTRAL = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture: which names it has, and what is the same in all its models."""
+
+    architecture: str
+    names: list[Name]
+    ours: dict[str, Any]  # what our config says of every one
+    must: dict[str, Any] = field(default_factory=dict)  # what theirs says of every one, if anything
+    default: dict[str, Any] = field(default_factory=dict)  # what theirs means where it is silent
+    alias_of: str = ""  # written under this model_type
+
+
+SIGMOID = {"attention.kind": "mla", "moe.router": "sigmoid"}
+SOFTMAX = {"attention.kind": "gqa", "moe.router": "softmax"}
+V3_MUST = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+V3_DEFAULT = {"rope_interleave": True, "norm_topk_prob": True}
+DEEPSEEK_V3 = Family("DeepseekV3ForCausalLM", [*MODEL, *MLA, FIRST_DENSE, *MOE], SIGMOID, V3_MUST, V3_DEFAULT)
+FAMILIES = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": dataclasses.replace(DEEPSEEK_V3, alias_of="deepseek_v3"),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLiteForCausalLM",
+        [*MODEL, *MLA, *MOE],
+        SIGMOID,
+        V3_MUST,
+        {**V3_DEFAULT, "rms_norm_eps": 1e-5, **ONE_GROUP},
+        "deepseek_v3",
+    ),
+    "youtu": Family(
+        "YoutuForCausalLM",
+        [*MODEL, *MLA],
+        SIGMOID,
+        {},
+        {"rope_interleave": True, "tie_word_embeddings": True},
+        "deepseek_v3",
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        [*MODEL, *MLA, FIRST_DENSE, *MOE],
+        {"attention.kind": "mla", "moe.router": "softmax"},
+        # the authors' code and transformers differ over it: refused, not guessed
+        {"scoring_func": "softmax", "norm_topk_prob": False, "topk_method": "group-limited"},
+        {"first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0, **ONE_GROUP},
+    ),
+    "llama": Family(
+        "LlamaForCausalLM", [*MODEL, *GQA, *BIASES], SOFTMAX, {}, {"num_key_value_heads": None}
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", [*MODEL, *GQA], {**SOFTMAX, "attention.qkv_bias": True}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        [*MODEL, *GQA, *BIASES],
+        {**SOFTMAX, "attention.qk_norm": True},
+        {},
+        {"head_dim": 128},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        [*MODEL, *GQA, *MIXTRAL_MOE],
+        {**SOFTMAX, "moe.normalize": True, "moe.num_shared_experts": 0, "num_dense_layers": 0},
+        {"sliding_window": None},
+        {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        [*MODEL, *GQA, *QWEN_MOE, Name("attention.qkv_bias", "", "qkv_bias")],
+        {**SOFTMAX, "moe.shared_gate": True},
+        {},
+        {"qkv_bias": True, "norm_topk_prob": False},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        [*MODEL, *GQA, *QWEN_MOE, *BIASES],
+        {**SOFTMAX, "attention.qk_norm": True, "moe.num_shared_experts": 0},
+        {},
+        {"norm_topk_prob": False},
+    ),
+}
+DEFAULT = {  # what every family means where it is silent
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+}
+NULL = {"q_lora_rank": 0, "n_shared_experts": 0, **ONE_GROUP}  # what null means; silence may be otherwise
+MUST = {  # what nothing here can do otherwise
+    "hidden_act": "silu",
+    "attention_dropout": 0,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "moe_layer_freq": 1,
+    "router_jitter_noise": 0,
+    "partial_rotary_factor": 1,
+}
+HARMLESS = {  # no word on the function that the model computes
+    *("architectures", "auto_map", "model_type", "_name_or_path", "transformers_version"),
+    *("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size"),
+    *("pretraining_tp", "num_nextn_predict_layers", "num_mtp_layers", "embedding_initializer_range"),
+    *("sliding_window", "max_window_layers"),  # where use_sliding_window is false
+    *("quantization_config", "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave"),
+    *("first_k_dense_replace", "mlp_layer_types", "mlp_only_layers", "decoder_sparse_step", "layer_types"),
+    *("shared_expert_intermediate_size", "topk_method", "head_dim", "qk_head_dim", "num_key_value_heads"),
+    "num_local_experts",
+}
+TAILS = {name.ours: name.theirs for name in BLOCK}
+
+
+def to_ours(raw: dict[str, Any]) -> ModelConfig:
+    """A config.json's object as our config.
+
+    Raises:
+        ValueError: an architecture or option that is not supported, or a key that is missing or unknown.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r:.80} is not supported; {', '.join(FAMILIES)} are")
+    family = FAMILIES[model_type]
+    refuse_unknown(raw, family)
+    table: dict[str, Any] = {}
+    for name in family.names:
+        put(table, name.ours, value_of(raw, name.theirs, family))
+    for ours, value in family.ours.items():
+        put(table, ours, value)
+    layers = whole_number(raw, "num_hidden_layers", 1, 1000)
+    dense = num_dense_layers(raw, layers, family)
+    put(table, "num_dense_layers", dense)
+    if model_type == "deepseek_v2" and (raw.get("topk_method") or "greedy") == "greedy":
+        table["moe"] |= {"num_groups": 1, "top_groups": 1}
+    if model_type == "qwen2_moe" and dense < layers:
+        key = "shared_expert_intermediate_size"
+        width, one = whole_number({key: 5632, **raw}, key, 1), whole_number(raw, "moe_intermediate_size", 1)
+        if width % one:
+            raise ValueError(f"{key} {width} is no multiple of moe_intermediate_size {one}")
+        table["moe"]["num_shared_experts"] = width // one
+    if dense == layers:
+        table.pop("moe", None)
+    table["rope"] = read_rope(raw, family)
+    return build(ModelConfig, table)
+
+
+def put(table: dict[str, Any], dotted: str, value: Any) -> None:
+    """table["a"]["b"] = value, for "a.b" """
+    *sections, last = dotted.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+    table[last] = value
+
+
+def value_of(raw: dict[str, Any], key: str, family: Family) -> Any:
+    """What a config.json says, or means by saying nothing or null; nothing is guessed."""
+    if raw.get(key) is not None:
+        return raw[key]
+    if key == "num_experts" and "num_local_experts" in raw:
+        return raw["num_local_experts"]
+    if key == "num_key_value_heads" and (key in raw or key in family.default):
+        return raw.get("num_attention_heads")
+    if key in NULL and key in raw:
+        return NULL[key]
+    if key in family.default or key in DEFAULT:
+        return family.default.get(key, DEFAULT.get(key))
+    if key == "head_dim":
+        return whole_number(raw, "hidden_size", 1) // whole_number(raw, "num_attention_heads", 1)
+    raise ValueError(f"lacks {key}")
+
+
+def whole_number(raw: dict[str, Any], key: str, least: int, most: int = 2**31 - 1) -> int:
+    """raw[key], or ValueError unless it is a whole number in least..most."""
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{key} {value!r:.80} is not a whole number in {least}..{most}")
+    return value
+
+
+def refuse_unknown(raw: dict[str, Any], family: Family) -> None:
+    """Raise ValueError for an option that would change what the model computes and that we do not have."""
+    for key, right in {**MUST, **family.must}.items():
+        value = raw.get(key)
+        allowed = ("greedy", "group_limited_greedy") if right == "group-limited" else (right,)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{key} {value!r:.80} is not supported; {right!r} is")
+    known = {name.theirs for name in family.names} | MUST.keys() | family.must.keys() | HARMLESS
+    for key, value in raw.items():
+        if key not in known and value not in (None, False, 0, "", [], {}):
+            raise ValueError(f"{key} {value!r:.80} is not known here, and may change what the model computes")
+    layout = raw.get("rope_interleave")
+    if layout is not None and layout != interleaved(raw, family):
+        raise ValueError(f"rope_interleave {layout!r:.80} is not supported here; {not layout} is")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"layer_types {kinds!r:.80}: only full_attention is supported")
+    if family.ours["attention.kind"] == "mla":
+        rope, nope = raw.get("qk_rope_head_dim"), raw.get("qk_nope_head_dim")
+        both = rope + nope if isinstance(rope, int) and isinstance(nope, int) else None
+        heads = raw.get("num_attention_heads")
+        for key, right in {"head_dim": rope, "qk_head_dim": both, "num_key_value_heads": heads}.items():
+            if right is not None and raw.get(key) not in (None, right):
+                raise ValueError(f"{key} {raw[key]!r:.80}: for this attention it must be {right!r:.80}")
+
+
+def num_dense_layers(raw: dict[str, Any], layers: int, family: Family) -> int:
+    """How many layers, the first ones, have a plain MLP.
+
+    Raises:
+        ValueError: dense layers stand elsewhere too.
+    """
+    has_experts = any(name.ours == "moe.num_experts" for name in family.names)
+    if not has_experts or 0 in (raw.get("num_experts"), raw.get("num_local_experts")):
+        return layers
+    kinds, first = raw.get("mlp_layer_types"), FIRST_DENSE.theirs
+    if FIRST_DENSE in family.names or (kinds is None and raw.get(first) is not None):
+        return min(whole_number({first: value_of(raw, first, family)}, first, 0), layers)
+    if kinds is None and raw["model_type"] == "glm4_moe_lite":
+        return 1
+    step = whole_number({"decoder_sparse_step": 1, **raw}, "decoder_sparse_step", 1)
+    only = raw.get("mlp_only_layers") or []
+    for key, value in {"mlp_only_layers": only, "mlp_layer_types": kinds or []}.items():
+        if not isinstance(value, list):
+            raise ValueError(f"{key} {value!r:.80} is not a list")
+    if kinds and (len(kinds) != layers or any(kind not in ("dense", "sparse") for kind in kinds)):
+        raise ValueError(f"mlp_layer_types {kinds!r:.80} must say dense or sparse of all {layers} layers")
+    sparse = [
+        kinds[i] == "sparse" if kinds else i not in only and (i + 1) % step == 0 for i in range(layers)
+    ]
+    dense = sparse.index(True) if True in sparse else layers
+    if not all(sparse[dense:]):
+        raise ValueError("a layer without experts stands behind one with them; only first layers may")
+    return dense
+
+
+def read_rope(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Our [model.rope] from theirs, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"rope_scaling {given!r:.80} is not an object")
+    theirs = {key: value for key, value in given.items() if value is not None}
+    nested = [key for key, value in theirs.items() if isinstance(value, dict | list)]
+    if nested:
+        raise ValueError(f"rope_scaling: {nested[0]!r:.80} holds more than one; one for all is supported")
+    theta = theirs.pop("rope_theta", raw.get("rope_theta"))
+    old = theirs.pop("type", "default")
+    kind = theirs.pop("rope_type", old)
+    if theirs.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError("rope_parameters: partial_rotary_factor other than 1 is not supported")
+    kind = "none" if kind == "default" else kind
+    if kind not in ROPE:
+        raise ValueError(f"rope_type {kind!r:.80} is not supported; default, {', '.join([*ROPE][1:])} are")
+    table: dict[str, Any] = {"scaling": kind, "interleaved": interleaved(raw, family)}
+    if theta is not None or "rope_theta" in family.default:
+        table["theta"] = family.default.get("rope_theta") if theta is None else theta
+    if kind in ("yarn", "llama3"):
+        theirs.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    if kind == "yarn":
+        check_yarn(theirs)
+    for ours, key in ROPE[kind].items():
+        if key in theirs:
+            table[ours] = theirs.pop(key)
+    if "factor" in ROPE[kind] and "factor" not in table:
+        raise ValueError(f"rope_scaling: {kind} lacks its factor")
+    left = {key: value for key, value in theirs.items() if value and kind != "none"}
+    if left:
+        raise ValueError(f"rope_scaling: {', '.join(left)} is not supported with {kind}")
+    return table
+
+
+def check_yarn(theirs: dict[str, Any]) -> None:
+    """Leave of YaRN's options those that we have; raise ValueError for one that says something else."""
+    for key in ("factor", "mscale", "mscale_all_dim", "attention_factor"):
+        value = theirs.get(key, 1)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -1e9 < value < 1e9:
+            raise ValueError(f"rope_scaling: {key} {value!r:.80} is not a number, or beyond any sense")
+    mscale, of_all = theirs.get("mscale"), theirs.get("mscale_all_dim")
+    if bool(mscale) != bool(of_all):
+        raise ValueError("rope_scaling: mscale and mscale_all_dim are supported together or not at all")
+    if not mscale:
+        theirs.pop("mscale", None)
+        theirs.pop("mscale_all_dim", None)
+    if theirs.pop("truncate", True) is not True:
+        raise ValueError("rope_scaling: truncate false is not supported")
+    factor = theirs.get("factor")
+    if "attention_factor" in theirs and factor is not None and factor >= 1:
+        log = 0.1 * math.log(factor)
+        meant = (log * mscale + 1) / (log * of_all + 1) if mscale and of_all else log + 1
+        if not math.isclose(theirs.pop("attention_factor"), meant, rel_tol=1e-6):
+            raise ValueError(f"rope_scaling: attention_factor other than {meant:.6g} is not supported")
+
+
+def interleaved(raw: dict[str, Any], family: Family) -> bool:
+    """Which layout: V2 has no choice, V3 and its kin have one, the others have the halves."""
+    if "rope_interleave" in family.default:
+        value = raw.get("rope_interleave")
+        return True if value is None else value
+    return family.ours["attention.kind"] == "mla"
+
+
+def to_theirs(config: ModelConfig) -> dict[str, Any]:
+    """Our config as a config.json's object.
+
+    Raises:
+        ValueError: no architecture of theirs is this model; names the option that stands in the way.
+    """
+    model_type = nearest_family(config)
+    family = FAMILIES[model_type]
+    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
+    raw |= {"hidden_act": "silu", **{k: v for k, v in family.must.items() if v is not None}}
+    for name in family.names:
+        section: Any = config
+        for word in name.ours.split("."):
+            section = getattr(section, word)
+        raw[name.theirs] = section
+    raw["max_position_embeddings"] = config.max_length or 4096
+    raw |= write_rope(config.rope)
+    if "rope_interleave" in family.default:
+        raw["rope_interleave"] = config.rope.interleaved
+    if "q_lora_rank" in raw:
+        raw["q_lora_rank"] = raw["q_lora_rank"] or None
+    if family.ours["attention.kind"] == "mla":
+        raw["num_key_value_heads"] = config.attention.num_heads
+    if model_type == "deepseek_v2":
+        raw["topk_method"] = "greedy" if config.moe.num_groups == 1 else "group_limited_greedy"
+    if model_type == "deepseek_v3":
+        raw["num_nextn_predict_layers"] = 0
+    if model_type in ("qwen2_moe", "qwen3_moe"):
+        raw["mlp_only_layers"] = list(range(config.num_dense_layers))
+    if model_type == "qwen2_moe":
+        raw["shared_expert_intermediate_size"] = config.moe.num_shared_experts * config.moe.hidden_dim
+    ours, read = flat(relevant(config)), flat(relevant(to_ours(raw)))
+    kinds = ("attention.kind", "moe.router")  # where these differ, others do as a consequence
+    for option, value in sorted(ours.items(), key=lambda item: item[0] not in kinds):
+        if read[option] != value:
+            other = read[option]
+            raise ValueError(f"model.{option} {value!r} has no word in {model_type}; there it is {other!r}")
+    return raw
+
+
+def nearest_family(config: ModelConfig) -> str:
+    """The architecture of theirs that a config may be."""
+    attention, moe = config.attention, config.moe
+    experts = config.num_dense_layers < config.num_layers
+    if attention.kind == "mla":
+        return "deepseek_v2" if experts and moe.router == "softmax" else "deepseek_v3"
+    if experts:
+        return "qwen3_moe" if attention.qk_norm else "qwen2_moe" if moe.shared_gate else "mixtral"
+    if attention.qk_norm:
+        return "qwen3"
+    return "qwen2" if attention.qkv_bias and not attention.out_bias else "llama"
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """Their rope_theta and rope_scaling, as every version reads them."""
+    scaling: dict[str, Any] = {key: getattr(rope, ours) for ours, key in ROPE[rope.scaling].items()}
+    if not scaling.get("mscale_all_dim", 1):
+        del scaling["mscale"], scaling["mscale_all_dim"]
+    named = {"type": rope.scaling, "rope_type": rope.scaling, **scaling}
+    return {"rope_theta": rope.theta, "rope_scaling": None if rope.scaling == "none" else named}
+
+
+def relevant(config: ModelConfig) -> ModelConfig:
+    """The config with what it does not use, and what computes nothing, at its defaults."""
+    attention, rope = config.attention, config.rope
+    unused = [n.ours for n in (GQA if attention.kind == "mla" else MLA) if n not in BIASES]
+    names = [name.removeprefix("attention.") for name in unused]
+    defaults = AttentionConfig()
+    attention = dataclasses.replace(attention, **{name: getattr(defaults, name) for name in names})
+    used = {ours: getattr(rope, ours) for ours in ("theta", "interleaved", "scaling", *ROPE[rope.scaling])}
+    rope = RopeConfig(**used)
+    changes: dict[str, Any] = {"attention": attention, "rope": rope, "max_length": 0}
+    if config.num_dense_layers == config.num_layers:
+        changes["moe"] = MoEConfig()
+    elif config.num_dense_layers == 0:
+        changes["hidden_dim"] = 1
+    return dataclasses.replace(config, **changes)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All options of a config by their dotted names."""
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(config):
+        value, name = getattr(config, option.name), prefix + option.name
+        found |= flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
+def parts_of(ours: str, tensor: Tensor, model_type: str) -> Iterator[tuple[str, Tensor]]:
+    """One of our tensors as a checkpoint has it -> their name, the rows of ours that it is"""
+    for name in WHOLE:
+        if name.ours == ours:
+            yield name.theirs, tensor
+            return
+    _, layer, rest = ours.split(".", 2)
+    if rest == "attention.q_norm.weight":
+        theirs = Q_NORM["gqa" if FAMILIES[model_type].ours["attention.kind"] == "gqa" else "mla"]
+    elif rest in TAILS:
+        theirs = TAILS[rest]
+    else:
+        stem, _, kind = rest.rpartition(".")
+        theirs = " ".join(f"{name}.{kind}" for name in TAILS[stem].split())
+    if model_type == "mixtral" and theirs.startswith("mlp."):
+        for word, other in MIXTRAL.items():
+            theirs = theirs.replace(word, other)
+    names = [f"model.layers.{layer}.{name}" for name in theirs.split()]
+    if "{e}" in theirs:
+        for expert, matrix in enumerate(tensor):
+            yield from zip((name.format(e=expert) for name in names), matrix.chunk(len(names)))
+    else:
+        yield from zip(names, tensor.chunk(len(names)))

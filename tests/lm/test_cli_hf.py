@@ -1,0 +1,135 @@
+"""`lm` on Hugging Face folders: import, export, generate, chat, eval, info."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lm
+from lm import cli
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as they are published: V3's architecture, bf16, a tokenizer and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("published") / "model"
+    model = lm.Transformer(replace(lm.Config.preset("nano").model, vocab_size=300, max_length=128))
+    model.initialize(torch.Generator().manual_seed(0))
+    lm.to_hf(model.bfloat16(), folder)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<b>", "<e>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["to be or not to be, that is the question " * 20], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<b>", "eos_token": "<e>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`lm` in this process -> its status, standard output, standard error"""
+
+    def call(*arguments, said=""):
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said.encode()), "utf-8"))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        status = cli.main([str(argument) for argument in arguments])
+        out.flush()
+        return status, out.buffer.getvalue().decode("utf-8", "replace"), err.getvalue()
+
+    return call
+
+
+def test_a_published_folder_is_written_on_from_as_it_is_and_imported(published, run, tmp_path):
+    asked = ("--prompt", "to be é", "--max-new-tokens", "12", "--seed", "1")
+    status, text, _ = run("generate", published, *asked)
+    assert status == 0 and text.startswith("to be é") and len(text) > len("to be é\n")
+    status, told, _ = run("import", published, tmp_path / "ours")
+    assert status == 0 and told.startswith(f"{tmp_path / 'ours'}: written")
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
+        *("config.toml", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    }
+    assert run("generate", tmp_path / "ours", *asked)[1] == text
+    assert run("export", tmp_path / "ours", tmp_path / "theirs")[0] == 0
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "theirs" / name).read_bytes() == (published / name).read_bytes()
+
+
+def test_chat_speaks_through_the_folders_template(published, run, monkeypatch):
+    seen = []
+    real = cli.say_on
+
+    def listen(model, config, tokenizer, tokens, options, seed):
+        seen.append(tokenizer.tokenizer.decode(tokens, skip_special_tokens=False))
+        real(model, config, tokenizer, tokens, options, seed)
+        return tokenizer.encode("well said", special=False)
+
+    monkeypatch.setattr(cli, "say_on", listen)
+    status, _, _ = run("chat", published, "--max-new-tokens", "3", "--seed", "0", said="to be\nor not\n")
+    assert status == 0
+    assert seen == ["<b><user>to be<assistant>", "<b><user>to be<assistant>well said<user>or not<assistant>"]
+
+
+def test_the_text_ends_where_the_model_says_so(published, run, tmp_path, monkeypatch):
+    from lm import decode
+
+    monkeypatch.setattr(decode, "stream", lambda *_, **__: iter(torch.tensor([[70], [71], [1], [72]])))
+    status, text, _ = run("generate", published, "--prompt", "x")
+    folder = published / "tokenizer.json"
+    expected = lm.tokenizer.FileTokenizer(folder.parent, 300).decode([70, 71])
+    assert status == 0 and text == f"x{expected}\n"
+
+
+def test_eval_counts_tokens_and_bytes(published, run, tmp_path):
+    text = "to be or not to be, that is the question " * 60
+    (tmp_path / "text").write_text(text)
+    status, told, _ = run("eval", published, "--data", tmp_path / "text")
+    assert status == 0
+    words = told.replace(",", "").split()
+    of_token, tokens, of_byte, size = float(words[1]), int(words[5]), float(words[8]), len(text)
+    assert tokens < size / 2 and of_byte == pytest.approx(of_token * tokens / size, abs=1e-3)
+    assert of_token == pytest.approx(5.7, abs=0.5)  # ln 300: it has learnt nothing
+
+
+def test_info_of_a_published_folder(published, run):
+    status, told, _ = run("info", published, "--json")
+    facts = json.loads(told)
+    with torch.device("meta"):
+        model = lm.Transformer(lm.from_hf(published).config)
+    total = sum(p.numel() for p in model.parameters()) + sum(r.bias.numel() for r in model.routers())
+    assert status == 0 and facts["parameters"]["total"] == total
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "eval", "info", "import"])
+def test_a_folder_that_is_damaged_is_one_line(published, run, tmp_path, command):
+    (tmp_path / "bad").mkdir()
+    config = json.loads((published / "config.json").read_text())
+    (tmp_path / "bad" / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    more = [tmp_path / "out"] if command == "import" else []
+    status, out, err = run(command, tmp_path / "bad", *more)
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert err == f"lm {command}: {tmp_path}/bad/config.json: hidden_act 'gelu' is not supported; 'silu' is\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_and_export_leave_what_is_there(published, run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("kept")
+    assert run("import", published, tmp_path / "ours")[0] == 0
+    for command, source in (("import", published), ("export", tmp_path / "ours")):
+        status, _, err = run(command, source, tmp_path / "full")
+        assert status == 2 and "is not an empty folder" in err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
