@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -240,9 +241,13 @@ class Command:
             cwd=folder,
         )
         assert self.nursery.stdout.readline() == "ready\n"
+        self.pid = None
 
     def start(self, *arguments, cwd=None, stdin=os.devnull, before="", paths=(), env=None):
         """before: Python run in the child first."""
+        if self.pid is not None:  # of a test that failed before it waited
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
         job = {
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd or self.folder),
@@ -257,10 +262,12 @@ class Command:
             (self.folder / name).unlink(missing_ok=True)
         self.nursery.stdin.write(json.dumps(job) + "\n")
         self.nursery.stdin.flush()
-        return int(self.nursery.stdout.readline())
+        self.pid = int(self.nursery.stdout.readline())
+        return self.pid
 
     def wait(self):
         code = int(self.nursery.stdout.readline())
+        self.pid = None
         out, err = (self.folder / "stdout").read_bytes(), (self.folder / "stderr").read_text()
         return Ended(code, out, err)
 
@@ -280,5 +287,7 @@ class Command:
 def command(tmp_path_factory):
     made = Command(tmp_path_factory.mktemp("command"))
     yield made
+    if made.pid is not None:
+        os.kill(made.pid, signal.SIGKILL)
     made.nursery.stdin.close()
     made.nursery.wait(timeout=60)
