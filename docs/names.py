@@ -1,9 +1,9 @@
-"""Make docs/names.md: one thing under three names, from the tables in lm/architectures.py."""
+"""Make docs/names.md: one thing under three names, from the tables in lm/names.py."""
 
 from pathlib import Path
 
-from lm import architectures
-from lm.architectures import BLOCK, FAMILIES, Q_NORM, ROPE, WHOLE, Name
+from lm import names
+from lm.names import BLOCK, FAMILIES, Q_NORM, ROPE, WHOLE, Name
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +15,7 @@ def page() -> str:
         for name in family.names:
             used.setdefault(name, []).append(model_type)
     lines = ["# Our name, the papers' symbol, their key", ""]
-    lines += ["Made by `make tables` from lm/architectures.py; do not edit. Symbols as in V2 and V3.", ""]
+    lines += ["Made by `make tables` from lm/names.py; do not edit. Symbols as in V2 and V3.", ""]
     lines += ["## Options: config.toml and config.json", ""]
     lines += ["| ours, in [model] | symbol | theirs | in |", "| --- | --- | --- | --- |"]
     for name, families in used.items():
@@ -27,7 +27,7 @@ def page() -> str:
     lines += ["", "What is the same in every model of a family:", ""]
     lines += ["| family | ours | theirs, if it says anything |", "| --- | --- | --- |"]
     for model_type, family in FAMILIES.items():
-        rows = (family.ours, {**architectures.MUST, **family.must})
+        rows = (family.ours, {**names.MUST, **family.must})
         ours, theirs = (", ".join(f"`{key}` {value}" for key, value in row.items()) for row in rows)
         lines.append(f"| {model_type} | {ours} | {theirs} |")
     lines += ["", "## Weights: blocks.N and model.layers.N", ""]
@@ -37,7 +37,8 @@ def page() -> str:
     for name in [*WHOLE, *norms, *BLOCK]:
         theirs = name.theirs if " or " in name.theirs else " + ".join(name.theirs.split())
         lines.append(f"| `{name.ours}` | {symbol(name)} | `{theirs}` |")
-    lines += ["", "mixtral has " + ", ".join(f"`{b}` for `{a}`" for a, b in architectures.MIXTRAL.items()) + "."]
+    others = ", ".join(f"`{other}` for `{word}`" for word, other in names.MIXTRAL.items())
+    lines += ["", f"mixtral has {others}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints in and out: DeepSeek, Moonlight, Kimi, GLM, Youtu, Llama, Qwen and Mixtral.
 
-The names, and what each architecture's config.json means, are in architectures.py.
+The names are in names.py, what each architecture's config.json means in architectures.py.
 """
 
 import math

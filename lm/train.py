@@ -62,7 +62,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
 
 
 def check_memory(config: ModelConfig) -> None:
-    """Raise ValueError for a model whose training cannot fit: a weight, its gradient and two moments in fp32."""
+    """Raise ValueError for a model whose weights, gradients and two moments in fp32 no memory here holds."""
     try:
         parameters = count.total_parameters(config)
     except ValueError:  # a router or attention of one's own: nobody knows before it is made

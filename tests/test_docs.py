@@ -49,7 +49,10 @@ def test_python_on_the_page_runs(page, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "docs/equations.md", "docs/checkpoints.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "docs/equations.md", "docs/checkpoints.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_project_lead_somewhere(page):
     text = (ROOT / page).read_text()
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
