@@ -38,6 +38,13 @@ def table() -> str:
     shown = " / ".join(f"{a:.2f} against {b:.2f}" for a, b in pairs)
     what = f"MaxVio with the bias update against none, each layer, last 100 of {found['steps']:,} steps"
     rows.append((what, shown, machine(found), f"`python -m experiments.balance --steps {found['steps']}`"))
+    found = read("experiments/results/gate_scale.json")
+    shown = ", ".join(
+        f"{row['computed']:.3f} ({row['model']}, {row['num_experts']} experts; published {row['published']})"
+        for row in found["gate_scale"]
+    )
+    what = "the factor on the routed experts, from Gaussian logits"
+    rows.append((what, shown, machine(found), "`python -m experiments.gate_scale`"))
     for path in sorted((ROOT / "benchmarks" / "results").glob("speed-*.json")):
         found = read(f"benchmarks/results/{path.name}")
         for key, value in found.items():
