@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm import architectures
-from lm.architectures import BLOCK, FAMILIES, ROPE, WHOLE, parts_of, to_ours, to_theirs
+from lm.architectures import parts_of, to_ours, to_theirs
 from lm.config import AttentionConfig, Config, ModelConfig, MoEConfig, RopeConfig
 from lm.model import Transformer
+from lm.names import BLOCK, FAMILIES, ROPE, WHOLE
 
 REFERENCE = Path(__file__).parent / "reference"
 GQA = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")

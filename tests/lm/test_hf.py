@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 import lm
 from lm import checkpoint, fp8, hf, shards
-from lm.architectures import FAMILIES, parts_of, to_ours, to_theirs
+from lm.architectures import parts_of, to_ours, to_theirs
 from lm.config import Config
+from lm.names import FAMILIES
 from mla.rope import frequencies
 from moe import Routing
 
