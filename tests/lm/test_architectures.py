@@ -514,6 +514,22 @@ def test_an_attention_factor_that_says_what_is_meant_anyway_is_read(model_type):
             to_ours(said)
 
 
+def test_greedy_v2_has_no_groups_whatever_their_number_says():
+    raw = example("deepseek_v2")
+    assert (raw["n_group"], raw["topk_group"]) == (4, 1)
+    moe = to_ours({**raw, "topk_method": "greedy"}).moe
+    assert (moe.num_groups, moe.top_groups) == (1, 1)
+    assert to_ours({**raw, "topk_method": "greedy", "n_group": None, "topk_group": None}).moe == moe
+    assert to_ours({key: value for key, value in raw.items() if key != "topk_method"}).moe == moe
+
+
+def test_a_llama_that_is_silent_has_a_key_for_every_head():
+    raw = {key: value for key, value in example("llama").items() if key != "num_key_value_heads"}
+    for said in ({}, {"num_key_value_heads": None}):
+        assert to_ours({**raw, **said}).attention.num_kv_heads == raw["num_attention_heads"] == 4
+    assert to_ours({**raw, "head_dim": None, "hidden_size": 24}).attention.head_dim == 6
+
+
 # --- what our own config can say and theirs cannot
 
 
