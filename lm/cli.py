@@ -1,6 +1,5 @@
 """The `lm` command. Loads no torch before a command needs it, so that --help and mistakes are quick."""
 
-import io
 import itertools
 import os
 import sys
@@ -214,127 +213,27 @@ def first_free(preset: str) -> int:
     return next(number for number in itertools.count(1) if not run_folder(preset, number).exists())
 
 
-def open_model(path: Path, trust_code: bool, device: str) -> tuple[Any, Config, Any]:
-    """-> the model, its config, its tokenizer"""
-    import torch
-
-    from . import checkpoint, hf, machine
-    from .tokenizer import open_tokenizer
-
-    place = machine.pick_device(device)
-    if (path / "config.json").is_file() and not (path / "config.toml").exists():
-        model = hf.from_hf(path)
-        config = Config(model=model.config)
-    else:
-        model = checkpoint.load(path, trust_code)
-        config = checkpoint.read_config(path, trust_code)
-    tokenizer = open_tokenizer(path, config.model.vocab_size)
-    if model.embedding.weight.dtype.itemsize == 2 and machine.pick_dtype("auto", place) == torch.float32:
-        model = model.float()  # this machine would emulate it, a hundred times slower
-    return model.to(place), config, tokenizer
-
-
 def run_generate(options: Generate) -> int:
     """lm generate"""
-    from . import decode
+    from . import talk
 
-    prompt = read_prompt(options.prompt)
-    if options.num_samples < 1:
-        raise ValueError(f"num_samples={options.num_samples} must be at least 1")
-    decode.check_options(
-        options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
-    )
-    model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
-    tokens = tokenizer.encode(prompt)
-    if not tokens:
-        raise ValueError("the prompt is empty; it needs at least one byte")
-    for sample in range(options.num_samples):
-        seed = None if options.seed is None else options.seed + sample
-        if options.num_samples > 1:
-            write(f"--- {sample + 1}\n".encode())
-        write(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogateescape"))
-        say_on(model, config, tokenizer, tokens, options, seed)
-        write(b"\n")
-    return 0
-
-
-def say_on(
-    model: Any, config: Config, tokenizer: Any, tokens: list[int], options: Any, seed: int | None
-) -> list[int]:
-    """Write the continuation to standard output as it is made, up to the end of the text -> its tokens."""
-    from .decode import stream
-
-    said, window, text_of = [], config.model.max_length or config.train.context, tokenizer.writer()
-    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, window)
-    for step in stream(model, [tokens], *sampling):
-        token = int(step)
-        if token in tokenizer.ends:
-            break
-        said.append(token)
-        write(text_of(token))
-    return said
-
-
-def write(text: bytes) -> None:
-    """Bytes to standard output at once, whatever the terminal's encoding."""
-    sys.stdout.buffer.write(text)
-    sys.stdout.buffer.flush()
-
-
-def read_prompt(prompt: str) -> str | bytes:
-    """The prompt itself, or what FILE:PATH or - stand for."""
-    if prompt == "-":
-        return sys.stdin.buffer.read()
-    if prompt.startswith("FILE:"):
-        path = Path(prompt.removeprefix("FILE:"))
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"prompt: {path}: cannot be read: {error.strerror}") from None
-    return prompt
+    return talk.generate(options)
 
 
 def run_chat(options: Chat) -> int:
     """lm chat"""
-    from . import decode, template
+    from . import talk
 
-    decode.check_options(
-        options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
-    )
-    model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be said
-    print("Say something; the model goes on from all that was said. An empty line ends it.")
-    history: list[int] = []
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            line = ""
-        if not line:
-            return 0
-        if tokenizer.chat_template is not None:
-            messages.append({"role": "user", "content": line})
-            said = template.render(tokenizer.chat_template, messages, tokenizer.special)
-            prompt = tokenizer.encode(said, special=False)  # the template has put them in
-            answer = say_on(model, config, tokenizer, prompt, options, options.seed)
-            messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-            write(b"\n")
-            continue
-        history += tokenizer.encode(line + "\n")
-        history += say_on(model, config, tokenizer, history, options, options.seed)
-        write(b"\n")
-        history += tokenizer.encode("\n")
+    return talk.chat(options)
 
 
 def run_eval(options: Eval) -> int:
     """lm eval"""
     import math
 
-    from . import data, machine, train
+    from . import data, machine, talk, train
 
-    model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
+    model, config, tokenizer = talk.open_model(options.run, options.trust_code, options.device)
     if options.data is None:
         _, text = data.load(config.data, config.model.vocab_size)
     else:

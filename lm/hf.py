@@ -3,7 +3,6 @@
 The names are in names.py, what each architecture's config.json means in architectures.py.
 """
 
-import math
 import re
 import shutil
 import warnings
@@ -61,7 +60,7 @@ def import_folder(folder: Path, out: Path, dtype: torch.dtype | None = None) -> 
         checkpoint.write_model(model, into)
         copy_tokenizer(folder, into)
         if aside:
-            parts = ((n, size_of(s), lambda n=n, s=s: shards.read(n, s).clone()) for n, s in aside.items())
+            parts = ((n, s.nbytes, lambda n=n, s=s: shards.read(n, s).clone()) for n, s in aside.items())
             shards.write(into, parts, 5 * 10**9, "mtp")
 
     checkpoint.commit(out, write)
@@ -240,8 +239,3 @@ def named_tensors(model: Transformer) -> dict[str, Tensor]:
     """`checkpoint.model_tensors`, but the parameters themselves"""
     found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: found[name] for name in checkpoint.model_tensors(model)}
-
-
-def size_of(stored: Stored) -> int:
-    """Bytes"""
-    return stored.dtype.itemsize * math.prod(stored.shape)

@@ -3,7 +3,6 @@
 Options of a config, weights of a model, and what each architecture has of them.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -128,7 +127,6 @@ class Family:
     ours: dict[str, Any]  # what our config says of every one
     must: dict[str, Any] = field(default_factory=dict)  # what theirs says of every one, if anything
     default: dict[str, Any] = field(default_factory=dict)  # what theirs means where it is silent
-    alias_of: str = ""  # written under this model_type
 
 
 SIGMOID = {"attention.kind": "mla", "moe.router": "sigmoid"}
@@ -139,14 +137,13 @@ V3_DEFAULT = {"rope_interleave": True, "norm_topk_prob": True}
 DEEPSEEK_V3 = Family("DeepseekV3ForCausalLM", [*MODEL, *MLA, FIRST_DENSE, *MOE], SIGMOID, V3_MUST, V3_DEFAULT)
 FAMILIES = {
     "deepseek_v3": DEEPSEEK_V3,
-    "kimi_k2": dataclasses.replace(DEEPSEEK_V3, alias_of="deepseek_v3"),
+    "kimi_k2": DEEPSEEK_V3,
     "glm4_moe_lite": Family(
         "Glm4MoeLiteForCausalLM",
         [*MODEL, *MLA, *MOE],
         SIGMOID,
         V3_MUST,
         {**V3_DEFAULT, "rms_norm_eps": 1e-5, **ONE_GROUP},
-        "deepseek_v3",
     ),
     "youtu": Family(
         "YoutuForCausalLM",
@@ -154,7 +151,6 @@ FAMILIES = {
         SIGMOID,
         {},
         {"rope_interleave": True, "tie_word_embeddings": True},
-        "deepseek_v3",
     ),
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM",

@@ -1,10 +1,11 @@
 """Folders of safetensors as Hugging Face lays them out: one file, or many with an index."""
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ class Stored(NamedTuple):
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def survey(folder: Path, most: int = 200_000) -> dict[str, Stored]:
@@ -115,22 +120,18 @@ def read(name: str, stored: Stored) -> Tensor:
         return file.get_tensor(name)
 
 
-class guarded:
+@contextlib.contextmanager
+def guarded(path: Path) -> Iterator[None]:
     """Turn what a damaged file raises into a ValueError that names it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            raise ValueError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        unnamed = isinstance(error, ValueError) and not str(error).startswith(f"{self.path}: ")
-        if unnamed or isinstance(error, (SafetensorError, TypeError, RuntimeError, OverflowError)):
-            reason = str(error).partition("\n")[0]  # torch may add where in its C++ that was
-            raise ValueError(f"{self.path}: not a safetensors file: {reason}") from None
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, TypeError, RuntimeError, OverflowError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
+        reason = str(error).partition("\n")[0]  # torch may add where in its C++ that was
+        raise ValueError(f"{path}: not a safetensors file: {reason}") from None
 
 
 def write(

@@ -21,6 +21,7 @@ class Linear:
         check_numbers(self)
 
     def slow_down(self, turn: Tensor, theta: float) -> Tensor:
+        """turn (dim/2,) radians a position, of the plain embedding -> the same, slower"""
         return turn / self.factor
 
 
@@ -49,6 +50,7 @@ class YaRN:
             raise ValueError(f"beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}")
 
     def slow_down(self, turn: Tensor, theta: float) -> Tensor:
+        """turn (dim/2,) radians a position, theta the base that they come from -> the same, slower"""
         dim = 2 * len(turn)
         low = max(math.floor(self.pair_with(self.beta_fast, dim, theta)), 0)
         high = min(math.ceil(self.pair_with(self.beta_slow, dim, theta)), dim - 1)
@@ -87,6 +89,7 @@ class Llama3:
             raise ValueError(f"high_freq_factor={high} must be above low_freq_factor={low}")
 
     def slow_down(self, turn: Tensor, theta: float) -> Tensor:
+        """turn (dim/2,) radians a position, of the plain embedding -> the same, slower"""
         wavelength = 2 * math.pi / turn  # (dim/2,) positions a turn
         low, high = self.low_freq_factor, self.high_freq_factor
         kept = (self.original_context / wavelength - low) / (high - low)
@@ -116,6 +119,7 @@ class RotaryEmbedding(nn.Module):
         scaling: for texts longer than in training; None is the plain embedding.
 
     Attributes:
+        cos_sin_factor: what cos and sin are multiplied by; 1 without YaRN, and with DeepSeek's.
         softmax_factor: what the softmax scale of an attention over all features is multiplied by.
 
     Raises:

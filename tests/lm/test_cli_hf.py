@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lm
-from lm import cli
+from lm import cli, talk
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
@@ -70,14 +70,14 @@ def test_a_published_folder_is_written_on_from_as_it_is_and_imported(published, 
 
 def test_chat_speaks_through_the_folders_template(published, run, monkeypatch):
     seen = []
-    real = cli.say_on
+    real = talk.say_on
 
     def listen(model, config, tokenizer, tokens, options, seed):
         seen.append(tokenizer.tokenizer.decode(tokens, skip_special_tokens=False))
         real(model, config, tokenizer, tokens, options, seed)
         return tokenizer.encode("well said", special=False)
 
-    monkeypatch.setattr(cli, "say_on", listen)
+    monkeypatch.setattr(talk, "say_on", listen)
     status, _, _ = run("chat", published, "--max-new-tokens", "3", "--seed", "0", said="to be\nor not\n")
     assert status == 0
     assert seen == ["<b><user>to be<assistant>", "<b><user>to be<assistant>well said<user>or not<assistant>"]
