@@ -19,7 +19,7 @@ def published(tmp_path_factory):
     """A folder as they are published: V3's architecture, bf16, a tokenizer and a chat template."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("published") / "model"
-    model = lm.Transformer(replace(lm.Config.preset("nano").model, vocab_size=300, max_length=128))
+    model = lm.Transformer(replace(lm.Config.preset("nano").model, vocab_size=300, max_length=200))
     model.initialize(torch.Generator().manual_seed(0))
     lm.to_hf(model.bfloat16(), folder)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -30,6 +30,8 @@ def published(tmp_path_factory):
         vocab_size=290, special_tokens=["<b>", "<e>"], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(["to be or not to be, that is the question " * 20], trainer)
+    around = tokenizers.processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 0)])
+    bpe.post_processor = around  # a template writes <b> itself: then it must not come twice
     bpe.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<b>", "eos_token": "<e>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -91,6 +93,24 @@ def test_the_text_ends_where_the_model_says_so(published, run, tmp_path, monkeyp
     folder = published / "tokenizer.json"
     expected = lm.tokenizer.FileTokenizer(folder.parent, 300).decode([70, 71])
     assert status == 0 and text == f"x{expected}\n"
+
+
+def test_a_text_may_be_as_long_as_the_model_was_made_for(published, run, tmp_path, monkeypatch):
+    from lm import decode
+
+    windows = []
+    monkeypatch.setattr(decode, "stream", lambda *given, **_: windows.append(given[-1]) or iter(()))
+    assert run("generate", published, "--prompt", "x")[0] == 0
+    lm.save(lm.Transformer(lm.Config.preset("nano").model), tmp_path / "unsaid")
+    assert run("generate", tmp_path / "unsaid", "--prompt", "x")[0] == 0
+    assert windows == [200, lm.Config().train.context]
+
+
+@pytest.mark.parametrize("quick", [torch.float32, torch.bfloat16])
+def test_a_half_precision_model_is_widened_where_the_machine_would_emulate_it(published, monkeypatch, quick):
+    monkeypatch.setattr(talk.machine, "pick_dtype", lambda *_: quick)
+    model, _, _ = talk.open_model(published, trust_code=False, device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {quick}
 
 
 def test_eval_counts_tokens_and_bytes(published, run, tmp_path):
