@@ -1,14 +1,15 @@
-"""Writing on from a prompt: prefill in chunks, then one token at a time from the caches."""
+"""Writing on from prompts of any lengths, together."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .model import Transformer
+from mla.pages import PAGE
 
-CHUNK = 256  # tokens of a prompt a pass: bounds the memory of its attention
+from .engine import Engine
+from .model import Transformer
+from .sampling import check_options
 
 
 @torch.no_grad()
@@ -62,90 +63,15 @@ def stream(
         lengths = [len(prompt) for prompt in prompts][:8]
         raise ValueError(f"{len(prompts)} prompts, of {lengths} tokens; each needs at least one")
     device = next(model.parameters()).device
-    generators = [torch.Generator() for _ in prompts]
-    for row, generator in enumerate(generators):
-        generator.seed() if seed is None else generator.manual_seed(seed + row)
-    choose = sampler(temperature, top_k, top_p, generators)
-    texts = [list(prompt) for prompt in prompts]
-    starts = [0] * len(texts)  # where each row's window begins
-    caches: list[Any] = []
+    longest = max(map(len, prompts)) + max_new_tokens
+    longest = longest if window is None else min(longest, window)
+    engine = Engine(model, len(prompts), len(prompts) * -(-longest // PAGE) * PAGE)
+    seeds = [None if seed is None else seed + row for row in range(len(prompts))]
+    requests = [
+        engine.submit(prompt, max_new_tokens, temperature, top_k, top_p, own, window=window)
+        for prompt, own in zip(prompts, seeds)
+    ]
     for made in range(max_new_tokens):
-        if not caches or (window is not None and max(caches[0].lengths) >= window):
-            for row, text in enumerate(texts):
-                if window is not None and len(text) - starts[row] > window:
-                    starts[row] = len(text) - max(1, window // 2)
-            kept = [text[start:] for text, start in zip(texts, starts)]
-            room = max(map(len, kept)) + max_new_tokens - made
-            caches = model.new_caches(len(texts), room if window is None else min(room, window))
-            logits = prefill(model, caches, kept, device)
-        else:
-            last = torch.tensor([text[-1:] for text in texts], device=device)
-            logits = model(last, caches).logits[:, -1]
-        token = choose(logits)  # (batch,)
-        for text, new in zip(texts, token.tolist()):
-            text.append(new)
-        yield token
-
-
-def prefill(model: Transformer, caches: list, texts: list[list[int]], device: torch.device) -> Tensor:
-    """Read texts of any lengths into empty caches -> (batch, vocab), the logits after each text's last token
-
-    Short texts are filled up on the right: their own tokens come first, so never see the filling, and the
-    caches forget it afterwards.
-    """
-    lengths = torch.tensor([len(text) for text in texts])
-    longest = int(lengths.max())
-    tokens = torch.tensor([text + text[-1:] * (longest - len(text)) for text in texts], device=device)
-    picked = torch.zeros(len(texts), model.config.vocab_size, device=device)
-    for start in range(0, longest, CHUNK):
-        logits = model(tokens[:, start : start + CHUNK], caches).logits  # (batch, time, vocab)
-        ends_here = ((lengths > start) & (lengths <= start + CHUNK)).nonzero().squeeze(1)
-        picked[ends_here] = logits[ends_here, lengths[ends_here] - 1 - start].to(picked.dtype)
-    for cache in caches:
-        cache.truncate(lengths.tolist())
-    return picked
-
-
-def sampler(
-    temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
-) -> Callable[[Tensor], Tensor]:
-    """A function logits (batch, vocab) -> (batch,) int64, each row drawn by its own generator."""
-
-    def choose(logits: Tensor) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        device = logits.device
-        probabilities = (logits.float().cpu() / max(temperature, 1e-30)).softmax(-1)  # less would overflow
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        if top_k is not None:
-            ranked[:, top_k:] = 0
-        if top_p < 1:
-            before = ranked.cumsum(-1) - ranked  # the probability of all that are more likely
-            ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0  # the first always stays
-        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(ranked, generators)]
-        return order.gather(1, torch.stack(drawn)).squeeze(1).to(device)
-
-    return choose
-
-
-def check_options(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    window: int | None = None,
-    seed: int | None = None,
-) -> None:
-    """Raise ValueError for an option out of its range."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 is greedy")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie above 0 and at most at 1")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} must be at least 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must lie in 0..{2**63 - 1}")
+        while any(len(request.tokens) <= made for request in requests):
+            engine.step()
+        yield torch.tensor([request.tokens[made] for request in requests], device=device)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla import (
@@ -20,6 +21,7 @@ from mla import (
     RotaryEmbedding,
     YaRN,
 )
+from mla.pages import ROWS, Plan
 from moe import Experts, Gated, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
 
 from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
@@ -53,6 +55,15 @@ class Block(nn.Module):
         normed = self.mlp_norm(x)
         y, routing = self.mlp(normed, tokens) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
         return x + y, routing
+
+
+    def step(self, x: Tensor, tokens: Tensor, pool: Tensor, plan: Plan) -> Tensor:
+        attention: Any = self.attention
+        x = x + attention.step(self.attention_norm(x), pool, plan)
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MoE):
+            return x + self.mlp.step(normed, plan.tokens, tokens)[0]
+        return x + self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -90,6 +101,22 @@ class Transformer(nn.Module):
             if routing is not None:
                 routings.append(routing)
         return Output(self.head(self.norm(x)), x, routings)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, pools: Sequence[Tensor], plan: Plan) -> Tensor:
+        """Read `plan.time` tokens more of each of many texts -> (rows, vocab), the logits after each's last.
+
+        tokens (rows x time,) int64; pools as from `attention.new_pool`, one a layer
+        """
+        tokens = F.pad(tokens, (0, plan.filled - plan.tokens))
+        x = self.embedding(tokens)  # (filled, dim)
+        blocks: list[Any] = list(self.blocks)
+        for block, pool in zip(blocks, pools):
+            x = block.step(x, tokens, pool, plan)
+        if plan.time > 1:
+            x = x[: plan.tokens].view(plan.rows, plan.time, -1)[:, -1]
+            x = F.pad(x, (0, 0, 0, -len(x) % ROWS))
+        return self.head(self.norm(x))[: plan.rows]
 
     def check(self, tokens: Tensor, caches: Sequence[Any] | None) -> None:
         """Raise ValueError for what is not a batch of token ids, or not one cache a layer."""

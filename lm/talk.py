@@ -10,6 +10,7 @@ import torch
 from . import checkpoint, decode, hf, machine, template
 from .config import Config
 from .model import Transformer
+from .sampling import check_options
 from .tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 
 Tokenizer = ByteTokenizer | FileTokenizer
@@ -39,7 +40,7 @@ def generate(options: Any) -> int:
     prompt = read_prompt(options.prompt)
     if options.num_samples < 1:
         raise ValueError(f"num_samples={options.num_samples} must be at least 1")
-    decode.check_options(
+    check_options(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
     )
     model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
@@ -97,7 +98,7 @@ def read_prompt(prompt: str) -> str | bytes:
 
 def chat(options: Any) -> int:
     """`lm chat`: turns on standard input and output; by the model's chat template, if it has one."""
-    decode.check_options(
+    check_options(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
     )
     model, config, tokenizer = open_model(options.run, options.trust_code, options.device)

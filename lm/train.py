@@ -1,6 +1,7 @@
 """Training: one function from a config to a run folder, that can be stopped anywhere and gone on with."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -226,7 +227,8 @@ class Trainer:
         self.model.eval()
         newline, last = self.tokenizer.encode("\n")[0], self.config.model.vocab_size - 1
         prompt = [min(newline, last)]
-        steps = stream(self.model, [prompt], 200, 0.8, seed=train.seed, window=train.context)
+        model = copy.deepcopy(self.model)  # writing lays out weights anew, and the order of sums with them
+        steps = stream(model, [prompt], 200, 0.8, seed=train.seed, window=train.context)
         text = self.tokenizer.decode([int(token) for token in steps])
         with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n")

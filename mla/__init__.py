@@ -4,8 +4,9 @@ Needs torch and einops only; the folder works copied alone into another project.
 """
 
 from .attention import MultiheadLatentAttention, RMSNorm
-from .cache import KVCache, LatentCache
+from .cache import KVCache, LatentCache, PagedLatentCache
 from .grouped_query import GroupedQueryAttention
+from .pages import Pages
 from .rope import Linear, Llama3, RotaryEmbedding, YaRN
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Linear",
     "Llama3",
     "MultiheadLatentAttention",
+    "PagedLatentCache",
+    "Pages",
     "RMSNorm",
     "RotaryEmbedding",
     "YaRN",

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .cache import Cache, LatentCache, cache_dtype, slots
+from .cache import Cache, LatentCache, PagedLatentCache, cache_dtype, slots
+from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 
 
@@ -22,6 +23,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # the same in one kernel
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight).to(x.dtype)
@@ -108,7 +111,12 @@ class MultiheadLatentAttention(nn.Module):
             mask: bool, True may be attended to, on top of causality: (batch, total) for all queries alike, or
                 (batch, time, total), where total is past and new tokens. A token always sees itself.
         """
+        plain = positions is None and mask is None and not torch.is_grad_enabled()
         positions, visible = where_and_what(x, self.dim, cache, positions, mask)
+        if plain and isinstance(cache, PagedLatentCache):
+            plan = cache.grow(x.shape[1])
+            rows = F.pad(x.flatten(0, 1), (0, 0, 0, plan.filled - plan.tokens))
+            return self.step(rows, cache.pool, plan)[: plan.tokens].view_as(x)
         q_nope, q_rope = self.query(x)
         latent, k_rope = self.compress(x)
         q_rope, k_rope = self.rotate(q_rope, k_rope, positions)
@@ -185,6 +193,29 @@ class MultiheadLatentAttention(nn.Module):
         context = torch.matmul(weights.flatten(1, 2), latent)  # (batch, heads x time, latent)
         context = context.unflatten(1, (heads, time))  # (batch, heads, time, latent)
         return torch.matmul(context, w_value.transpose(1, 2)).transpose(1, 2)  # W_UV to W_O
+
+    def step(self, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
+        """`absorbed` for a step of many texts, each over its own pages, which then hold x too; no gradient.
+
+        x (filled, dim), pool from `new_pool` -> y (filled, dim)
+        """
+        q_nope, q_rope = self.query(x)  # (filled, heads, nope), (filled, heads, rope)
+        latent, k_rope = self.compress(x)
+        both = plan.turn(self.rope, torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1))  # V3 eq. 3, 8
+        q_rope, k_rope = both.split([self.num_heads, 1], dim=1)
+        write(pool, torch.cat((latent.unsqueeze(1), k_rope), dim=-1), plan)
+        w_key, w_value = self.split_kv_b()  # (heads, nope, latent), (heads, value, latent)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_key).transpose(0, 1)  # W_UK to W_UQ
+        query = torch.cat((q_latent, q_rope), dim=-1)  # V3 eq. 9; (filled, heads, latent + rope)
+        context = attend(query, pool, plan, slice(None), slice(self.kv_lora_rank), self.scale)  # V3 eq. 10
+        context = torch.bmm(context.transpose(0, 1), w_value.transpose(1, 2)).transpose(0, 1)  # W_UV to W_O
+        return self.out(context.flatten(1))  # V3 eq. 11
+
+    def new_pool(self, pages: Pages, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for the entries of all texts that lie in these pages, on this module's device."""
+        weight = self.kv_a.weight
+        dtype = cache_dtype(weight) if dtype is None else dtype
+        return pages.new_pool(1, self.kv_lora_rank + self.qk_rope_head_dim, dtype, weight.device)
 
     def absorbed_is_cheaper(self, time: int, total: int) -> bool:
         """Compare the multiply-adds a head of the two forms, for `time` queries over `total` keys."""

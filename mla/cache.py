@@ -4,6 +4,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .pages import PAGE, Pages, Plan, Row, write
+
 
 class Cache:
     """One entry of `width` numbers a token, rows of a batch filled each to its own length.
@@ -41,14 +43,8 @@ class Cache:
 
     def write(self, new: Tensor) -> Tensor:
         """Put new (batch, time, width) behind what each row holds -> (batch, total of the longest, width)"""
-        batch, max_length, width = self.entries.shape
-        if new.ndim != 3 or new.shape[0] != batch or new.shape[2] != width:
-            raise ValueError(
-                f"new entries have shape {tuple(new.shape)}; the cache was made for ({batch}, time, {width})"
-            )
-        if new.dtype != self.entries.dtype or new.device != self.entries.device:
-            made = f"{self.entries.dtype} on {self.entries.device}"
-            raise ValueError(f"new entries are {new.dtype} on {new.device}; the cache is {made}")
+        self.check(new, self.entries)
+        batch, max_length, _ = self.entries.shape
         time, start = new.shape[1], self.lengths
         total = max(start) + time
         if total > max_length:
@@ -63,6 +59,17 @@ class Cache:
             self.entries[rows, slots(start, time, new.device)] = new
         self.lengths = [row + time for row in start]
         return self.entries[:, :total]
+
+    def check(self, new: Tensor, memory: Tensor) -> None:
+        """Raise ValueError for new entries that do not fit those in memory (..., width)."""
+        batch, width = len(self.lengths), memory.shape[-1]
+        if new.ndim != 3 or new.shape[0] != batch or new.shape[2] != width:
+            raise ValueError(
+                f"new entries have shape {tuple(new.shape)}; the cache was made for ({batch}, time, {width})"
+            )
+        if new.dtype != memory.dtype or new.device != memory.device:
+            made = f"{memory.dtype} on {memory.device}"
+            raise ValueError(f"new entries are {new.dtype} on {new.device}; the cache is {made}")
 
     def truncate(self, length: int | Tensor | list[int]) -> None:
         """Forget all but the first length tokens, of every row or (batch,) of each.
@@ -110,6 +117,87 @@ class LatentCache(Cache):
             raise ValueError(f"latent and k_rope have widths {found}; the cache was made for {widths}")
         entries = self.write(torch.cat((latent, k_rope), dim=-1))
         return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
+
+
+class PagedLatentCache(LatentCache):
+    """`LatentCache` in pages of 64 tokens: rows take memory as they grow, and may share what they begin with.
+
+    For inference: it keeps no gradient.
+
+    Args:
+        pages: the block table to take pages from, shared with other caches; None: its own.
+
+    Attributes:
+        rows: each row's pages; `pages.fork(row, length)` is a copy that shares them until one of both grows.
+        pool: (pages, 1, 64, width), the memory.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_length: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        dtype: torch.dtype | None = None,
+        device=None,
+        pages: Pages | None = None,
+    ):
+        if batch < 1 or max_length < 1:
+            raise ValueError(f"{batch=} and {max_length=} must be at least 1")
+        self.pages = Pages(batch * -(-max_length // PAGE)) if pages is None else pages
+        self.rows = [Row([], 0) for _ in range(batch)]
+        self.pool = self.pages.new_pool(1, kv_lora_rank + qk_rope_head_dim, dtype, device)
+        self.longest = max_length
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_rope_head_dim = qk_rope_head_dim
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.length for row in self.rows]
+
+    @lengths.setter
+    def lengths(self, lengths: list[int]) -> None:
+        for row, length in zip(self.rows, lengths):
+            self.pages.truncate(row, length)
+
+    @property
+    def max_length(self) -> int:
+        return self.longest
+
+    @property
+    def filled(self) -> Tensor:
+        """The entries up to the longest row, (batch, total, width), copied together; zeros behind a row's."""
+        total = max(self.lengths)
+        found = self.pool.new_zeros(len(self.rows), total, self.pool.shape[-1])
+        for place, row in zip(found, self.rows):
+            place[: row.length] = self.pool[row.pages].flatten(0, 2)[: row.length]
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages that hold something; one that rows share counts once."""
+        return len({page for row in self.rows for page in row.pages}) * self.pool[0].nbytes
+
+    def grow(self, time: int) -> Plan:
+        """Room for `time` more tokens of each row, which are counted at once -> where they go"""
+        longest = max(self.lengths) + time
+        if longest > self.longest:
+            last = self.longest - 1
+            ends = f"max_length={self.longest} ends at {last}"
+            raise ValueError(f"cache full: position {longest - 1} asked for, {ends}")
+        self.pages.grow(self.rows, time)
+        plan = Plan([row.pages for row in self.rows], self.lengths, time, self.pool.device)
+        for row in self.rows:
+            row.length += time
+        return plan
+
+    def write(self, new: Tensor) -> Tensor:
+        self.check(new, self.pool)
+        if new.requires_grad:
+            raise ValueError("a paged cache keeps no gradient; call under torch.no_grad()")
+        plan = self.grow(new.shape[1])
+        write(self.pool, new.flatten(0, 1).unsqueeze(1), plan)
+        return self.filled
 
 
 class KVCache(Cache):

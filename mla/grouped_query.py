@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .attention import RMSNorm, check_positive, softmax_attention, where_and_what
 from .cache import KVCache, cache_dtype
+from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 
 
@@ -71,6 +72,24 @@ class GroupedQueryAttention(nn.Module):
             key, value = cache.append(key, value)
         context = softmax_attention(query, key, value, self.head_dim**-0.5, visible)
         return self.out(rearrange(context, "batch time heads head_dim -> batch time (heads head_dim)"))
+
+    def step(self, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
+        """As `MultiheadLatentAttention.step`."""
+        query = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
+        key = self.k_norm(self.k(x).unflatten(-1, (self.num_kv_heads, -1)))
+        value = self.v(x).unflatten(-1, (self.num_kv_heads, -1))
+        both = plan.turn(self.rope, torch.cat((query, key), dim=1))
+        query, key = both.split([self.num_heads, self.num_kv_heads], dim=1)
+        write(pool, torch.cat((key, value), dim=-1), plan)
+        width = self.head_dim
+        context = attend(query, pool, plan, slice(width), slice(width, None), width**-0.5)
+        return self.out(context.flatten(1))
+
+    def new_pool(self, pages: Pages, dtype: torch.dtype | None = None) -> Tensor:
+        """As `MultiheadLatentAttention.new_pool`."""
+        weight = self.k.weight
+        dtype = cache_dtype(weight) if dtype is None else dtype
+        return pages.new_pool(self.num_kv_heads, 2 * self.head_dim, dtype, weight.device)
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache on this module's device; dtype None: that of its weights, or of autocast."""

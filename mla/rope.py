@@ -160,14 +160,23 @@ class RotaryEmbedding(nn.Module):
         if positions.shape not in (x.shape[1:2], x.shape[:2]):
             found, of = tuple(positions.shape), tuple(x.shape)
             raise ValueError(f"positions have shape {found}; expected (time,) or (batch, time) of x {of}")
-        # Angles in fp32: bf16 cannot tell position 257 from 256. Not a buffer, so no cast can reach them.
-        turn = frequencies(self.dim, self.theta, self.scaling, x.device)  # (dim/2,)
-        angles = positions.unsqueeze(-1).float() * turn  # (time, dim/2) or (batch, time, dim/2)
+        cos, sin = self.cos_sin(positions)  # (time, dim/2) or (batch, time, dim/2)
         if x.ndim == 4:
-            angles = angles.unsqueeze(-2)  # (..., time, 1, dim/2): every head turns alike
+            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., time, 1, dim/2): every head turns alike
+        return self.turn(x, cos, sin)
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (...) -> cos and sin of every pair's angle there, (..., dim/2) fp32 each"""
+        # Angles in fp32: bf16 cannot tell position 257 from 256. Not a buffer, so no cast can reach them.
+        turn = frequencies(self.dim, self.theta, self.scaling, positions.device)  # (dim/2,)
+        angles = positions.unsqueeze(-1).float() * turn
         cos, sin = angles.cos(), angles.sin()
         if self.cos_sin_factor != 1.0:
             cos, sin = cos * self.cos_sin_factor, sin * self.cos_sin_factor
+        return cos, sin
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (..., dim), cos and sin (..., dim/2) -> rotated x"""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         two, pairs = (-1, (-1, 2)) if self.interleaved else (-2, (2, -1))  # where pairs lie
         even, odd = wide.unflatten(-1, pairs).unbind(two)  # (..., dim/2) each

@@ -74,7 +74,7 @@ class Experts(nn.Module):
         # the grouped kernel wants rows of whole 16 bytes, and knows no float64
         whole = self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
         run = self.grouped if x.is_cuda and whole and dtype != torch.float64 else self.by_block
-        if 0 < len(tokens) < 4 and not x.is_cuda:
+        if 0 < experts.numel() <= min(self.num_experts, 32) and not x.is_cuda and int(experts.min()) >= 0:
             run = self.by_slot
         y = run(tokens.to(dtype), experts, weights, self.gate_up.to(dtype), self.down.to(dtype))
         return y.reshape(shape)
@@ -96,7 +96,7 @@ class Experts(nn.Module):
         Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel, and to 16 in fp32,
         where a row's last bits depend on how many share the product. For a few tokens it is not worth it.
         """
-        multiple = 1 if len(tokens) < 16 else 64 if tokens.dtype == torch.bfloat16 else 16
+        multiple = 8 if len(tokens) < 16 else 64 if tokens.dtype == torch.bfloat16 else 16
         order = dispatch.sort(experts, len(gate_up), multiple)
         *blocks, empty = dispatch.gather(tokens, order).split(order.sizes.tolist())
         # unbind, not gate_up[i]: its backward writes each expert's gradient once, into one tensor
@@ -109,14 +109,15 @@ class Experts(nn.Module):
 
     @staticmethod
     def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Two matrix products a slot: for the token or two of a decoding step, sorting costs more."""
-        chosen = experts.flatten().tolist()
-        if min(chosen) < 0:
-            return Experts.by_block(tokens, experts, weights, gate_up, down)
-        rows = [row for row in tokens.split(1) for _ in range(experts.shape[1])]
-        hidden = gated(torch.cat([F.linear(row, gate_up[i]) for row, i in zip(rows, chosen)]))
-        outputs = [F.linear(row, down[i]) for row, i in zip(hidden.split(1), chosen)]
-        return dispatch.weighted_sum(torch.cat(outputs), weights)
+        """Every slot's own copy of its expert, all in one product: for few tokens sorting costs more.
+
+        The row is there eight times: rounded as in a block, whatever else is in the batch.
+        """
+        chosen = experts.flatten()
+        rows = tokens.repeat_interleave(experts.shape[1], 0).unsqueeze(1).expand(-1, 8, -1)
+        hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, 8, hidden)
+        outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
+        return dispatch.weighted_sum(outputs, weights)
 
     @staticmethod
     def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -150,6 +151,13 @@ class Experts(nn.Module):
                 raise ValueError(f"routing.experts holds {wrong}; expected 0..{last}, or -1: an empty slot")
         top_k = experts.shape[-1]
         return x.reshape(-1, self.dim), experts.reshape(-1, top_k), weights.reshape(-1, top_k), x.shape
+
+
+def pick(weights: Tensor, chosen: Tensor) -> Tensor:
+    """weights (experts, ...)[chosen], read in the order in which they lie in memory"""
+    if weights.is_contiguous():
+        return weights.index_select(0, chosen)
+    return weights.mT.index_select(0, chosen).mT
 
 
 def gated(gate_up: Tensor) -> Tensor:

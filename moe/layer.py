@@ -2,6 +2,7 @@
 
 import inspect
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .router import Routing
@@ -35,4 +36,13 @@ class MoE(nn.Module):
         y = self.experts(x, routing)
         if self.shared is not None:
             y = y + self.shared(x)  # V3 eq. 12; the same input as the router, never scaled
+        return y, routing
+
+    def step(self, x: Tensor, count: int, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (filled, dim), of which the first `count` rows are tokens and the rest fill up -> the same"""
+        routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
+        routing = Routing(*(part[:count] for part in routing))
+        y = F.pad(self.experts(x[:count], routing), (0, 0, 0, len(x) - count))
+        if self.shared is not None:
+            y = y + self.shared(x)
         return y, routing

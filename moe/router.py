@@ -155,11 +155,16 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     # (seen with AVX2 and AVX-512, Intel's and AMD's).
     fixed = x.is_cpu and not torch.compiler.is_compiling()
     size, filling = (48, -num_experts % 16) if fixed else (max(count, 1), 0)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = torch.cat((rows.to(dtype), rows.new_zeros(-count % size, dim, dtype=dtype)))
-        weight = F.pad(weight.to(dtype), (0, 0, 0, filling)) if filling else weight.to(dtype)
-        products = [F.linear(part, weight) for part in rows.split(size)]  # V3 eq. 15: u_t . e_i
-    return torch.cat(products)[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return router_logits(x, weight)
+    rows = F.pad(rows.to(dtype), (0, 0, 0, -count % size))
+    weight = F.pad(weight.to(dtype), (0, 0, 0, filling)) if filling else weight.to(dtype)
+    if len(rows) == size:
+        logits = F.linear(rows, weight)  # V3 eq. 15: u_t . e_i
+    else:
+        logits = torch.cat([F.linear(part, weight) for part in rows.split(size)])
+    return logits[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
 
 
 def sigmoid(logits: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import decode
-from lm.decode import generate, sampler, stream
+from lm import engine
+from lm.decode import generate, stream
+from lm.sampling import sampler
 
 KINDS = {"mla": {}, "gqa": {"attention": {"kind": "gqa"}}, "all dense": {"model": {"num_dense_layers": 3}}}
 
@@ -77,12 +78,12 @@ def test_neighbours_and_their_order_change_nothing(model):
 def test_a_prompt_read_in_chunks_is_the_prompt(mla, monkeypatch, chunk):
     prompts = prompts_of(20, 8, 7, 1, 15, 16)
     whole = written(mla, prompts, 6, 0)
-    monkeypatch.setattr(decode, "CHUNK", chunk)
+    monkeypatch.setattr(engine, "CHUNK", chunk)
     assert written(mla, prompts, 6, 0) == whole
 
 
 def test_a_prompt_longer_than_a_chunk_is_read_whole(mla):
-    prompts = prompts_of(2 * decode.CHUNK + 3, decode.CHUNK, 5)
+    prompts = prompts_of(2 * engine.CHUNK + 3, engine.CHUNK, 5)
     assert written(mla, prompts, 5, 0) == [greedy_without_cache(mla, prompt, 5) for prompt in prompts]
 
 
@@ -106,15 +107,15 @@ def test_a_window_that_is_never_full_changes_nothing(mla):
 
 def test_the_model_never_sees_more_than_the_window(mla, monkeypatch):
     seen = []
-    make = mla.new_caches
+    step = mla.step
 
-    def new_caches(batch, max_length, dtype=None):
-        seen.append(max_length)
-        return make(batch, max_length, dtype)
+    def spy(tokens, pools, plan):
+        seen.append(int(plan.positions.max()) + 1)
+        return step(tokens, pools, plan)
 
-    monkeypatch.setattr(mla, "new_caches", new_caches)
+    monkeypatch.setattr(mla, "step", spy)
     written(mla, prompts_of(50, 3), 40, 0, window=16)
-    assert max(seen) <= 16
+    assert max(seen) == 16
 
 
 def by_hand(logits, temperature=1.0, top_k=None, top_p=1.0):
@@ -233,8 +234,8 @@ def test_generating_keeps_no_gradient(mla):
 
 def test_tokens_are_yielded_as_they_are_made(mla, monkeypatch):
     calls = []
-    forward = mla.forward
-    monkeypatch.setattr(mla, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    step = mla.step
+    monkeypatch.setattr(mla, "step", lambda *a: (calls.append(1), step(*a))[1])
     steps = stream(mla, [[1, 2]], 1000, 0)
     for made in range(1, 4):
         next(steps)
