@@ -150,21 +150,21 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     rows = x.reshape(-1, dim)
     count = rows.shape[0]
-    # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit can
-    # flip an expert. In products of 48 rows with 16 experts or a multiple, a token's logits depend on neither
-    # (seen with AVX2 and AVX-512, Intel's and AMD's).
-    fixed = x.is_cpu and not torch.compiler.is_compiling()
-    size, filling = (48, -num_experts % 16) if fixed else (max(count, 1), 0)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return router_logits(x, weight)
-    rows = F.pad(rows.to(dtype), (0, 0, 0, -count % size))
-    weight = F.pad(weight.to(dtype), (0, 0, 0, filling)) if filling else weight.to(dtype)
-    if len(rows) == size:
-        logits = F.linear(rows, weight)  # V3 eq. 15: u_t . e_i
-    else:
-        logits = torch.cat([F.linear(part, weight) for part in rows.split(size)])
+    rows, weight = rows.to(dtype), weight.to(dtype)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit can
+        # flip an expert. With rows in multiples of 8 and experts of 32 a token's logits depend on neither.
+        rows, weight = fill(rows, 8), fill(weight, 32)
+    logits = F.linear(rows, weight)  # V3 eq. 15: u_t . e_i
     return logits[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
+
+
+def fill(rows: Tensor, multiple: int) -> Tensor:
+    """rows (n, dim) -> n rounded up to a multiple, zeros behind"""
+    return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
 
 
 def sigmoid(logits: Tensor) -> Tensor:
