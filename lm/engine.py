@@ -18,7 +18,9 @@ class Request:
         finished: None, "stop" (an ending token), "length" or "cancelled".
     """
 
-    def __init__(self, prompt: list[int], steps: Iterator[Tensor], size: int, left: int, ends: Collection[int]):
+    def __init__(
+        self, prompt: list[int], steps: Iterator[Tensor], size: int, left: int, ends: Collection[int]
+    ):
         self.prompt, self.steps, self.size, self.left, self.ends = prompt, steps, size, left, ends
         self.tokens: list[int] = []
         self.finished: str | None = None
