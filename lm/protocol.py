@@ -128,8 +128,8 @@ class Ask(BaseModel):
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)  # not in OpenAI's
     n: int = Field(1, ge=1, le=8)
     seed: int | None = Field(None, ge=0, lt=2**63)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -312,11 +313,13 @@ class Running:
 @pytest.fixture(scope="session")
 def serving():
     """with serving(served, host=...) as running: a server on a free port, stopped at the end."""
-    serve = pytest.importorskip("lm.serve")
+    from lm import serve
 
     @contextmanager
-    def run(served, host="127.0.0.1"):
+    def run(served, host="127.0.0.1", send_buffer=None):
         server, listener = serve.Server(served, host), serve.listen("127.0.0.1", 0)
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         port = listener.getsockname()[1]
         thread.start()
@@ -357,10 +360,11 @@ def make_served(served_folder):
 class Scripted:
     """An engine that answers every prompt with the same bytes, one a step, and counts its steps.
 
-    It makes no step without a permit, if it has a semaphore of them. room: fewer at once than max_batch.
+    It makes no step without a permit, if it has a semaphore of them. room: fewer at once than max_batch;
+    stride: tokens a step; later: a prompt of i tokens is answered from the byte i - 1 on.
     """
 
-    text, permits, room = b"", None, None
+    text, permits, room, stride, later = b"", None, None, 1, False
 
     def __init__(self, model, max_batch=64, max_tokens=None):
         self.max_batch, self.requests, self.steps = max_batch, [], 0
@@ -382,8 +386,10 @@ class Scripted:
         unfinished = [request for request in self.requests if request.finished is None]
         active = unfinished[: self.room or self.max_batch]
         for request in active:
-            request.tokens.append(self.text[len(request.tokens) % len(self.text)])
-            if len(request.tokens) == len(self.text):
+            text = self.text[len(request.prompt) - 1 :] if self.later else self.text
+            made = len(request.tokens)
+            request.tokens += text[made : min(made + self.stride, request.limit)]
+            if len(request.tokens) == len(text):
                 request.finished = "stop"
             elif len(request.tokens) == request.limit:
                 request.finished = "length"

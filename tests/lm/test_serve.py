@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import lm
 from lm import answers, cli, decode, protocol, serve
 from lm.tokenizer import ByteTokenizer
-from lm.worker import Visible
+from lm.worker import Full, Visible
 
 SECONDS = 60  # after which something has not come at all
 # one for all: making one takes longer than most requests; and no connection is used twice
@@ -155,7 +155,7 @@ def test_a_stream_is_server_sent_events_that_end_in_done(running):
     assert json.loads(counted[0].removeprefix("data: "))["usage"] is None
 
 
-def test_n_texts_of_several_prompts_each_as_if_alone(client, alone):
+def test_n_texts_of_several_prompts_each_as_if_alone(running, client, alone):
     answer = client.completions.create(model="drawn", prompt=["to", "be é"], n=3, max_tokens=12, seed=7)
     wanted = [alone(prompt, 12, seed=7 + i) for prompt in ("to", "be é") for i in range(3)]
     assert [(choice.text, choice.finish_reason) for choice in answer.choices] == wanted
@@ -165,6 +165,7 @@ def test_n_texts_of_several_prompts_each_as_if_alone(client, alone):
         model="drawn", prompt=["to", "be é"], n=3, max_tokens=12, seed=7, stream=True
     )
     assert joined(stream)[:2] == ([text for text, _ in wanted], [reason for _, reason in wanted])
+    wait_for(lambda: running.served.worker.running == {})
 
 
 def test_token_ids_are_prompts_too(client, alone):
@@ -192,14 +193,14 @@ def test_a_seed_repeats_and_none_does_not(client):
     def write(**seed):
         return client.completions.create(model="drawn", prompt="x", max_tokens=20, **seed).choices[0].text
 
-    assert write(seed=2**63 - 1) == write(seed=2**63 - 1)
+    assert write(seed=2**63 - 1, n=2) == write(seed=2**63 - 1)
     assert write() != write()
 
 
 def test_lengths_that_nobody_names(client, running):
     assert client.completions.create(model="drawn", prompt="x", temperature=0).usage.completion_tokens == 16
-    [chat] = running.served.arguments(protocol.Chat(messages=HI), [[1]])
-    assert chat["max_new_tokens"] == 1024
+    [chat] = running.served.arguments(protocol.Chat(messages=HI, top_k=10**30), [[1]])
+    assert (chat["max_new_tokens"], chat["top_k"]) == (1024, 256)
 
 
 def test_an_answer_goes_on_beyond_the_context_as_lm_generate_does(client, alone):
@@ -349,6 +350,10 @@ def test_a_character_comes_whole_or_not_at_all(serving, make_served, scripted):
         asked["max_tokens"] = 5
         pieces = [p.choices[0].text for p in client_of(running).completions.create(**asked)]
         assert pieces == ["é", "\ufffd"]
+        [choice] = (
+            client_of(running).completions.create(**{**asked, "stop": "\ufffd", "stream": False}).choices
+        )
+        assert (choice.text, choice.finish_reason) == ("é", "stop")
 
 
 # --- chat templates
@@ -680,10 +685,14 @@ def test_a_slow_body_is_408(serving, make_served):
         assert post(running, {"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
-def test_a_client_that_leaves_within_its_body_is_forgotten(running, capfd):
-    with socket.create_connection(("127.0.0.1", running.port), timeout=SECONDS) as connection:
-        connection.sendall(HEAD + b"Content-Length: 20\r\n\r\n{")
-    assert post(running, {"prompt": "a", "max_tokens": 1}).status_code == 200
+def test_a_client_that_leaves_within_its_body_is_forgotten(serving, make_served, scripted, capfd):
+    scripted("ok")
+    with serving(make_served()) as running:
+        for begun in (b'{"prom', b'{"prompt": "left"}'):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=SECONDS) as connection:
+                connection.sendall(HEAD + b"Content-Length: 99\r\n\r\n" + begun)
+        assert post(running, {"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert [request.prompt for request in running.served.worker.engine.requests] == [[97]]
     assert capfd.readouterr().err == ""
 
 
@@ -696,9 +705,9 @@ def held(scripted, serving, make_served):
     permits = threading.Semaphore(0)
     with ExitStack() as stack:
 
-        def make(text="0123456789" * 10, **limits):
+        def make(text="0123456789" * 10, send_buffer=None, **limits):
             scripted(text, permits)
-            return stack.enter_context(serving(make_served(**limits))), permits
+            return stack.enter_context(serving(make_served(**limits), send_buffer=send_buffer)), permits
 
         yield make
         permits.release(100_000)
@@ -812,14 +821,54 @@ def test_a_client_may_leave_while_it_waits(held):
     assert [len(request.tokens) for request in running.served.worker.engine.requests] == [5, 0, 5]
 
 
-def test_a_stop_string_ends_one_text_and_leaves_the_others(held):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_one_text_and_leaves_the_others(held, stream):
+    running, permits = held("0123456789" * 2)
+    engine = running.served.worker.engine
+    engine.later = True  # the second text begins with 4
+    pool = ThreadPoolExecutor(1)
+    asked = {"model": "drawn", "prompt": ["x", "xxxxx"], "max_tokens": 12, "stop": "3", "stream": stream}
+    create = client_of(running).completions.create
+    answer = pool.submit(lambda: joined(create(**asked)) if stream else create(**asked))
+    permits.release(4)
+    wait_for(lambda: engine.steps == 4 and not running.served.worker.inbox.empty())  # the cancelling
+    permits.release(1)
+    wait_for(lambda: engine.requests[0].finished)
+    assert (engine.requests[0].finished, len(engine.requests[0].tokens)) == ("cancelled", 5)
+    assert engine.requests[1].finished is None
+    permits.release(20)
+    answer = answer.result()
+    texts = answer[0] if stream else [choice.text for choice in answer.choices]
+    assert texts == ["012", "456789012"]
+    assert (answer[1] if stream else [choice.finish_reason for choice in answer.choices]) == ["stop"] * 2
+    if not stream:
+        assert answer.usage.completion_tokens == 4 + 10
+    wait_for(lambda: not engine.busy and not running.served.worker.running)
+
+
+def test_tokens_that_come_several_at_once_are_cut_and_counted_alike(held):
     running, permits = held()
-    asked = start(running, 1, max_tokens=20, n=2, stop="3")
+    running.served.worker.engine.stride = 7
     permits.release(100)
-    choices = asked.wait().json()["choices"]
-    assert [choice["text"] for choice in choices] == ["012"] * 2
-    wait_for(lambda: not running.served.worker.engine.busy)
-    assert not running.served.worker.running or not any(running.served.worker.running.values())
+    answer = post(running, {"prompt": "x", "max_tokens": 50, "stop": "89", "n": 2}).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["01234567"] * 2
+    assert answer["usage"]["completion_tokens"] == 2 * 10
+    answer = post(running, {"prompt": "x", "max_tokens": 50}).json()
+    assert answer["choices"][0]["text"] == "0123456789" * 5
+    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 50, "total_tokens": 51}
+
+
+def test_a_text_that_is_finished_leaves_its_place(scripted, make_served):
+    scripted("0")
+    worker = make_served(max_batch=3, max_queue=0).worker
+    with worker.job(2) as job:
+        worker.tell([(job, (0, [48], None))])
+        assert worker.count() == (1, 0)
+        worker.tell([(job, (0, [], "length"))])
+        assert worker.count() == (2, 0)
+        with worker.job(2), pytest.raises(Full), worker.job(1):
+            pass
+    assert worker.count() == (3, 0)
 
 
 def test_a_request_that_gets_no_place_in_time_is_told(held):
@@ -848,7 +897,7 @@ def test_a_request_that_takes_too_long_keeps_what_it_has(held):
 
 def test_a_client_that_does_not_read_is_hung_up_on(held, monkeypatch):
     monkeypatch.setattr(answers, "SLACK", 0.5)
-    running, permits = held("x" * 50_000, max_seconds=0.5)
+    running, permits = held("x" * 50_000, max_seconds=1, send_buffer=4096)
     permits.release(100_000)
     body = b'{"prompt": "x", "max_tokens": 4096, "n": 8, "stream": true}'
     with socket.socket() as connection:
@@ -878,7 +927,7 @@ def test_a_failure_in_the_engine_ends_what_runs_and_the_server_goes_on(held, cap
     with pytest.raises(openai.APIError, match=r"^the model failed: out of$"):
         list(stream)
     assert error_of(waiting.wait(), 500) == "the model failed: out of"
-    assert running.served.worker.engine is None
+    assert running.served.worker.engine is None and running.served.worker.running == {}
     permits.release(5)
     assert post(running, {"prompt": "x", "max_tokens": 5}).json()["choices"][0]["text"] == "01234"
     assert running.served.worker.engine is not engine
