@@ -16,7 +16,7 @@ from .config import Config
 from .engine import Engine
 from .model import Transformer
 from .protocol import Ask, Chat, Completion, Problem, Shape, reason
-from .worker import Full, Job, Visible, Worker
+from .worker import Full, Job, Refused, Visible, Worker
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # of an answer that is asked for without a length; 16 is OpenAI's
 LONGEST = 4096  # tokens of an answer, or the model's context where that is more
@@ -191,7 +191,7 @@ class Answer(Response):
                 return
             if isinstance(event, Problem):
                 raise event
-            if isinstance(event, ValueError):  # all else was looked at before
+            if isinstance(event, Refused):  # all else was looked at before
                 raise Problem(400, f"max_tokens: {event}", "max_tokens")
             if isinstance(event, Exception):
                 said = f"the model failed: {reason(event)}"

@@ -69,8 +69,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, UnicodeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise ValueError(f"{host}, port {port}: cannot be listened on: {reason}") from None
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ValueError(f"{host}, port {port}: cannot be listened on: {why}") from None
 
 
 def is_loopback(host: str) -> bool:

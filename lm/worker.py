@@ -19,6 +19,10 @@ class Full(Exception):
     """As many requests wait as may."""
 
 
+class Refused(Exception):
+    """The engine does not take a text: the request is wrong."""
+
+
 class Visible:
     """A text as its tokens come: whole characters only, cut before the stop string that is complete first.
 
@@ -171,6 +175,7 @@ class Worker:
                 self.engine.step()
                 news = self.news()
             except Exception as failure:
+                failure = failure.with_traceback(None)  # whose frames hold the engine
                 news = [(job, failure) for job in self.running]
                 self.running.clear()
                 self.engine = None  # what it holds may be half written; its memory is free for the next
@@ -192,7 +197,8 @@ class Worker:
         except Exception as error:
             for made in texts.values():
                 made.request.cancel()
-            news: News = [(job, error)]
+            refused = isinstance(error, ValueError) and self.engine is not None  # else it could not be made
+            news: News = [(job, Refused(str(error)) if refused else error)]
             self.loop.call_soon_threadsafe(self.tell, news)
 
     def news(self) -> News:
