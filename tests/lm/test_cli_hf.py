@@ -164,7 +164,7 @@ def test_a_published_folder_is_served_as_chat_speaks_to_it(published, run, servi
         answer = httpx.post(url, json=asked, timeout=60).json()
         pieces = httpx.post(url, json={**asked, "stream": True}, timeout=60).text.split("\n\n")[:-2]
     text = answer["choices"][0]["message"]["content"]
-    options = "--max-new-tokens 20 --seed 1 --temperature 1".split()
+    options = ["--max-new-tokens", "20", "--seed", "1", "--temperature", "1"]
     said = run("chat", published, *options, said="to be é\n")
     assert text and said[1].partition("> ")[2] == f"{text}\n> "
     choices = [json.loads(piece.removeprefix("data: "))["choices"][0] for piece in pieces]
