@@ -67,6 +67,20 @@ class Chat:
 
 
 @dataclass
+class Serve:
+    """Answer programs by the OpenAI API, and people on a chat page."""
+
+    run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all of this machine's, for all who reach it
+    port: int = 8000  # 0: any that is free
+    max_batch: int = 64  # texts that are made together
+    max_queue: int = 8  # requests that may wait for a place among them
+    max_seconds: float = 300  # the longest that a request may take, waiting included
+    device: str = "auto"
+    trust_code: bool = False  # import the router or attention of your own that the run names
+
+
+@dataclass
 class Eval:
     """The loss on the whole held-out text, in nats a byte, bits a byte, and perplexity."""
 
@@ -115,6 +129,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "generate": Generate,
     "chat": Chat,
+    "serve": Serve,
     "eval": Eval,
     "report": Report,
     "info": Info,
@@ -227,6 +242,17 @@ def run_chat(options: Chat) -> int:
     return talk.chat(options)
 
 
+def run_serve(options: Serve) -> int:
+    """lm serve"""
+    try:
+        from . import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "pydantic", "uvicorn"):
+            raise
+        raise ValueError(f"needs {error.name}: pip install -c constraints.txt -e '.[lm,serve]'") from None
+    return serve.serve(options)
+
+
 def run_eval(options: Eval) -> int:
     """lm eval"""
     import math
@@ -297,6 +323,7 @@ def run_export(options: Export) -> int:
 RUN: dict[str, Callable[[Any], int]] = {
     "generate": run_generate,
     "chat": run_chat,
+    "serve": run_serve,
     "eval": run_eval,
     "report": run_report,
     "info": run_info,

@@ -21,7 +21,8 @@ def sampler(
             ranked[:, top_k:] = 0
         if top_p < 1:
             before = ranked.cumsum(-1) - ranked  # the probability of all that are more likely
-            ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0  # the first always stays
+            beyond = before >= top_p * ranked.sum(-1, keepdim=True)
+            ranked[:, 1:][beyond[:, 1:]] = 0  # the first always stays, even where top_p times the sum is 0
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(ranked, generators)]
         return order.gather(1, torch.stack(drawn)).squeeze(1).to(device)
 

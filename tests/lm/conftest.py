@@ -6,11 +6,15 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,3 +295,120 @@ def command(tmp_path_factory):
         os.kill(made.pid, signal.SIGKILL)
     made.nursery.stdin.close()
     made.nursery.wait(timeout=60)
+
+
+@dataclass
+class Running:
+    """A server on a thread of this process."""
+
+    served: object
+    server: object
+    port: int
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """with serving(served, host=...) as running: a server on a free port, stopped at the end."""
+    from lm import serve
+
+    @contextmanager
+    def run(served, host="127.0.0.1", send_buffer=None):
+        server, listener = serve.Server(served, host), serve.listen("127.0.0.1", 0)
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        port = listener.getsockname()[1]
+        thread.start()
+        try:
+            yield Running(served, server, port)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def served_folder(tiny, make_model, tmp_path_factory):
+    """A model of drawn weights as lm.save leaves it, whose context is 96 bytes."""
+    import lm
+
+    folder = tmp_path_factory.mktemp("served") / "drawn"
+    lm.save(make_model(tiny(model={"max_length": 96}).model, dtype=torch.float32), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_served(served_folder):
+    """make_served(max_queue=2): what a server serves, with limits of one's own."""
+    from lm import answers, talk
+    from lm.tokenizer import ByteTokenizer
+
+    model, config, _ = talk.open_model(served_folder, False, "cpu")
+
+    def make(**limits):
+        return answers.Served(model, config, ByteTokenizer(), served_folder.name, answers.Limits(**limits))
+
+    return make
+
+
+class Scripted:
+    """An engine that answers every prompt with the same bytes, one a step, and counts its steps.
+
+    It makes no step without a permit, if it has a semaphore of them. room: fewer at once than max_batch;
+    stride: tokens a step; later: a prompt of i tokens is answered from the byte i - 1 on.
+    """
+
+    text, permits, room, stride, later = b"", None, None, 1, False
+
+    def __init__(self, model, max_batch=64, max_tokens=None):
+        self.max_batch, self.requests, self.steps = max_batch, [], 0
+
+    @property
+    def busy(self):
+        return any(request.finished is None for request in self.requests)
+
+    def submit(self, prompt, max_new_tokens, **_):
+        request = SimpleNamespace(prompt=prompt, tokens=[], finished=None, limit=max_new_tokens)
+        request.cancel = lambda: setattr(request, "finished", "cancelled")
+        self.requests.append(request)
+        return request
+
+    def step(self):
+        if self.permits is not None:
+            self.permits.acquire()
+        self.steps += 1
+        unfinished = [request for request in self.requests if request.finished is None]
+        active = unfinished[: self.room or self.max_batch]
+        for request in active:
+            text = self.text[len(request.prompt) - 1 :] if self.later else self.text
+            made = len(request.tokens)
+            request.tokens += text[made : min(made + self.stride, request.limit)]
+            if len(request.tokens) == len(text):
+                request.finished = "stop"
+            elif len(request.tokens) == request.limit:
+                request.finished = "length"
+        return active
+
+
+@pytest.fixture(scope="session")
+def scripted_with():
+    """scripted_with(monkeypatch, text, permits): servers made from now on have an engine that says this."""
+    from lm import answers
+
+    def make(monkeypatch, text, permits=None):
+        kind = type("Scripted", (Scripted,), {"text": text.encode(), "permits": permits})
+        monkeypatch.setattr(answers, "Engine", kind)
+
+    return make
+
+
+@pytest.fixture
+def scripted(scripted_with, monkeypatch):
+    """scripted(text, permits), for one test."""
+    return lambda *given: scripted_with(monkeypatch, *given)

@@ -5,11 +5,12 @@ import json
 import sys
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 
 import lm
-from lm import cli, talk
+from lm import answers, cli, talk
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
@@ -153,3 +154,20 @@ def test_import_and_export_leave_what_is_there(published, run, tmp_path):
         status, _, err = run(command, source, tmp_path / "full")
         assert status == 2 and "is not an empty folder" in err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_a_published_folder_is_served_as_chat_speaks_to_it(published, run, serving):
+    served = answers.Served(*talk.open_model(published, False, "cpu"), "published", answers.Limits())
+    asked = {"messages": [{"role": "user", "content": "to be é"}], "max_tokens": 20, "seed": 1}
+    with serving(served) as running:
+        url = f"{running.url}/v1/chat/completions"
+        answer = httpx.post(url, json=asked, timeout=60).json()
+        pieces = httpx.post(url, json={**asked, "stream": True}, timeout=60).text.split("\n\n")[:-2]
+    text = answer["choices"][0]["message"]["content"]
+    options = ["--max-new-tokens", "20", "--seed", "1", "--temperature", "1"]
+    said = run("chat", published, *options, said="to be é\n")
+    assert text and said[1].partition("> ")[2] == f"{text}\n> "
+    choices = [json.loads(piece.removeprefix("data: "))["choices"][0] for piece in pieces]
+    assert "".join(choice["delta"]["content"] for choice in choices) == text
+    prompt = served.tokenizer.encode("<b><user>to be é<assistant>", special=False)
+    assert prompt[0] == 0 and answer["usage"]["prompt_tokens"] == len(prompt)

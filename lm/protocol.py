@@ -1,0 +1,246 @@
+"""The OpenAI API as this server speaks it: what may be asked, what answers and errors look like."""
+
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+# What the API has and this server has not: taken where it changes nothing, else refused.
+NEUTRAL: dict[str, list[Any]] = {
+    "best_of": [1],
+    "echo": [False],
+    "frequency_penalty": [0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "modalities": [["text"]],
+    "presence_penalty": [0],
+    "response_format": [{"type": "text"}],
+    "suffix": [""],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+}
+
+
+class Problem(Exception):
+    """An error as the client is told it.
+
+    Args:
+        param: the field that is wrong.
+        code: what programs tell it by, such as context_length_exceeded.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def body(self) -> dict[str, Any]:
+        """The error shape."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+class ErrorDetails(BaseModel):
+    """What an error tells."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorShape(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetails
+
+
+def in_words(expected: str) -> WrapValidator:
+    """One error for a union, in words, where pydantic has one for each of its members."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("value", "expected {expected}", {"expected": expected}) from None
+
+    return WrapValidator(check)
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(strict=True)
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str | list[TextPart], in_words("a text, or a list of parts of type text")]
+
+    def plain(self) -> dict[str, str]:
+        """role and content, as chat templates take them."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text}
+
+
+class StreamOptions(BaseModel):
+    """How to stream."""
+
+    model_config = ConfigDict(strict=True)
+    include_usage: bool = False
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Prompt = Annotated[
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=64)]
+    | Ids
+    | Annotated[list[Ids], Field(min_length=1, max_length=64)],
+    in_words("a text, up to 64 texts, or token ids, none of them empty"),
+]
+
+
+class Ask(BaseModel):
+    """What can be asked of both endpoints; null is the same as left out."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)  # not in OpenAI's
+    n: int = Field(1, ge=1, le=8)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: Annotated[
+        Stop | Annotated[list[Stop], Field(max_length=4)],
+        in_words("a text or up to 4 texts, each of 1 to 256 characters"),
+    ] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields: Any) -> Any:
+        """null is the same as left out."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+    def check(self, model: str, longest: int) -> None:
+        """Raise Problem for another model, for more tokens than longest, or for what is not to be had."""
+        if self.model not in (None, model):
+            raise Problem(404, f"model {self.model!a}: there is {model}", "model", "model_not_found")
+        for name, value in (self.model_extra or {}).items():
+            if name in NEUTRAL and value not in NEUTRAL[name]:
+                raise Problem(400, f"{name}: not to be had here; leave it out", name, "unsupported_parameter")
+        for name in ("max_tokens", "max_completion_tokens"):
+            asked = getattr(self, name)
+            if asked is not None and asked > longest:
+                raise Problem(400, f"{name}: {asked} is more than {longest}", name)
+
+    def max_new_tokens(self, default: int) -> int:
+        """How long the answer may become."""
+        return self.max_completion_tokens or self.max_tokens or default
+
+    def stops(self) -> list[str]:
+        """The texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class Completion(Ask):
+    """What is asked of /v1/completions."""
+
+    prompt: Prompt
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each text, or its token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class Chat(Ask):
+    """What is asked of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+
+
+def problem_of(error: RequestValidationError) -> Problem:
+    """The first thing that is wrong with a body, with the field's name."""
+    first = error.errors()[0]
+    kind, (_, *path) = first["type"], first["loc"]
+    if kind == "json_invalid":
+        return Problem(400, f"the body is not JSON: {first['ctx']['error']}")
+    if not path:
+        return Problem(400, "the body must be a JSON object, sent as Content-Type: application/json")
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    got = "" if kind == "missing" else f", got {shorten(ascii(first['input']))}"
+    return Problem(400, f"{name}: {message}{got}", name)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """At most that many characters."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+class Shape:
+    """How the answers to one request look, whole or in pieces."""
+
+    def __init__(self, ask: Ask, model: str):
+        self.chat = isinstance(ask, Chat)
+        self.counted = ask.stream_options.include_usage
+        self.kind = "chat.completion" if self.chat else "text_completion"
+        self.head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, texts: Iterable[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
+        """The answer, of each text and why it is finished."""
+        choices = []
+        for index, (text, finished) in enumerate(texts):
+            said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finished})
+        return {**self.head, "object": self.kind, "choices": choices, "usage": usage}
+
+    def piece(self, index: int, text: str, finished: str | None, first: bool) -> dict[str, Any]:
+        """What one text gains."""
+        role = {"role": "assistant"} if first else {}
+        said = {"delta": {**role, "content": text}} if self.chat else {"text": text}
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": finished}
+        return {**self.streamed(), "choices": [choice], **({"usage": None} if self.counted else {})}
+
+    def last(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The piece after all texts, where usage was asked for."""
+        return {**self.streamed(), "choices": [], "usage": usage}
+
+    def streamed(self) -> dict[str, Any]:
+        """What every piece begins with."""
+        return {**self.head, "object": "chat.completion.chunk" if self.chat else self.kind}
