@@ -155,8 +155,8 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
             return router_logits(x, weight)
     rows, weight = rows.to(dtype), weight.to(dtype)
     if x.is_cpu and not torch.compiler.is_compiling():
-        # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit can
-        # flip an expert. With rows in multiples of 8 and experts of 32 a token's logits depend on neither.
+        # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit
+        # can flip an expert. With rows in multiples of 8 and experts of 32 logits depend on neither.
         rows, weight = fill(rows, 8), fill(weight, 32)
     logits = F.linear(rows, weight)  # V3 eq. 15: u_t . e_i
     return logits[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
