@@ -1,9 +1,12 @@
 """The same model in transformers, to be equal to and to be measured beside."""
 
+import dataclasses
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lm.config import ModelConfig, build
+from lm.config import AttentionConfig, ModelConfig, build
 from lm.model import Transformer
 from moe import MoE
 
@@ -126,3 +129,25 @@ def speed_model() -> ModelConfig:
             },
         }
     )
+
+
+def with_attention(config: ModelConfig, heads: int) -> Transformer:
+    """The same model with grouped-query attention, of so many key-value heads: all is MHA, 1 is MQA."""
+    c = config.attention
+    head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+    gqa = AttentionConfig(kind="gqa", num_heads=c.num_heads, num_kv_heads=heads, head_dim=head_dim)
+    model = Transformer(dataclasses.replace(config, attention=gqa))
+    model.initialize(torch.Generator().manual_seed(0))
+    return model
+
+
+def loop_over_experts(layer: MoE, x: Tensor) -> Tensor:
+    """A MoE layer as it is often taught: for each expert, find its tokens, run them, add the results up."""
+    routing, experts = layer.router(x), layer.experts
+    y = torch.zeros_like(x)
+    for i in range(experts.num_experts):
+        token, slot = torch.where(routing.experts == i)
+        gate, up = F.linear(x[token], experts.gate_up[i]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, experts.down[i]) * routing.weights[token, slot].unsqueeze(-1)
+        y = y.index_add(0, token, out.to(y.dtype))
+    return y if layer.shared is None else y + layer.shared(x)

@@ -1,22 +1,29 @@
-"""Train step and decoding beside transformers' DeepseekV3: same sizes, weights and dtype, in turns.
+"""Train step, MoE layer, decoding and engine beside their peers: same sizes, weights and dtype, in turns.
 
-python -m benchmarks.speed [--rounds N]  ->  benchmarks/results/speed-CPU.json
+python -m benchmarks.speed [--rounds N] [--quick]  ->  benchmarks/results/speed-CPU.json
 """
 
 import argparse
 import json
+import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from lm import loss, machine
+from lm import count, loss, machine
 from lm.config import Config, ModelConfig
-from lm.model import Transformer
+from lm.engine import Engine, Request
+from lm.model import Transformer, build_moe
+from lm.optim import build_optimizer
+from moe import SwiGLU
 
-from .peers import deepseek_v3, speed_model
+from .peers import deepseek_v3, loop_over_experts, speed_model, with_attention
 
 RUN = 8  # decoding steps in a row: text is not written a token from each of two models in turn
 RESULTS = Path(__file__).parent / "results"
@@ -34,11 +41,28 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return seconds
 
 
-def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int) -> dict:
+def summary(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+    """Best and median of each, and how many times as fast the first is: by the medians and by the best."""
+    found: dict[str, Any] = {
+        name: {
+            "best_ms": round(1e3 * min(values), 3),
+            "median_ms": round(1e3 * statistics.median(values), 3),
+            "tokens_per_second": round(tokens / min(values)),
+        }
+        for name, values in seconds.items()
+    }
+    first, *others = seconds
+    for name in others:
+        found[name]["ours_times_as_fast"] = round(found[name]["median_ms"] / found[first]["median_ms"], 2)
+        found[name]["ours_times_as_fast_best"] = round(found[name]["best_ms"] / found[first]["best_ms"], 2)
+    return found
+
+
+def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int, batch: int = 16) -> dict:
     """Forward, backward, AdamW: ours and transformers' with each of its experts, on new tokens each time."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
-    batch, context = 16, 256
+    context = 256
     models = {"ours": ours, **{f"transformers {e}": deepseek_v3(ours, e) for e in ("grouped_mm", "eager")}}
     generator = torch.Generator().manual_seed(1)
 
@@ -52,43 +76,152 @@ def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int) -> dict:
 
     calls = {}
     for name, model in models.items():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if model is ours:
+            optimizer = build_optimizer(model, Config(model=config).train)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         calls[name] = lambda model=model, optimizer=optimizer: step(model, optimizer)
-    return summary(in_turns(calls, rounds), batch * context)
+    found = summary(in_turns(calls, rounds), batch * context)
+    flops = count.training_flops_per_token(config, context)
+    found["ours"]["gflops"] = round(flops * found["ours"]["tokens_per_second"] / 1e9, 1)
+    return found
+
+
+def moe_layer(config: ModelConfig, dtype: torch.dtype, rounds: int, tokens: int = 4096) -> dict:
+    """Forward and backward of a MoE layer, a loop over its experts, and a dense MLP of equal active width."""
+    layer = build_moe(config.dim, config.moe)
+    width = (config.moe.top_k + config.moe.num_shared_experts) * config.moe.hidden_dim
+    dense = SwiGLU(config.dim, width)
+    x = torch.randn(tokens, config.dim, requires_grad=True)
+    upstream = torch.randn(tokens, config.dim)
+
+    def both(layer: Callable[[Tensor], Tensor]) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = layer(x)
+        y.backward(upstream.to(y.dtype))
+
+    calls = {
+        "ours": lambda: both(lambda x: layer(x)[0]),
+        "loop over experts": lambda: both(lambda x: loop_over_experts(layer, x)),
+        "dense of equal width": lambda: both(dense),
+    }
+    found = summary(in_turns(calls, rounds), tokens)
+    flops = 6 * (3 * config.dim * width + config.dim * config.moe.num_experts)
+    found["ours"]["gflops"] = round(flops * found["ours"]["tokens_per_second"] / 1e9, 1)
+    return found
+
+
+def at_context(model: Transformer, context: int, batch: int, steps: int, **options: Any) -> Callable[[], Any]:
+    """A call that decodes one token more of `batch` texts of so many tokens, with entries drawn at random."""
+    engine = Engine(model, batch, batch * (context + steps + 64), **options)
+    requests: list[Request] = []
+    for row in range(batch):
+        requests.append(engine.submit([row], steps + 1))
+        if not engine.let_in(requests[-1]):
+            raise RuntimeError("no room for a request")
+    rows = [request.row for request in requests]
+    engine.pages.grow(rows, context)
+    for pool in engine.pools:
+        pool.normal_()
+    for request in requests:
+        request.row.length = context
+        request.text = [0] * (context + steps + 1)
+    return lambda: engine.read(requests, 1)
 
 
 @torch.inference_mode()
 def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
-    """One token more at a context, fp32, of ours and of transformers' from its own cache."""
+    """One token more at a context, fp32: ours, it with MHA and GQA, and transformers' from its own cache."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     theirs = deepseek_v3(ours)
+    steps = RUN * (rounds + 1)
     tokens = torch.randint(config.vocab_size, (batch, context))
-    caches = ours.new_caches(batch, context + RUN * (rounds + 1))
-    for chunk in tokens.split(256, dim=1):
-        ours(chunk, caches)
     past, last = theirs(tokens, use_cache=True).past_key_values, tokens[:, -1:]
-    calls = {
-        "ours": lambda: [ours(last, caches) for _ in range(RUN)],
-        "transformers grouped_mm": lambda: [theirs(last, past_key_values=past) for _ in range(RUN)],
+    calls: dict[str, Callable[[], Any]] = {
+        "ours": at_context(ours, context, batch, steps),
+        "transformers grouped_mm": lambda: theirs(last, past_key_values=past),
     }
-    seconds = in_turns(calls, rounds)
-    return summary({name: [value / RUN for value in values] for name, values in seconds.items()}, batch)
+    size = {"ours": 4 * count.cache_elements_per_token(config)}
+    heads = config.attention.num_heads
+    for name, kv_heads in (("ours with MHA", heads), ("ours with GQA, a quarter", max(1, heads // 4))):
+        rival = with_attention(config, kv_heads)
+        calls[name] = at_context(rival, context, batch, steps)
+        size[name] = 4 * count.cache_elements_per_token(rival.config)
+    runs = {name: lambda call=call: [call() for _ in range(RUN)] for name, call in calls.items()}
+    seconds = in_turns(runs, rounds)
+    found = summary({name: [value / RUN for value in values] for name, values in seconds.items()}, batch)
+    for name, number in size.items():
+        found[name]["cache_bytes_a_token"] = number
+    return found
 
 
-def summary(seconds: dict[str, list[float]], tokens: int) -> dict:
-    """Best and median of each, and how many times as fast ours is, from the medians and from the best."""
-    found: dict = {
-        name: {
-            "best_ms": round(1e3 * min(values), 3),
-            "median_ms": round(1e3 * statistics.median(values), 3),
-            "tokens_per_second": round(tokens / min(values)),
-        }
-        for name, values in seconds.items()
+@torch.inference_mode()
+def long_context(config: ModelConfig, rounds: int, contexts: tuple[int, ...]) -> dict:
+    """Decoding at ever longer contexts, fp32, batch 1: seconds beside copying the latents that it reads."""
+    ours = Transformer(config)
+    ours.initialize(torch.Generator().manual_seed(0))
+    steps = RUN * (rounds + 1)
+    calls = {str(context): at_context(ours, context, 1, steps) for context in contexts}
+    source = {n: torch.randn(int(n) * count.cache_elements_per_token(config)) for n in calls}
+    target = {n: torch.empty_like(t) for n, t in source.items()}
+    runs: dict[str, Callable[[], Any]] = {n: lambda c=c: [c() for _ in range(RUN)] for n, c in calls.items()}
+    copies = {f"copy {n}": lambda n=n: [target[n].copy_(source[n]) for _ in range(RUN)] for n in calls}
+    seconds = in_turns({**runs, **copies}, rounds)
+    found: dict[str, Any] = {}
+    for n in calls:
+        step, copy = (1e3 * min(seconds[name]) / RUN for name in (n, f"copy {n}"))
+        found[n] = {"ms": round(step, 3), "latent_mb": source[n].nbytes / 1e6, "copy_ms": round(copy, 3)}
+    short, long = str(contexts[0]), str(contexts[-1])
+    grown = found[long]["ms"] - found[short]["ms"]
+    found["growth"] = {
+        "more_ms": round(grown, 3),
+        "more_ms_of_copying": round(found[long]["copy_ms"] - found[short]["copy_ms"], 3),
+        "times": round(found[long]["ms"] / found[short]["ms"], 2),
+        "times_the_latent": contexts[-1] / contexts[0],
     }
-    for name in list(seconds)[1:]:
-        found[name]["ours_times_as_fast"] = round(found[name]["median_ms"] / found["ours"]["median_ms"], 2)
-        found[name]["ours_times_as_fast_best"] = round(found[name]["best_ms"] / found["ours"]["best_ms"], 2)
+    return found
+
+
+def engine(config: ModelConfig, rounds: int, requests: int = 64) -> dict:
+    """Requests of unequal length, all at once and one by one: tokens a second; and a shared beginning."""
+    model = Transformer(config)
+    model.initialize(torch.Generator().manual_seed(0))
+    draw = random.Random(0)
+    sizes = [(draw.randint(8, 128), draw.randint(16, 128)) for _ in range(requests)]
+    prompts = [draw.choices(range(config.vocab_size), k=length) for length, _ in sizes]
+
+    def run(at_once: int) -> None:
+        one = Engine(model, at_once, at_once * 256)
+        for prompt, (_, new) in zip(prompts, sizes):
+            one.submit(prompt, new, 0)
+        one.run()
+
+    calls = {"together": lambda: run(requests), "one by one": lambda: run(1)}
+    found = summary(in_turns(calls, max(1, rounds // 3)), sum(new for _, new in sizes))
+    shared = Engine(model, 16, 16 * 1024)
+    beginning = draw.choices(range(config.vocab_size), k=512)
+    for end in range(16):
+        shared.submit([*beginning, end % config.vocab_size, 1], 8, 0)
+    held = read = 0
+    step = model.step
+
+    def counted(tokens: Tensor, pools: Any, plan: Any) -> Tensor:
+        nonlocal read
+        read += plan.tokens
+        return step(tokens, pools, plan)
+
+    model.step = counted  # type: ignore[method-assign]
+    while shared.busy:
+        shared.step()
+        held = max(held, shared.nbytes)
+    alone = 16 * 9 * sum(pool[0].nbytes for pool in shared.pools)
+    found["16 requests with 512 tokens in common"] = {
+        "prompt_tokens": 16 * 514,
+        "tokens_read": read - 16 * 7,
+        "cache_bytes": held,
+        "cache_bytes_without_sharing": alone,
+    }
     return found
 
 
@@ -99,27 +232,57 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return round(2 * 1024**3 / min(seconds) / 1e9, 1)
 
 
+def copy_rate() -> float:
+    """GB/s of copying 256 MB, read and written."""
+    a = torch.ones(2**26)
+    b = torch.empty_like(a)
+    seconds = in_turns({"copy": lambda: b.copy_(a)}, 10)["copy"]
+    return round(2 * a.nbytes / min(seconds) / 1e9, 1)
+
+
+def commit() -> str:
+    """The commit that is measured; "" outside a clone."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
 def main() -> None:
     """All measurements, printed and written."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--quick", action="store_true", help="a small model once: does it run?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
     native = machine.pick_dtype("auto", torch.device("cpu"))
     dtypes = [torch.float32] + [native] * (native != torch.float32)
     facts = machine.describe()
     rates = {str(dtype): matmul_rate(dtype) for dtype in dtypes}
-    found: dict = {"machine": facts, "matmul_gflops": rates, "rounds": rounds}
+    found: dict = {"machine": facts, "commit": commit(), "rounds": rounds}
+    found |= {"matmul_gflops": rates, "copy_gb_per_second": copy_rate()}
     models = {"18M": speed_model(), "toy": Config.preset("toy").model}
+    if options.quick:
+        models = {"nano": Config.preset("nano").model}
     for name, config in models.items():
         for dtype in dtypes:
             found[f"train step, {name}, {dtype}, batch 16 x 256"] = train_step(config, dtype, rounds)
-        for context, batch in ((256, 1), (2048, 1), (8192, 1), (2048, 8)):
+            found[f"MoE layer, {name}, {dtype}, 4,096 tokens"] = moe_layer(config, dtype, 3 * rounds)
+        for context, batch in ((256, 1), (2048, 1), (8192, 1), (2048, 8))[: 2 if options.quick else None]:
             key = f"decode, {name}, float32, batch {batch} at {context} of context"
             found[key] = decode(config, context, batch, rounds)
+        if name != "toy":
+            longest = (256, 1024) if options.quick else (2048, 8192, 32768)
+            found[f"long context, {name}, float32, batch 1"] = long_context(config, rounds, longest)
+            found[f"engine, {name}, float32"] = engine(config, rounds, 8 if options.quick else 64)
     for key, value in found.items():
         print(key, json.dumps(value))
     kind = str(facts["cpu_capability"]).lower().replace(" ", "-")
-    (RESULTS / f"speed-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / f"speed-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
