@@ -3,9 +3,10 @@
 Needs torch and einops only; the folder works copied alone into another project.
 """
 
-from .attention import MultiheadLatentAttention, RMSNorm
+from .attention import MultiheadLatentAttention
 from .cache import KVCache, LatentCache
 from .grouped_query import GroupedQueryAttention
+from .norm import RMSNorm
 from .rope import Linear, Llama3, RotaryEmbedding, YaRN
 
 __all__ = [

@@ -6,25 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .cache import Cache, LatentCache, cache_dtype, slots
+from .norm import RMSNorm
 from .rope import RotaryEmbedding
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in fp32, then back to x's dtype (arXiv 1910.07467 eq. 4).
-
-    x (..., dim) -> (..., dim)
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        check_positive(dim=dim)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
 
 
 class MultiheadLatentAttention(nn.Module):

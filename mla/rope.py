@@ -161,7 +161,9 @@ class RotaryEmbedding(nn.Module):
             found, of = tuple(positions.shape), tuple(x.shape)
             raise ValueError(f"positions have shape {found}; expected (time,) or (batch, time) of x {of}")
         # Angles in fp32: bf16 cannot tell position 257 from 256. Not a buffer, so no cast can reach them.
-        turn = frequencies(self.dim, self.theta, self.scaling, x.device)  # (dim/2,)
+        # torch.compile looks through the cache, and would warn that it does
+        find = frequencies.__wrapped__ if torch.compiler.is_compiling() else frequencies
+        turn = find(self.dim, self.theta, self.scaling, x.device)  # (dim/2,)
         angles = positions.unsqueeze(-1).float() * turn  # (time, dim/2) or (batch, time, dim/2)
         if x.ndim == 4:
             angles = angles.unsqueeze(-2)  # (..., time, 1, dim/2): every head turns alike

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch
+from .activation import gated
+from .blocks import run_blocks
 from .router import Routing
 
 
@@ -74,9 +76,12 @@ class Experts(nn.Module):
         # the grouped kernel wants rows of whole 16 bytes, and knows no float64
         whole = self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
         run = self.grouped if x.is_cuda and whole and dtype != torch.float64 else self.by_block
-        if 0 < len(tokens) < 4 and not x.is_cuda:
+        if 0 < len(tokens) < 4 and not x.is_cuda and not torch.compiler.is_compiling():
             run = self.by_slot
-        y = run(tokens.to(dtype), experts, weights, self.gate_up.to(dtype), self.down.to(dtype))
+        matrices: tuple[Tensor, ...] = (self.gate_up, self.down)
+        if run is not self.by_block:  # which casts one expert's at a time, and keeps no copy
+            matrices = tuple(matrix.to(dtype) for matrix in matrices)
+        y = run(tokens.to(dtype), experts, weights, *matrices)
         return y.reshape(shape)
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
@@ -98,14 +103,7 @@ class Experts(nn.Module):
         """
         multiple = 1 if len(tokens) < 16 else 64 if tokens.dtype == torch.bfloat16 else 16
         order = dispatch.sort(experts, len(gate_up), multiple)
-        *blocks, empty = dispatch.gather(tokens, order).split(order.sizes.tolist())
-        # unbind, not gate_up[i]: its backward writes each expert's gradient once, into one tensor
-        outputs = [
-            F.linear(gated(F.linear(block, w)), v)
-            for i, (block, w, v) in enumerate(zip(blocks, gate_up.unbind(), down.unbind()))
-            if len(block) or i == 0  # the first always: without any token gradients are 0, not missing
-        ]
-        return dispatch.scatter(torch.cat([*outputs, torch.zeros_like(empty)]), order, weights)
+        return run_blocks(tokens, weights, gate_up, down, order)
 
     @staticmethod
     def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -142,7 +140,8 @@ class Experts(nn.Module):
         if not fits or weights.shape != experts.shape:
             found = f"routing.experts is {tuple(experts.shape)}, routing.weights {tuple(weights.shape)}"
             raise ValueError(f"{found}; for this x both must be {tuple(x.shape[:-1])} + (top_k >= 1,)")
-        if experts.numel() and not experts.is_cuda:  # on a GPU the look itself would make it wait
+        # on a GPU the look itself would make it wait, and torch.compile would break its graph there
+        if experts.numel() and not experts.is_cuda and not torch.compiler.is_compiling():
             lowest, highest = (int(i) for i in torch.aminmax(experts))
             if lowest < -1 or highest >= self.num_experts:
                 wrong = lowest if lowest < -1 else highest
@@ -150,9 +149,3 @@ class Experts(nn.Module):
                 raise ValueError(f"routing.experts holds {wrong}; expected 0..{last}, or -1: an empty slot")
         top_k = experts.shape[-1]
         return x.reshape(-1, self.dim), experts.reshape(-1, top_k), weights.reshape(-1, top_k), x.shape
-
-
-def gated(gate_up: Tensor) -> Tensor:
-    """(..., 2 hidden), gate then up -> (..., hidden)"""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

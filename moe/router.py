@@ -149,17 +149,39 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected floating-point (..., dim={dim})")
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     rows = x.reshape(-1, dim)
-    count = rows.shape[0]
-    # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit can
-    # flip an expert. In products of 48 rows with 16 experts or a multiple, a token's logits depend on neither
-    # (seen with AVX2 and AVX-512, Intel's and AMD's).
-    fixed = x.is_cpu and not torch.compiler.is_compiling()
-    size, filling = (48, -num_experts % 16) if fixed else (max(count, 1), 0)
     with torch.autocast(x.device.type, enabled=False):
-        rows = torch.cat((rows.to(dtype), rows.new_zeros(-count % size, dim, dtype=dtype)))
-        weight = F.pad(weight.to(dtype), (0, 0, 0, filling)) if filling else weight.to(dtype)
-        products = [F.linear(part, weight) for part in rows.split(size)]  # V3 eq. 15: u_t . e_i
-    return torch.cat(products)[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
+        if x.is_cpu and not torch.compiler.is_compiling():
+            logits = Products.apply(rows, weight, dtype)
+        else:
+            logits = F.linear(rows.to(dtype), weight.to(dtype))  # V3 eq. 15: u_t . e_i
+    return logits.view(*x.shape[:-1], num_experts)
+
+
+class Products(torch.autograd.Function):
+    """rows weight^T, each row's bits alike whatever the other rows are and however many.
+
+    A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit can
+    flip an expert. In products of 48 rows with 16 experts or a multiple, a token's logits depend on neither
+    (seen with AVX2 and AVX-512, Intel's and AMD's). Nothing hangs on a gradient's last bit: one product does.
+
+    rows (tokens, dim), weight (experts, dim) -> (tokens, experts)
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        num_experts, size = len(weight), 48
+        weight = F.pad(weight.to(dtype), (0, 0, 0, -num_experts % 16))
+        *whole, last = rows.to(dtype).split(size) or (rows.to(dtype),)
+        last = F.pad(last, (0, 0, 0, size - len(last)))
+        products = [F.linear(part, weight) for part in (*whole, last)]  # V3 eq. 15: u_t . e_i
+        return torch.cat(products)[: len(rows), :num_experts].contiguous()
+
+    @staticmethod
+    def backward(ctx, d_logits: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        d_rows = torch.mm(d_logits, weight.to(d_logits.dtype)).to(rows.dtype)
+        return d_rows, torch.mm(d_logits.t(), rows.to(d_logits.dtype)).to(weight.dtype), None
 
 
 def sigmoid(logits: Tensor) -> Tensor:
