@@ -6,6 +6,7 @@ python -m benchmarks.scaling [--rounds N] [--quick]  ->  benchmarks/results/scal
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def decode(context: int, batch: int, rounds: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def crossing(past: int, queries: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Absorbed against expanded, so many queries behind a past: where do they cross, and where by arithmetic?"""
+    """Absorbed against expanded, queries behind a past: where do they cross, and where by arithmetic?"""
     attention = attentions()["MLA"]
     found: dict[str, Any] = {"past": past, "queries": {}}
     for time in queries:
@@ -105,8 +106,8 @@ def crossing(past: int, queries: tuple[int, ...], rounds: int) -> dict[str, Any]
         latent, k_rope = entries.split([64, 16], dim=-1)
         visible = torch.arange(total) <= torch.arange(past, total).unsqueeze(-1)
         calls = {
-            "absorbed": lambda q=(q_nope, q_rope), e=entries, v=visible: attention.absorbed(*q, e, v),
-            "expanded": lambda q=(q_nope, q_rope), l=latent, k=k_rope, v=visible: attention.expanded(*q, l, k, v),
+            "absorbed": partial(attention.absorbed, q_nope, q_rope, entries, visible),
+            "expanded": partial(attention.expanded, q_nope, q_rope, latent, k_rope, visible),
         }
         found["queries"][str(time)] = best(calls, rounds)
     cheaper = [time for time in range(1, past + 1) if attention.absorbed_is_cheaper(time, past + time)]
@@ -136,7 +137,9 @@ def main() -> None:
     }
     for batch in (1, 8):
         found[f"decode, batch {batch}"] = {
-            str(context): decode(context, batch, rounds) for context in CONTEXTS[some] if context * batch <= 2**17
+            str(context): decode(context, batch, rounds)
+            for context in CONTEXTS[some]
+            if context * batch <= 2**17
         }
     found["crossing"] = crossing(1024, (1, 4, 16, 32, 64, 128, 192, 256, 384, 512)[some], rounds)
     for key, value in found.items():

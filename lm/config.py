@@ -176,7 +176,8 @@ class TrainConfig(Section):
     keep: int = number(2, 1)  # checkpoints
     dtype: str = choice("auto", "float32", "bfloat16")  # of the matrix products; auto: what is quick here
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU where there is one
-    compile: bool = False  # torch.compile: slow to start, then quicker
+    compile: bool = False  # torch.compile of the blocks: slow to start, then quicker; needs a C++ compiler
+    recompute: bool = False  # run each block once more in the backward pass: slower, in less memory
     tensorboard: bool = False  # write event files too
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 2**27  # bytes of logits in fp32 that are held at once
+
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target, in fp32 at least.
@@ -29,3 +31,55 @@ def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -
     if mask is None:
         return losses.mean()
     return losses.where(mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`cross_entropy` of the head's logits, hidden weight^T; never all of them at once where they are many.
+
+    hidden (..., dim) after the final norm, weight (vocab, dim), targets (...) int64 -> (), nats a token
+    """
+    tokens_at_once = max(1, CHUNK // (4 * len(weight)))
+    if targets.numel() <= tokens_at_once or hidden.shape[:-1] != targets.shape:
+        return cross_entropy(F.linear(hidden, weight), targets, mask)
+    counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return Chunked.apply(hidden, weight, targets, counted, tokens_at_once, wants)
+
+
+class Chunked(torch.autograd.Function):
+    """Loss and gradients of a few tokens' logits at a time, in the forward pass: a gradient with respect to
+    hidden and weight is all that stays of them (as in Liger, arXiv 2410.10989 section 3.2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, size: int, wants: bool
+    ) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        rows, narrow = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype)
+        share = counted.flatten() / counted.sum().clamp(min=1).to(torch.promote_types(dtype, torch.float32))
+        total = share.new_zeros(())
+        d_rows = torch.empty_like(rows)
+        d_weight = torch.zeros_like(weight if wants else weight[:0], dtype=share.dtype)
+        parts = (t.split(size) for t in (rows, targets.flatten(), share, d_rows))
+        for row, target, part, d_row in zip(*parts):
+            with torch.autocast(kind, enabled=False):
+                log_probs = F.linear(row, narrow).to(share.dtype).log_softmax(-1)  # (size, vocab)
+                at = target.unsqueeze(-1)
+                of_target = log_probs.gather(-1, at).squeeze(-1)
+                total -= (of_target * part).where(part > 0, 0).sum()
+                if wants:
+                    d_logits = log_probs.exp_().scatter_add_(-1, at, -torch.ones_like(at, dtype=share.dtype))
+                    d_logits = d_logits.mul_(part.unsqueeze(-1)).to(dtype)  # probability - target, by share
+                    torch.mm(d_logits, narrow, out=d_row)
+                    d_weight += torch.mm(d_logits.t(), row)
+        ctx.save_for_backward(d_rows.view_as(hidden).to(hidden.dtype), d_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("chunked logits leave no gradient of the gradient; use cross_entropy")
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_total, d_weight * d_total, None, None, None, None

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import sys
 
 import torch
@@ -37,6 +38,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = device.type == "cpu" and bf16_units() != ""
     return torch.bfloat16 if native else torch.float32
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile has no C++ compiler to work with."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(name) is None:
+        raise ValueError(
+            f"train.compile: torch.compile needs a C++ compiler, and {name!r} was not found; "
+            "install it, or name another in the environment variable CXX"
+        )
 
 
 def memory() -> int:

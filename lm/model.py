@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,14 +93,30 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
     ) -> Output:
         """caches from `new_caches`; positions and mask as in `MultiheadLatentAttention.forward`."""
+        x, routings = self.trunk(tokens, caches, positions, mask)
+        return Output(self.head(self.norm(x)), x, routings)
+
+    def trunk(
+        self,
+        tokens: Tensor,
+        caches: Sequence[Any] | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        run: Callable[..., tuple[Tensor, Routing | None]] = Block.__call__,
+    ) -> tuple[Tensor, list[Routing]]:
+        """All but the final norm and the head -> hidden (batch, time, dim), a Routing for each MoE layer.
+
+        Args:
+            run: calls a block with its arguments; `lm.train.run_block` makes one that compiles or recomputes.
+        """
         self.check(tokens, caches)
         x = self.embedding(tokens)  # (batch, time, dim)
         routings = []
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x, routing = block(x, tokens, cache, positions, mask)
+            x, routing = run(block, x, tokens, cache, positions, mask)
             if routing is not None:
                 routings.append(routing)
-        return Output(self.head(self.norm(x)), x, routings)
+        return x, routings
 
     @torch.no_grad()
     def step(self, tokens: Tensor, pools: Sequence[Tensor], plan: Plan) -> Tensor:
@@ -125,7 +141,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 (batch, time >= 1)"
             )
-        if tokens.device.type == "cpu" and tokens.numel():  # elsewhere the look would make the device wait
+        # elsewhere the look would make the device wait, and torch.compile would break its graph there
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             lowest, highest = (int(token) for token in torch.aminmax(tokens))
             if lowest < 0 or highest >= vocab_size:
                 wrong = lowest if lowest < 0 else highest

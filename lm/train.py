@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -9,20 +10,21 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe import balance
 
 from . import checkpoint, count, data, loss, machine
-from .config import Config, ModelConfig
+from .config import Config, ModelConfig, TrainConfig
 from .decode import stream
-from .model import Transformer
+from .model import Block, Transformer
 from .optim import build_optimizer, learning_rate
 from .runs import open_run, read_metrics
 from .tokenizer import ByteTokenizer
@@ -46,6 +48,8 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
         RunFailed: names the step, and the checkpoint that is left.
     """
     device = machine.pick_device(config.train.device)
+    if config.train.compile:
+        machine.check_compiler(device)
     check_memory(config.model)
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)  # a config that does not fit shows here, before anything is written
@@ -76,6 +80,19 @@ def check_memory(config: ModelConfig) -> None:
         )
 
 
+def run_block(config: TrainConfig) -> Callable[..., Any]:
+    """How training calls a block: compiled, computed again in the backward pass, both or neither.
+
+    Blocks that are alike share one compilation.
+    """
+    run: Callable[..., Any] = Block.__call__
+    if config.compile:
+        run = torch.compile(run)
+    if config.recompute:
+        run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
+    return run
+
+
 class Trainer:
     """A model, its optimizer, its data and where it stands."""
 
@@ -90,7 +107,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.dtype = machine.pick_dtype(config.train.dtype, self.device)
         self.optimizer = build_optimizer(model, config.train)
-        self.forward = torch.compile(model) if config.train.compile else model
+        self.run_block = run_block(config.train)
         self.tokenizer = ByteTokenizer()
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, **self.circumstances()}
         self.signal = 0
@@ -182,13 +199,13 @@ class Trainer:
             first = ((step - 1) * train.accumulation + part) * train.batch_size
             inputs, targets = (t.to(self.device) for t in self.windows.batch(first, train.batch_size))
             with self.autocast():
-                out = self.forward(inputs)
-            main = loss.cross_entropy(out.logits, targets)
-            even = [balance.sequence_loss(routing) for routing in out.routings]
+                hidden, routings = self.model.trunk(inputs, run=self.run_block)
+                main = loss.head_cross_entropy(self.model.norm(hidden), self.model.head.weight, targets)
+            even = [balance.sequence_loss(routing) for routing in routings]
             objective = main + train.sequence_loss * sum(even)  # V3 eq. 17, of each layer
             (objective / train.accumulation).backward()
             total += main.detach() / train.accumulation
-            here = [balance.tokens_per_expert(routing) for routing in out.routings]
+            here = [balance.tokens_per_expert(routing) for routing in routings]
             counts = [a + b for a, b in zip(counts, here)] if counts else here
         limit = train.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -337,6 +354,7 @@ def evaluate(
     for at in range(0, count, batch_size):
         batch = torch.stack([windows.cut(start) for start in chosen[at : at + batch_size]]).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(batch[:, :-1]).logits
-        total += float(loss.cross_entropy(logits[:, known:], batch[:, known + 1 :])) * len(batch)
+            hidden = model.norm(model.trunk(batch[:, :-1])[0][:, known:])
+            mean = loss.head_cross_entropy(hidden, model.head.weight, batch[:, known + 1 :])
+        total += float(mean) * len(batch)
     return total / count

@@ -3,9 +3,10 @@
 Needs torch and einops only; the folder works copied alone into another project.
 """
 
-from .attention import MultiheadLatentAttention, RMSNorm
+from .attention import MultiheadLatentAttention
 from .cache import KVCache, LatentCache, PagedLatentCache
 from .grouped_query import GroupedQueryAttention
+from .norm import RMSNorm
 from .pages import Pages
 from .rope import Linear, Llama3, RotaryEmbedding, YaRN
 

@@ -6,28 +6,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .cache import Cache, LatentCache, PagedLatentCache, cache_dtype, slots
+from .norm import RMSNorm
 from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in fp32, then back to x's dtype (arXiv 1910.07467 eq. 4).
-
-    x (..., dim) -> (..., dim)
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        check_positive(dim=dim)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # the same in one kernel
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
 
 
 class MultiheadLatentAttention(nn.Module):

@@ -4,8 +4,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import RMSNorm, check_positive, softmax_attention, where_and_what
+from .attention import check_positive, softmax_attention, where_and_what
 from .cache import KVCache, cache_dtype
+from .norm import RMSNorm
 from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 

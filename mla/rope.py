@@ -168,7 +168,9 @@ class RotaryEmbedding(nn.Module):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (...) -> cos and sin of every pair's angle there, (..., dim/2) fp32 each"""
         # Angles in fp32: bf16 cannot tell position 257 from 256. Not a buffer, so no cast can reach them.
-        turn = frequencies(self.dim, self.theta, self.scaling, positions.device)  # (dim/2,)
+        # torch.compile looks through the cache, and would warn that it does
+        find = frequencies.__wrapped__ if torch.compiler.is_compiling() else frequencies
+        turn = find(self.dim, self.theta, self.scaling, positions.device)  # (dim/2,)
         angles = positions.unsqueeze(-1).float() * turn
         cos, sin = angles.cos(), angles.sin()
         if self.cos_sin_factor != 1.0:

@@ -23,7 +23,8 @@ def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
 
     experts (tokens, top_k) int64, -1 for an empty slot -> Order
 
-    With multiple=1 the number of rows is tokens x top_k and nothing waits for the device.
+    With multiple=1 the number of rows is tokens x top_k and nothing waits for the device. Under torch.compile
+    the last block also takes the rows that are left over of the most there could be.
     """
     top_k = experts.shape[1]
     slots = experts.flatten()
@@ -36,7 +37,12 @@ def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
         sizes[-1] = counts[-1]
     filling = (sizes - counts).cumsum(0) - (sizes - counts)  # (experts + 1,) filling before each block
     rows = torch.arange(len(slots), device=slots.device) + filling[slots[order]]  # the row of each in order
-    num_rows = len(slots) if multiple == 1 else int(sizes.sum())
+    num_rows = len(slots)
+    if multiple > 1 and torch.compiler.is_compiling():  # no shape may depend on the data: room for the most
+        num_rows += num_experts * (multiple - 1)
+        sizes[-1] = num_rows - sizes[:-1].sum()
+    elif multiple > 1:
+        num_rows = int(sizes.sum())
     source = slots.new_zeros(num_rows).index_copy_(0, rows, order // top_k)  # slot // top_k is the token
     target = torch.empty_like(slots).index_copy_(0, order, rows)
     return Order(sizes, source, target.view_as(experts))

@@ -5,7 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch
+from .activation import gated
+from .blocks import run_blocks, weighted_sum
 from .router import Routing
+
+FEW = 2**24  # bytes of experts that are worth copying for a step of decoding
 
 
 class SwiGLU(nn.Module):
@@ -74,9 +78,12 @@ class Experts(nn.Module):
         # the grouped kernel wants rows of whole 16 bytes, and knows no float64
         whole = self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
         run = self.grouped if x.is_cuda and whole and dtype != torch.float64 else self.by_block
-        if 0 < experts.numel() <= min(self.num_experts, 32) and not x.is_cuda and int(experts.min()) >= 0:
+        if self.is_few(experts):
             run = self.by_slot
-        y = run(tokens.to(dtype), experts, weights, self.gate_up.to(dtype), self.down.to(dtype))
+        matrices: tuple[Tensor, ...] = (self.gate_up, self.down)
+        if run is not self.by_block:  # which casts one expert's at a time, and keeps no copy
+            matrices = tuple(matrix.to(dtype) for matrix in matrices)
+        y = run(tokens.to(dtype), experts, weights, *matrices)
         return y.reshape(shape)
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
@@ -89,6 +96,13 @@ class Experts(nn.Module):
                 y[token] = y[token] + weights[token, slot] * out  # V3 eq. 12: g_it FFN_i(u_t)
         return y.reshape(shape)
 
+    def is_few(self, experts: Tensor) -> bool:
+        """Whether copying each slot's expert, experts (tokens, top_k), costs less than sorting the slots."""
+        slots, each = experts.numel(), self.gate_up[0].nbytes + self.down[0].nbytes
+        if experts.is_cuda or torch.compiler.is_compiling():
+            return False
+        return 0 < slots <= self.num_experts and slots * each <= FEW and int(experts.min()) >= 0
+
     @staticmethod
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Two matrix products an expert, over its own rows: best on a CPU.
@@ -98,14 +112,7 @@ class Experts(nn.Module):
         """
         multiple = 8 if len(tokens) < 16 else 64 if tokens.dtype == torch.bfloat16 else 16
         order = dispatch.sort(experts, len(gate_up), multiple)
-        *blocks, empty = dispatch.gather(tokens, order).split(order.sizes.tolist())
-        # unbind, not gate_up[i]: its backward writes each expert's gradient once, into one tensor
-        outputs = [
-            F.linear(gated(F.linear(block, w)), v)
-            for i, (block, w, v) in enumerate(zip(blocks, gate_up.unbind(), down.unbind()))
-            if len(block) or i == 0  # the first always: without any token gradients are 0, not missing
-        ]
-        return dispatch.scatter(torch.cat([*outputs, torch.zeros_like(empty)]), order, weights)
+        return run_blocks(tokens, weights, gate_up, down, order)
 
     @staticmethod
     def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -117,7 +124,8 @@ class Experts(nn.Module):
         rows = tokens.repeat_interleave(experts.shape[1], 0).unsqueeze(1).expand(-1, 8, -1)
         hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, 8, hidden)
         outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
-        return dispatch.weighted_sum(outputs, weights)
+        slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)
+        return weighted_sum(outputs, slots, weights)
 
     @staticmethod
     def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -143,7 +151,8 @@ class Experts(nn.Module):
         if not fits or weights.shape != experts.shape:
             found = f"routing.experts is {tuple(experts.shape)}, routing.weights {tuple(weights.shape)}"
             raise ValueError(f"{found}; for this x both must be {tuple(x.shape[:-1])} + (top_k >= 1,)")
-        if experts.numel() and not experts.is_cuda:  # on a GPU the look itself would make it wait
+        # on a GPU the look itself would make it wait, and torch.compile would break its graph there
+        if experts.numel() and not experts.is_cuda and not torch.compiler.is_compiling():
             lowest, highest = (int(i) for i in torch.aminmax(experts))
             if lowest < -1 or highest >= self.num_experts:
                 wrong = lowest if lowest < -1 else highest
@@ -158,9 +167,3 @@ def pick(weights: Tensor, chosen: Tensor) -> Tensor:
     if weights.is_contiguous():
         return weights.index_select(0, chosen)
     return weights.mT.index_select(0, chosen).mT
-
-
-def gated(gate_up: Tensor) -> Tensor:
-    """(..., 2 hidden), gate then up -> (..., hidden)"""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

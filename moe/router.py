@@ -149,17 +149,41 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected floating-point (..., dim={dim})")
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     rows = x.reshape(-1, dim)
-    count = rows.shape[0]
+    product = Product.apply if torch.is_grad_enabled() else Product.compute
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return router_logits(x, weight)
-    rows, weight = rows.to(dtype), weight.to(dtype)
-    if x.is_cpu and not torch.compiler.is_compiling():
-        # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last bit
-        # can flip an expert. With rows in multiples of 8 and experts of 32 logits depend on neither.
-        rows, weight = fill(rows, 8), fill(weight, 32)
-    logits = F.linear(rows, weight)  # V3 eq. 15: u_t . e_i
-    return logits[:count, :num_experts].reshape(*x.shape[:-1], num_experts)
+            logits = product(rows, weight, dtype)
+    else:
+        logits = product(rows, weight, dtype)
+    return logits.view(*x.shape[:-1], num_experts)
+
+
+class Product(torch.autograd.Function):
+    """rows weight^T in a wider dtype, each row's bits alike whatever the other rows are and however many.
+
+    rows (tokens, dim), weight (experts, dim) -> (tokens, experts). Kept for the backward pass as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return Product.compute(rows, weight, dtype)
+
+    @staticmethod
+    def compute(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        count, num_experts = len(rows), len(weight)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        if rows.is_cpu and not torch.compiler.is_compiling():
+            # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last
+            # bit can flip an expert. With rows in multiples of 8 and experts of 32 it depends on neither.
+            rows, weight = fill(rows, 8), fill(weight, 32)
+        return F.linear(rows, weight)[:count, :num_experts].contiguous()  # V3 eq. 15: u_t . e_i
+
+    @staticmethod
+    def backward(ctx, d_logits: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        d_rows = torch.mm(d_logits, weight.to(d_logits.dtype)).to(rows.dtype)
+        return d_rows, torch.mm(d_logits.t(), rows.to(d_logits.dtype)).to(weight.dtype), None
 
 
 def fill(rows: Tensor, multiple: int) -> Tensor:

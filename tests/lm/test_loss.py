@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.loss import cross_entropy, token_log_probs
+from lm import loss
+from lm.loss import cross_entropy, head_cross_entropy, token_log_probs
 
 
 def by_hand(logits, target):
@@ -103,3 +104,95 @@ def test_the_gradient_is_probability_minus_target():
 def test_shapes_that_do_not_agree_are_refused(logits, targets):
     with pytest.raises(ValueError, match=r"logits .* and targets .* must agree in all but the vocabulary"):
         token_log_probs(torch.zeros(logits), torch.zeros(targets, dtype=torch.int64))
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """At most 4 tokens of a vocabulary of 11 at once."""
+    monkeypatch.setattr(loss, "CHUNK", 4 * 11 * 4)
+
+
+MASKS = {
+    "none": None,
+    "some": torch.tensor([[True, False, True, True, False, True, True]] * 2 + [[False] * 7]),
+    "all hidden": torch.zeros(3, 7, dtype=torch.bool),
+}
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_logits_in_chunks_cost_what_all_at_once_cost(mask, dtype, close):
+    hidden = torch.randn(3, 7, 5, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=dtype, requires_grad=True)
+    targets = torch.randint(11, (3, 7))
+    found = [
+        head_cross_entropy(hidden, weight, targets, mask),
+        cross_entropy(hidden @ weight.T, targets, mask),
+    ]
+    assert type(found[0].grad_fn).__name__ == "ChunkedBackward" and found[0].dtype == dtype
+    torch.testing.assert_close(*found, rtol=close, atol=close)
+    for mine, theirs in zip(*(torch.autograd.grad(value / 3, (hidden, weight)) for value in found)):
+        torch.testing.assert_close(mine, theirs, rtol=close, atol=close)
+    with torch.no_grad():
+        assert torch.equal(head_cross_entropy(hidden, weight, targets, mask), found[0])
+
+
+@pytest.mark.usefixtures("chunked")
+def test_logits_in_chunks_give_gradients_that_accumulate():
+    weight, total = torch.randn(11, 5, dtype=torch.float64, requires_grad=True), 0
+    for _ in range(3):
+        hidden, targets = torch.randn(9, 5, dtype=torch.float64), torch.randint(11, (9,))
+        head_cross_entropy(hidden, weight, targets).backward()
+        total += torch.autograd.grad(cross_entropy(hidden @ weight.T, targets), weight)[0]
+    torch.testing.assert_close(weight.grad, total, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_logits_in_chunks_are_of_autocasts_dtype_and_their_gradients_of_the_weights():
+    hidden, weight = torch.randn(20, 64, requires_grad=True), torch.randn(11, 64, requires_grad=True)
+    targets = torch.randint(11, (20,))
+    found = []
+    for run in (head_cross_entropy, lambda h, w, t: cross_entropy(torch.nn.functional.linear(h, w), t)):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = run(hidden, weight, targets)
+        found.append((value, *torch.autograd.grad(value, (hidden, weight))))
+    for mine, theirs in zip(*found):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() < 1e-2 * theirs.norm()
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_a_hidden_token_that_is_no_number_does_not_reach_the_loss():
+    hidden, weight = torch.randn(9, 5), torch.randn(11, 5)
+    hidden[2] = 1e38
+    mask = torch.arange(9) != 2
+    value = head_cross_entropy(hidden, weight, torch.zeros(9, dtype=torch.int64), mask)
+    want = cross_entropy(hidden[mask] @ weight.T, torch.zeros(8, dtype=torch.int64))
+    torch.testing.assert_close(value, want)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_a_gradient_of_the_gradient_of_chunks_is_an_error():
+    hidden = torch.randn(9, 5, requires_grad=True)
+    value = head_cross_entropy(hidden, torch.randn(11, 5), torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="no gradient of the gradient"):
+        torch.autograd.grad(value, hidden, create_graph=True)
+
+
+def test_few_logits_are_made_at_once_and_many_never(monkeypatch):
+    rows, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(loss.F, "linear", lambda x, w: rows.append(len(x)) or linear(x, w))
+    hidden, weight = torch.randn(300, 4), torch.randn(1000, 4)
+    targets = torch.randint(1000, (300,))
+    head_cross_entropy(hidden, weight, targets)
+    monkeypatch.setattr(loss, "CHUNK", 4 * 1000 * 128)
+    head_cross_entropy(hidden, weight, targets)
+    assert rows == [300, 128, 128, 44]
+
+
+@pytest.mark.usefixtures("chunked")
+def test_shapes_that_do_not_agree_are_refused_in_chunks_too():
+    with pytest.raises(ValueError, match="must agree in all but the vocabulary"):
+        head_cross_entropy(torch.zeros(9, 5), torch.zeros(11, 5), torch.zeros(3, 3, dtype=torch.int64))

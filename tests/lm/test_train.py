@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lm import checkpoint, count, data, machine, train
+from lm import checkpoint, count, data, loss, machine, train
 from lm.config import Config
 from lm.decode import stream
 from lm.model import Transformer
@@ -804,6 +804,24 @@ def test_accumulated_steps_equal_one_step_of_the_whole_batch(tiny, tmp_path):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
     for ours, theirs in zip(whole.model.state_dict().values(), parts.model.state_dict().values()):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_with_many_logits_a_step_holds_a_few_at_once_and_is_the_same(tiny, tmp_path, monkeypatch):
+    config = tiny(train={"accumulation": 2})
+    whole, parts = (trainer_of(config, tmp_path, torch.float64) for _ in range(2))
+    chunk, sizes, run = 4 * config.model.vocab_size * 10, [], loss.Chunked.forward
+    monkeypatch.setattr(loss.Chunked, "forward", lambda *given: sizes.append(given[5]) or run(*given))
+    for step in (1, 2, 3):
+        rows = [whole.step(step)]
+        with monkeypatch.context() as patch:
+            patch.setattr(loss, "CHUNK", chunk)
+            rows.append(parts.step(step))
+        for key in ("loss", "grad_norm"):
+            assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-12)
+    assert sizes == [10] * 6  # tokens at once: in each pass of `parts`, and in none of `whole`
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    assert parts.evaluate(None) == pytest.approx(whole.evaluate(None), rel=1e-12)
+    assert len(sizes) > 6
 
 
 def test_the_sequence_loss_is_trained_on_and_not_logged(tiny, tmp_path):

@@ -335,3 +335,27 @@ def test_routing_equals_transformers(version, num_groups, top_groups):
     want = by_expert(Routing(experts, weights, logits, logits), 8)
     torch.testing.assert_close(routing.logits, logits, rtol=0, atol=5e-6)
     torch.testing.assert_close(by_expert(routing, 8), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("tokens", [0, 1, 48, 100])
+def test_gradients_of_the_logits_are_those_of_one_product(kind, tokens):
+    router = kind(5, 7, 2).double()
+    x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(tokens, 7, dtype=torch.float64)
+    mine = torch.autograd.grad(router(x).logits, (x, router.weight), direction)
+    theirs = torch.autograd.grad(x @ router.weight.T, (x, router.weight), direction)
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_a_narrow_input_is_kept_as_it_is_and_not_widened():
+    router, kept = SoftmaxRouter(32, 8, 2), []
+
+    def pack(tensor):
+        kept.append((tensor.dtype, tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        router(torch.randn(100, 32, requires_grad=True).bfloat16())
+    assert (torch.bfloat16, (100, 32)) in kept and (torch.float32, (100, 32)) not in kept

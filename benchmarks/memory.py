@@ -1,0 +1,112 @@
+"""Memory of a train step beside transformers' DeepseekV3: what is kept for the backward pass, and the peak.
+
+python -m benchmarks.memory  ->  benchmarks/results/memory-CPU.json
+
+Each peak is measured in a process of its own, above what that process holds before the model is made:
+weights, gradients, both moments of AdamW, and all that three steps of 16 x 256 tokens need. "trimmed": where
+freed memory is given back at once; otherwise the C library keeps a part of it, more or less by chance.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lm import loss, machine
+from lm.model import Transformer
+from lm.optim import build_optimizer
+from lm.train import TrainConfig, run_block
+
+from .peers import deepseek_v3, speed_model
+
+RESULTS = Path(__file__).parent / "results"
+CANDIDATES = ("ours", "ours, recomputed", "transformers grouped_mm", "transformers eager")
+TRIMMED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+def saved_bytes(run: Callable[[], object], without: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of run(), each storage once; without the given ones."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in known)
+
+
+def measure(name: str, dtype: torch.dtype) -> dict[str, float]:
+    """Three train steps of one candidate in this process -> megabytes of the peak, and kept by the last."""
+    if name.startswith("transformers"):
+        from transformers import DeepseekV3ForCausalLM  # noqa: F401
+    build_optimizer(torch.nn.Linear(8, 8), TrainConfig())  # all imports and libraries count as idle
+    torch.randn(8, 8) @ torch.randn(8, 8)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model: torch.nn.Module = Transformer(speed_model())
+    model.initialize(torch.Generator().manual_seed(0))
+    if name.startswith("transformers"):
+        model = deepseek_v3(model, name.split()[1])
+    train = TrainConfig(recompute="recomputed" in name)
+    optimizer = build_optimizer(model, train)
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, float] = {}
+
+    def forward() -> Tensor:
+        tokens = torch.randint(256, (16, 257), generator=generator)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if isinstance(model, Transformer):
+                hidden, _ = model.trunk(tokens[:, :-1], run=run_block(train))
+                logits = model.head(model.norm(hidden))
+            else:
+                logits = model(tokens[:, :-1]).logits
+        return loss.cross_entropy(logits, tokens[:, 1:])
+
+    for _ in range(3):
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found["peak_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * 1024 / 1e6
+    found["kept_for_backward_mb"] = saved_bytes(forward, list(model.parameters())) / 1e6
+    return {key: round(value, 1) for key, value in found.items()}
+
+
+def in_a_process(name: str, dtype: str, environment: dict[str, str]) -> dict[str, float]:
+    """`measure` in a new process with more in its environment."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, dtype],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """All measurements, printed and written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=2, metavar=("CANDIDATE", "DTYPE"))
+    one = parser.parse_args().one
+    if one:
+        print(json.dumps(measure(one[0], getattr(torch, one[1]))))
+        return
+    found: dict = {"machine": machine.describe()}
+    for dtype in ("float32", "bfloat16"):
+        for name in CANDIDATES:
+            result = in_a_process(name, dtype, {})
+            result["peak_trimmed_mb"] = in_a_process(name, dtype, TRIMMED)["peak_mb"]
+            found[f"train step, 18M, {dtype}, batch 16 x 256, {name}"] = result
+            print(dtype, name, json.dumps(result), flush=True)
+    kind = str(found["machine"]["cpu_capability"]).lower().replace(" ", "-")
+    (RESULTS / f"memory-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Where the time of a train step goes: torch.profiler's operators, in fp32 and bf16 autocast.
+
+python -m benchmarks.profile  ->  benchmarks/results/profile-CPU.json
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lm import loss, machine
+from lm.model import Transformer
+from lm.optim import build_optimizer
+from lm.train import TrainConfig
+
+from .peers import speed_model
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, SHOWN = 3, 25
+
+
+def operators(dtype: torch.dtype) -> list[dict]:
+    """The operators of a train step of 16 x 256 tokens by their own time, the longest first."""
+    model = Transformer(speed_model())
+    model.initialize(torch.Generator().manual_seed(0))
+    optimizer = build_optimizer(model, TrainConfig())
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        tokens = torch.randint(256, (16, 257), generator=generator)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model(tokens[:, :-1]).logits
+        loss.cross_entropy(logits, tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(STEPS):
+            step()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return [
+        {
+            "operator": event.key,
+            "share": round(event.self_cpu_time_total / total, 4),
+            "ms": round(event.self_cpu_time_total / STEPS / 1e3, 2),
+            "calls": event.count // STEPS,
+        }
+        for event in events[:SHOWN]
+    ]
+
+
+def main() -> None:
+    """Both tables, printed and written."""
+    found: dict = {"machine": machine.describe()}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"train step, 18M, {dtype}, batch 16 x 256"
+        found[name] = operators(dtype)
+        print(name)
+        for row in found[name]:
+            print(f"{row['share']:7.1%} {row['ms']:9.2f} ms {row['calls']:6} x  {row['operator']}")
+    kind = str(found["machine"]["cpu_capability"]).lower().replace(" ", "-")
+    (RESULTS / f"profile-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Blocks that are compiled or computed again in the backward pass, against plain ones."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lm import machine, train
+from lm.model import Block
+from lm.train import Trainer, run_block
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+KINDS = [(kind, router) for kind in ("mla", "gqa") for router in ("sigmoid", "softmax")]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """torch.compile as far as the graph, without making C++ of it; counts what was compiled."""
+    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run: compile(run, backend=counter, fullgraph=True))
+    return counter
+
+
+def tokens(seed, vocab_size):
+    return torch.randint(vocab_size, (4, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def passes(model, run, inputs, dtype=torch.float32):
+    """-> hidden, routings and every gradient of a pass through the trunk."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden, routings = model.trunk(inputs, run=run)
+    hidden.float().square().sum().backward()
+    return hidden, routings, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "dtype, recompute", [(torch.float64, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+@pytest.mark.parametrize("kind, router", KINDS)
+def test_compiled_blocks_are_one_graph_each_and_equal_plain_ones(
+    tiny, make_model, without_code, kind, router, dtype, recompute
+):
+    config = tiny(model={"num_layers": 4}, attention={"kind": kind}, moe={"router": router})
+    model = make_model(config.model, torch.float64 if dtype == torch.float64 else torch.float32)
+    run = run_block(replace(config.train, compile=True, recompute=recompute))
+    loads = set()
+    for seed in range(4):
+        inputs = tokens(seed, config.model.vocab_size)
+        plain, compiled = (passes(model, r, inputs, dtype) for r in (Block.__call__, run))
+        close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+        for mine, theirs in zip((compiled[0], *compiled[2]), (plain[0], *plain[2])):
+            assert (mine - theirs).norm() <= close * theirs.norm()
+        for mine, theirs in zip(compiled[1], plain[1]):
+            assert torch.equal(mine.experts.sort().values, theirs.experts.sort().values)
+            loads.add(tuple(mine.experts.flatten().bincount(minlength=8).tolist()))
+    assert len(loads) == 12  # the experts' loads were others in every step and layer, yet:
+    assert without_code.frame_count == 2  # a dense block, and one with experts
+
+
+@pytest.mark.parametrize("kind, router", [("mla", "sigmoid"), ("gqa", "softmax")])
+def test_the_whole_model_is_one_graph_that_serves_every_load(
+    tiny, make_model, without_code, kind, router
+):
+    config = tiny(attention={"kind": kind}, moe={"router": router}).model
+    model = make_model(config)
+    compiled = torch.compile(model)
+    for seed in range(3):
+        inputs = tokens(seed, config.vocab_size)
+        torch.testing.assert_close(compiled(inputs).logits, model(inputs).logits, rtol=1e-11, atol=1e-12)
+    assert without_code.frame_count == 1
+
+
+def test_a_pass_of_very_few_tokens_compiles_too(tiny, make_model, without_code):
+    model = make_model(tiny().model)
+    inputs = tokens(0, 256)[:1, :2]
+    torch.testing.assert_close(
+        torch.compile(model)(inputs).logits, model(inputs).logits, rtol=1e-11, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, router", KINDS)
+def test_recomputing_changes_no_bit_and_keeps_less(tiny, make_model, kind, router, dtype):
+    config = tiny(attention={"kind": kind}, moe={"router": router})
+    model = make_model(config.model, torch.float32)
+    inputs, kept, found = tokens(0, config.model.vocab_size), [], []
+    for recompute in (False, True):
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        run = run_block(replace(config.train, recompute=recompute))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found.append(passes(model, run, inputs, dtype))
+        kept.append(sum(sizes.values()))
+    (plain, routings, gradients), (again, routings_again, gradients_again) = found
+    assert torch.equal(plain, again) and kept[1] < kept[0] / 4
+    for mine, theirs in zip(routings_again, routings):
+        assert all(map(torch.equal, mine, theirs))
+    assert len(gradients) == len(gradients_again) and all(map(torch.equal, gradients_again, gradients))
+
+
+def test_a_run_that_recomputes_is_the_run_that_does_not(tiny, trained_once, tmp_path):
+    changes = {"recompute": True}
+    assert train.train(tiny(train=changes), tmp_path / "run") == 0
+    assert weights(tmp_path / "run") == weights(trained_once)  # selection biases, from counts, are among them
+
+
+def weights(run):
+    """Every tensor of the last checkpoint, as bytes."""
+    folder = sorted((run / "checkpoints").iterdir())[-1]
+    tensors = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.mark.long
+@compiler
+@pytest.mark.parametrize("changes", [{}, {"recompute": True, "dtype": "bfloat16"}], ids=["plain", "all"])
+def test_a_compiled_run_learns_repeats_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
+    config = tiny(train={"compile": True, **changes})
+    for name in ("one", "two"):
+        assert train.train(config, tmp_path / name) == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+    def stopped(trainer, step, whole=Trainer.step):
+        row = whole(trainer, step)
+        trainer.signal = 2 * (step == 5)
+        return row
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    assert train.train(config, tmp_path / "three") == 130
+    monkeypatch.undo()
+    assert train.train(config, tmp_path / "three", resume=True) == 0
+    assert weights(tmp_path / "three") == weights(tmp_path / "one")
+
+
+def test_without_a_cxx_compiler_it_says_so_in_one_line_before_anything_is_written(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"^train.compile: .* 'no-such-compiler' was not found; install"):
+        train.train(tiny(train={"compile": True}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    machine.check_compiler(torch.device("cuda"))  # Triton brings its own
