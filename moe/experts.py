@@ -99,9 +99,9 @@ class Experts(nn.Module):
     def is_few(self, experts: Tensor) -> bool:
         """Whether copying each slot's expert, experts (tokens, top_k), costs less than sorting the slots."""
         slots, each = experts.numel(), self.gate_up[0].nbytes + self.down[0].nbytes
-        if experts.is_cuda or torch.compiler.is_compiling():
+        if experts.is_cuda:
             return False
-        return 0 < slots <= self.num_experts and slots * each <= FEW and int(experts.min()) >= 0
+        return 0 < slots <= self.num_experts and slots * each <= FEW
 
     @staticmethod
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ class Experts(nn.Module):
 
         The row is there eight times: rounded as in a block, whatever else is in the batch.
         """
-        chosen = experts.flatten()
+        chosen = experts.flatten().clamp(min=0)  # an empty slot's row is anyone's, and does not count
+        weights = weights.where(experts >= 0, 0)
         rows = tokens.repeat_interleave(experts.shape[1], 0).unsqueeze(1).expand(-1, 8, -1)
         hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, 8, hidden)
         outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
