@@ -41,7 +41,9 @@ class Generate:
     """Write on from a prompt."""
 
     run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
-    prompt: str = "\n"  # the text to go on from; FILE:PATH reads it from a file, - from standard input
+    # the text to go on from, by default a new line; FILE:PATH reads it from a file, - from standard input;
+    # given several times, all are gone on from together
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     max_new_tokens: int = 300
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int | None = None  # choose among this many most likely tokens

@@ -80,6 +80,7 @@ class Engine:
     Args:
         max_batch: texts at once.
         max_tokens: what the cache holds of them all, in pages of 64; None: 1,024 for each.
+        compile: compile what a block does besides its attention: some seconds at first, then quicker.
 
     Raises:
         ValueError: a number is below 1.
@@ -107,8 +108,8 @@ class Engine:
         self.paged = all(hasattr(attention, "step") for attention in attentions)  # else each text has caches
         self.pools = [attention.new_pool(self.pages) for attention in attentions] if self.paged else []
         # of a block, what does not hang on the number of pages; a size more is not a compilation more
-        parts = (Block.enter, Block.leave) if compile else ()
-        self.parts = [torch.compile(part, dynamic=True) for part in parts]
+        self.enter = torch.compile(Block.enter, dynamic=True) if compile else Block.enter
+        self.leave = torch.compile(Block.leave, dynamic=True) if compile else Block.leave
         self.version = 0
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
@@ -249,7 +250,7 @@ class Engine:
         if self.paged:
             plan = Plan([row.pages for row in rows], [row.length for row in rows], time, self.device)
             tokens = torch.tensor(texts, device=self.device).flatten()
-            logits = self.model.step(tokens, self.pools, plan, *self.parts)
+            logits = self.model.step(tokens, self.pools, plan, self.enter, self.leave)
         else:
             tokens = torch.tensor(texts, device=self.device).unsqueeze(1)  # (requests, 1, time)
             passes = [self.model(text, request.caches) for text, request in zip(tokens, requests)]

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, decode, hf, machine, template
+from mla.pages import PAGE
+
+from . import checkpoint, hf, machine, template
 from .config import Config
+from .engine import Engine, Request
 from .model import Transformer
 from .sampling import check_options
 from .tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 
+AT_ONCE = 64  # texts that lm generate makes together
 Tokenizer = ByteTokenizer | FileTokenizer
 
 
@@ -37,44 +41,49 @@ def open_model(path: Path, trust_code: bool, device: str) -> tuple[Transformer, 
 
 def generate(options: Any) -> int:
     """`lm generate`: each sample to standard output, as it is made."""
-    prompt = read_prompt(options.prompt)
+    prompts = [read_prompt(prompt) for prompt in options.prompt or ["\n"]]
     if options.num_samples < 1:
         raise ValueError(f"num_samples={options.num_samples} must be at least 1")
     check_options(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
     )
     model, config, tokenizer = open_model(options.run, options.trust_code, options.device)
-    tokens = tokenizer.encode(prompt)
-    if not tokens:
+    texts = [(prompt, tokenizer.encode(prompt)) for prompt in prompts for _ in range(options.num_samples)]
+    if not all(tokens for _, tokens in texts):
         raise ValueError("the prompt is empty; it needs at least one byte")
-    for sample in range(options.num_samples):
-        seed = None if options.seed is None else options.seed + sample
-        if options.num_samples > 1:
-            write(f"--- {sample + 1}\n".encode())
+    window = config.model.max_length or config.train.context
+    longest = min(window, max(len(tokens) for _, tokens in texts) + options.max_new_tokens)
+    at_once = min(AT_ONCE, len(texts))
+    engine = Engine(model, at_once, at_once * -(-longest // PAGE) * PAGE)
+    seeds = [None if options.seed is None else options.seed + number for number in range(len(texts))]
+    requests = [submit(engine, tokens, options, s, tokenizer, window) for (_, tokens), s in zip(texts, seeds)]
+    for number, ((prompt, _), request) in enumerate(zip(texts, requests), 1):
+        if len(texts) > 1:
+            write(f"--- {number}\n".encode())
         write(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogateescape"))
-        say_on(model, config, tokenizer, tokens, options, seed)
+        say_on(engine, request, tokenizer)
         write(b"\n")
     return 0
 
 
-def say_on(
-    model: Transformer,
-    config: Config,
-    tokenizer: Tokenizer,
-    tokens: list[int],
-    options: Any,
-    seed: int | None,
-) -> list[int]:
-    """Write the continuation to standard output as it is made, up to the end of the text -> its tokens."""
-    said, window, text_of = [], config.model.max_length or config.train.context, tokenizer.writer()
-    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, window)
-    for step in decode.stream(model, [tokens], *sampling):
-        token = int(step)
-        if token in tokenizer.ends:
-            break
-        said.append(token)
-        write(text_of(token))
-    return said
+def submit(
+    engine: Engine, tokens: list[int], options: Any, seed: int | None, tokenizer: Tokenizer, window: int
+) -> Request:
+    """A request by the options of a command."""
+    sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed)
+    return engine.submit(tokens, *sampling, tokenizer.ends, window)
+
+
+def say_on(engine: Engine, request: Request, tokenizer: Tokenizer) -> list[int]:
+    """Write a request's text to standard output as it is made -> its tokens; others are made meanwhile."""
+    text_of, said = tokenizer.writer(), 0
+    while True:
+        for token in request.tokens[said:]:
+            write(text_of(token))
+        said = len(request.tokens)
+        if request.finished:
+            return request.tokens
+        engine.step()
 
 
 def write(text: bytes) -> None:
@@ -105,6 +114,8 @@ def chat(options: Any) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be said
     print("Say something; the model goes on from all that was said. An empty line ends it.")
+    window = config.model.max_length or config.train.context
+    engine = Engine(model, 1, window)  # what was said stays in its cache for the next turn
     history: list[int] = []
     messages: list[dict[str, str]] = []
     while True:
@@ -118,11 +129,13 @@ def chat(options: Any) -> int:
             messages.append({"role": "user", "content": line})
             said = template.render(tokenizer.chat_template, messages, tokenizer.special)
             prompt = tokenizer.encode(said, special=False)  # the template has put them in
-            answer = say_on(model, config, tokenizer, prompt, options, options.seed)
+            request = submit(engine, prompt, options, options.seed, tokenizer, window)
+            answer = say_on(engine, request, tokenizer)
             messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
             write(b"\n")
             continue
         history += tokenizer.encode(line + "\n")
-        history += say_on(model, config, tokenizer, history, options, options.seed)
+        request = submit(engine, history, options, options.seed, tokenizer, window)
+        history += say_on(engine, request, tokenizer)
         write(b"\n")
         history += tokenizer.encode("\n")

@@ -194,7 +194,7 @@ class MultiheadLatentAttention(nn.Module):
         return torch.cat((q_latent, q_rope), dim=-1), torch.cat((latent.unsqueeze(1), k_rope), dim=-1)
 
     def attend(self, query: Tensor, entries: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-        """query and entries from `enter` -> context (filled, heads, latent); all heads' values are the latent"""
+        """query, entries from `enter` -> context (filled, heads, latent); the latent is all heads' value"""
         write(pool, entries, plan)
         return attend(query, pool, plan, slice(None), slice(self.kv_lora_rank), self.scale)  # V3 eq. 10
 

@@ -218,7 +218,7 @@ class Plan:
             self.groups.append(Group(rows, table, first, hidden.unsqueeze(2).unsqueeze(2)))
 
     def angles(self, rope: Any) -> tuple[Tensor, ...]:
-        """What `turn` needs: cos and sin (filled, 1, dim/2), made once for all layers with the same embedding."""
+        """What `turn` needs: cos and sin (filled, 1, dim/2), made once for layers with the same embedding."""
         if not isinstance(rope, RotaryEmbedding):
             return (self.positions,)
         key = (rope.dim, rope.theta, rope.scaling)

@@ -377,6 +377,15 @@ def test_prompts_come_from_files_and_standard_input_too(trained_once, command, t
     assert command(*greedy, "--prompt", "-", stdin=tmp_path / "prompt").out == want
 
 
+def test_several_prompts_are_gone_on_from_as_each_alone(trained_once, command):
+    options = ["--max-new-tokens", "20", "--temperature", "0"]
+    prompts = ["abc", "to be or not", "x"]
+    ended = command("generate", trained_once, *options, *(a for p in prompts for a in ("--prompt", p)))
+    alone = [command("generate", trained_once, *options, "--prompt", prompt).out for prompt in prompts]
+    assert ended.out == b"".join(b"--- %d\n" % number + text for number, text in enumerate(alone, 1))
+    assert len(set(alone)) == 3
+
+
 def test_a_prompt_longer_than_the_context_is_taken(trained_once, command, tmp_path):
     prompt = b"abcdefgh " * 100
     (tmp_path / "prompt").write_bytes(prompt)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lm
-from lm import answers, cli, talk
+from lm import answers, cli, engine, talk
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
@@ -75,9 +75,9 @@ def test_chat_speaks_through_the_folders_template(published, run, monkeypatch):
     seen = []
     real = talk.say_on
 
-    def listen(model, config, tokenizer, tokens, options, seed):
-        seen.append(tokenizer.tokenizer.decode(tokens, skip_special_tokens=False))
-        real(model, config, tokenizer, tokens, options, seed)
+    def listen(engine, request, tokenizer):
+        seen.append(tokenizer.tokenizer.decode(request.prompt, skip_special_tokens=False))
+        real(engine, request, tokenizer)
         return tokenizer.encode("well said", special=False)
 
     monkeypatch.setattr(talk, "say_on", listen)
@@ -87,9 +87,8 @@ def test_chat_speaks_through_the_folders_template(published, run, monkeypatch):
 
 
 def test_the_text_ends_where_the_model_says_so(published, run, tmp_path, monkeypatch):
-    from lm import decode
-
-    monkeypatch.setattr(decode, "stream", lambda *_, **__: iter(torch.tensor([[70], [71], [1], [72]])))
+    drawn = iter([70, 71, 1, 72])
+    monkeypatch.setattr(engine, "sampler", lambda *_: lambda logits: torch.tensor([next(drawn)]))
     status, text, _ = run("generate", published, "--prompt", "x")
     folder = published / "tokenizer.json"
     expected = lm.tokenizer.FileTokenizer(folder.parent, 300).decode([70, 71])
@@ -97,10 +96,11 @@ def test_the_text_ends_where_the_model_says_so(published, run, tmp_path, monkeyp
 
 
 def test_a_text_may_be_as_long_as_the_model_was_made_for(published, run, tmp_path, monkeypatch):
-    from lm import decode
-
     windows = []
-    monkeypatch.setattr(decode, "stream", lambda *given, **_: windows.append(given[-1]) or iter(()))
+    submit = engine.Engine.submit
+    monkeypatch.setattr(
+        engine.Engine, "submit", lambda *given: windows.append(given[-1]) or submit(*given)
+    )
     assert run("generate", published, "--prompt", "x")[0] == 0
     lm.save(lm.Transformer(lm.Config.preset("nano").model), tmp_path / "unsaid")
     assert run("generate", tmp_path / "unsaid", "--prompt", "x")[0] == 0
