@@ -2,7 +2,7 @@
 # Both make .venv first. Other options of `lm train`: make train ARGS="--preset nano".
 PYTHON ?= python3
 ARGS ?=
-.PHONY: train test long lint coverage tables clean
+.PHONY: train test long lint coverage bench tables clean
 
 train: .venv/lm
 	.venv/bin/lm train $(ARGS)
@@ -19,6 +19,13 @@ lint: .venv/dev
 
 coverage: .venv/dev
 	.venv/bin/pytest -q -m "not long" --cov=moe --cov=mla --cov-branch --cov-report=term-missing tests/moe tests/mla
+
+bench: .venv/dev
+	.venv/bin/python -m benchmarks.speed
+	.venv/bin/python -m benchmarks.scaling
+	.venv/bin/python -m benchmarks.memory
+	.venv/bin/python -m benchmarks.profile
+	.venv/bin/python docs/figures.py --pictures
 
 tables: .venv/dev
 	.venv/bin/python docs/equations.py

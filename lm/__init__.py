@@ -6,10 +6,22 @@ Names are resolved when first used, so that `import lm` loads no torch.
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Output", "Transformer", "count", "from_hf", "generate", "load", "save", "to_hf"]
+__all__ = [
+    "Config",
+    "Engine",
+    "Output",
+    "Transformer",
+    "count",
+    "from_hf",
+    "generate",
+    "load",
+    "save",
+    "to_hf",
+]
 
 PLACES = {
     "Config": ("config", "Config"),
+    "Engine": ("engine", "Engine"),
     "Output": ("model", "Output"),
     "Transformer": ("model", "Transformer"),
     "count": ("count", None),

@@ -60,6 +60,6 @@ def test_links_within_the_project_lead_somewhere(page):
     assert not missing
 
 
-def test_figures_in_the_readme_come_from_the_result_files():
-    text = (ROOT / "README.md").read_text()
-    assert script("figures").table() in text
+@pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
+def test_figures_come_from_the_result_files(path):
+    assert script("figures").page(path) == (ROOT / path).read_text()
