@@ -111,9 +111,9 @@ def moe_layer(config: ModelConfig, dtype: torch.dtype, rounds: int, tokens: int 
     return found
 
 
-def at_context(model: Transformer, context: int, batch: int, steps: int, **options: Any) -> Callable[[], Any]:
+def at_context(model: Transformer, context: int, batch: int, steps: int) -> Callable[[], Any]:
     """A call that decodes one token more of `batch` texts of so many tokens, with entries drawn at random."""
-    engine = Engine(model, batch, batch * (context + steps + 64), **options)
+    engine = Engine(model, batch, batch * (context + steps + 64))
     requests: list[Request] = []
     for row in range(batch):
         requests.append(engine.submit([row], steps + 1))

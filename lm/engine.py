@@ -11,7 +11,7 @@ from mla import GroupedQueryAttention, MultiheadLatentAttention
 from mla.pages import PAGE, Pages, Plan, Row
 from moe import Experts, SwiGLU
 
-from .model import Block, Transformer
+from .model import Transformer
 from .sampling import check_options, sampler
 
 CHUNK = 256  # tokens of prompts that a step reads before it goes on writing: bounds how long others wait
@@ -80,19 +80,12 @@ class Engine:
     Args:
         max_batch: texts at once.
         max_tokens: what the cache holds of them all, in pages of 64; None: 1,024 for each.
-        compile: compile what a block does besides its attention: some seconds at first, then quicker.
 
     Raises:
         ValueError: a number is below 1.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        max_batch: int = 64,
-        max_tokens: int | None = None,
-        compile: bool = False,
-    ):
+    def __init__(self, model: Transformer, max_batch: int = 64, max_tokens: int | None = None):
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
         if max_tokens is None:
@@ -107,9 +100,6 @@ class Engine:
         attentions: list[Any] = [block.attention for block in model.blocks]
         self.paged = all(hasattr(attention, "step") for attention in attentions)  # else each text has caches
         self.pools = [attention.new_pool(self.pages) for attention in attentions] if self.paged else []
-        # of a block, what does not hang on the number of pages; a size more is not a compilation more
-        self.enter = torch.compile(Block.enter, dynamic=True) if compile else Block.enter
-        self.leave = torch.compile(Block.leave, dynamic=True) if compile else Block.leave
         self.version = 0
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
@@ -250,7 +240,7 @@ class Engine:
         if self.paged:
             plan = Plan([row.pages for row in rows], [row.length for row in rows], time, self.device)
             tokens = torch.tensor(texts, device=self.device).flatten()
-            logits = self.model.step(tokens, self.pools, plan, self.enter, self.leave)
+            logits = self.model.step(tokens, self.pools, plan)
         else:
             tokens = torch.tensor(texts, device=self.device).unsqueeze(1)  # (requests, 1, time)
             passes = [self.model(text, request.caches) for text, request in zip(tokens, requests)]

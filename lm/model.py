@@ -57,18 +57,13 @@ class Block(nn.Module):
         return x + y, routing
 
 
-    def enter(self, x: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """What a step of decoding does before its attention, which is each text's own."""
+    def step(self, x: Tensor, tokens: Tensor, pool: Tensor, plan: Plan) -> Tensor:
+        """`forward` for a step of many texts, x (filled, dim) -> the same; see `Transformer.step`."""
         attention: Any = self.attention
-        return attention.enter(self.attention_norm(x), angles)
-
-    def leave(self, x: Tensor, context: Tensor, tokens: Tensor, count: int) -> Tensor:
-        """What it does after it; the first `count` rows of x (filled, dim) are tokens."""
-        attention: Any = self.attention
-        x = x + attention.leave(context)
+        x = x + attention.step(self.attention_norm(x), pool, plan)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            return x + self.mlp.step(normed, count, tokens)[0]
+            return x + self.mlp.step(normed, plan.tokens, tokens)[0]
         return x + self.mlp(normed)
 
 
@@ -125,26 +120,16 @@ class Transformer(nn.Module):
         return x, routings
 
     @torch.no_grad()
-    def step(
-        self,
-        tokens: Tensor,
-        pools: Sequence[Tensor],
-        plan: Plan,
-        enter: Callable[..., tuple[Tensor, Tensor]] = Block.enter,
-        leave: Callable[..., Tensor] = Block.leave,
-    ) -> Tensor:
+    def step(self, tokens: Tensor, pools: Sequence[Tensor], plan: Plan) -> Tensor:
         """Read `plan.time` tokens more of each of many texts -> (rows, vocab), the logits after each's last.
 
-        tokens (rows x time,) int64; pools as from `attention.new_pool`, one a layer; enter and leave may be
-        compiled
+        tokens (rows x time,) int64; pools as from `attention.new_pool`, one a layer
         """
         tokens = F.pad(tokens, (0, plan.filled - plan.tokens))
         x = self.embedding(tokens)  # (filled, dim)
         blocks: list[Any] = list(self.blocks)
         for block, pool in zip(blocks, pools):
-            query, entries = enter(block, x, plan.angles(block.attention.rope))
-            context = block.attention.attend(query, entries, pool, plan)
-            x = leave(block, x, context, tokens, plan.tokens)
+            x = block.step(x, tokens, pool, plan)
         if plan.time > 1:
             x = x[: plan.tokens].view(plan.rows, plan.time, -1)[:, -1]
             x = F.pad(x, (0, 0, 0, -len(x) % ROWS))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .cache import Cache, LatentCache, PagedLatentCache, cache_dtype, slots
 from .norm import RMSNorm
-from .pages import Pages, Plan, attend, turn, write
+from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 
 
@@ -180,27 +180,15 @@ class MultiheadLatentAttention(nn.Module):
 
         x (filled, dim), pool from `new_pool` -> y (filled, dim)
         """
-        query, entries = self.enter(x, plan.angles(self.rope))
-        return self.leave(self.attend(query, entries, pool, plan))
-
-    def enter(self, x: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """x (filled, dim) -> query (filled, heads, latent + rope), entries (filled, 1, latent + rope)"""
         q_nope, q_rope = self.query(x)  # (filled, heads, nope), (filled, heads, rope)
         latent, k_rope = self.compress(x)
-        both = turn(self.rope, torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1), angles)  # V3 eq. 3, 8
+        both = plan.turn(self.rope, torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1))  # V3 eq. 3, 8
         q_rope, k_rope = both.split([self.num_heads, 1], dim=1)
-        w_key, _ = self.split_kv_b()  # (heads, nope, latent)
+        write(pool, torch.cat((latent.unsqueeze(1), k_rope), dim=-1), plan)
+        w_key, w_value = self.split_kv_b()  # (heads, nope, latent), (heads, value, latent)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_key).transpose(0, 1)  # W_UK to W_UQ
-        return torch.cat((q_latent, q_rope), dim=-1), torch.cat((latent.unsqueeze(1), k_rope), dim=-1)
-
-    def attend(self, query: Tensor, entries: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-        """query, entries from `enter` -> context (filled, heads, latent); the latent is all heads' value"""
-        write(pool, entries, plan)
-        return attend(query, pool, plan, slice(None), slice(self.kv_lora_rank), self.scale)  # V3 eq. 10
-
-    def leave(self, context: Tensor) -> Tensor:
-        """context (filled, heads, latent) -> y (filled, dim)"""
-        _, w_value = self.split_kv_b()  # (heads, value, latent)
+        query = torch.cat((q_latent, q_rope), dim=-1)  # V3 eq. 9; (filled, heads, latent + rope)
+        context = attend(query, pool, plan, slice(None), slice(self.kv_lora_rank), self.scale)  # V3 eq. 10
         context = torch.bmm(context.transpose(0, 1), w_value.transpose(1, 2)).transpose(0, 1)  # W_UV to W_O
         return self.out(context.flatten(1))  # V3 eq. 11
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .attention import check_positive, softmax_attention, where_and_what
 from .cache import KVCache, cache_dtype
 from .norm import RMSNorm
-from .pages import Pages, Plan, attend, turn, write
+from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 
 
@@ -76,26 +76,14 @@ class GroupedQueryAttention(nn.Module):
 
     def step(self, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
         """As `MultiheadLatentAttention.step`."""
-        query, entries = self.enter(x, plan.angles(self.rope))
-        return self.leave(self.attend(query, entries, pool, plan))
-
-    def enter(self, x: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """x (filled, dim) -> query (filled, heads, head_dim), entries (filled, kv_heads, key and value)"""
         query = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
         key = self.k_norm(self.k(x).unflatten(-1, (self.num_kv_heads, -1)))
         value = self.v(x).unflatten(-1, (self.num_kv_heads, -1))
-        both = turn(self.rope, torch.cat((query, key), dim=1), angles)
+        both = plan.turn(self.rope, torch.cat((query, key), dim=1))
         query, key = both.split([self.num_heads, self.num_kv_heads], dim=1)
-        return query, torch.cat((key, value), dim=-1)
-
-    def attend(self, query: Tensor, entries: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-        """query and entries from `enter` -> context (filled, heads, head_dim)"""
-        write(pool, entries, plan)
+        write(pool, torch.cat((key, value), dim=-1), plan)
         width = self.head_dim
-        return attend(query, pool, plan, slice(width), slice(width, None), width**-0.5)
-
-    def leave(self, context: Tensor) -> Tensor:
-        """context (filled, heads, head_dim) -> y (filled, dim)"""
+        context = attend(query, pool, plan, slice(width), slice(width, None), width**-0.5)
         return self.out(context.flatten(1))
 
     def new_pool(self, pages: Pages, dtype: torch.dtype | None = None) -> Tensor:

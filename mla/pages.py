@@ -217,15 +217,15 @@ class Plan:
             hidden = (keys > mine).unflatten(-1, (-1, PAGE)).transpose(1, 2)  # (rows, pages, time, 64)
             self.groups.append(Group(rows, table, first, hidden.unsqueeze(2).unsqueeze(2)))
 
-    def angles(self, rope: Any) -> tuple[Tensor, ...]:
-        """What `turn` needs: cos and sin (filled, 1, dim/2), made once for layers with the same embedding."""
+    def turn(self, rope: Any, x: Tensor) -> Tensor:
+        """x (filled, heads, dim), turned; layers with the same embedding share the angles."""
         if not isinstance(rope, RotaryEmbedding):
-            return (self.positions,)
+            return rope(x.unsqueeze(0), self.positions).squeeze(0)
         key = (rope.dim, rope.theta, rope.scaling)
         if key not in self.turns:
             cos, sin = rope.cos_sin(self.positions)
-            self.turns[key] = cos.unsqueeze(1), sin.unsqueeze(1)
-        return self.turns[key]
+            self.turns[key] = cos.unsqueeze(1), sin.unsqueeze(1)  # (filled, 1, dim/2)
+        return rope.turn(x, *self.turns[key])
 
     def indices(self, group: Group, heads: int) -> Tensor:
         """The group's pages in a pool seen as (pages x heads, 64, width) -> (rows x pages x heads,) int64"""
@@ -234,13 +234,6 @@ class Plan:
             of_head = torch.arange(heads, device=group.pages.device)
             self.found[key] = (group.pages.unsqueeze(-1) * heads + of_head).flatten()
         return self.found[key]
-
-
-def turn(rope: Any, x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
-    """x (filled, heads, dim), turned by a step's angles; by its positions, if the embedding is one's own."""
-    if isinstance(rope, RotaryEmbedding):
-        return rope.turn(x, *angles)
-    return rope(x.unsqueeze(0), *angles).squeeze(0)
 
 
 def write(pool: Tensor, entries: Tensor, plan: Plan) -> None:

@@ -107,10 +107,10 @@ class Experts(nn.Module):
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Two matrix products an expert, over its own rows: best on a CPU.
 
-        Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel, and to 16 in fp32,
-        where a row's last bits depend on how many share the product. For a few tokens it is not worth it.
+        Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel; else, and for few
+        tokens, to 8: a row's last bits depend on how many share the product, but not from there on.
         """
-        multiple = 8 if len(tokens) < 16 else 64 if tokens.dtype == torch.bfloat16 else 16
+        multiple = 64 if tokens.dtype == torch.bfloat16 and len(tokens) >= 16 else 8
         order = dispatch.sort(experts, len(gate_up), multiple)
         return run_blocks(tokens, weights, gate_up, down, order)
 

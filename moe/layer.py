@@ -2,7 +2,7 @@
 
 import inspect
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from .router import Routing
@@ -42,7 +42,6 @@ class MoE(nn.Module):
         """x (filled, dim), of which the first `count` rows are tokens and the rest fill up -> the same"""
         routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
         routing = Routing(*(part[:count] for part in routing))
-        y = F.pad(self.experts(x[:count], routing), (0, 0, 0, len(x) - count))
-        if self.shared is not None:
-            y = y + self.shared(x)
+        y = torch.zeros_like(x) if self.shared is None else self.shared(x)
+        y[:count] += self.experts(x[:count], routing)
         return y, routing
