@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mla.pages import PAGE
+from mla.pages import PAGE, pages_for
 
 from .engine import Engine
 from .model import Transformer
@@ -65,7 +65,7 @@ def stream(
     device = next(model.parameters()).device
     longest = max(map(len, prompts)) + max_new_tokens
     longest = longest if window is None else min(longest, window)
-    engine = Engine(model, len(prompts), len(prompts) * -(-longest // PAGE) * PAGE)
+    engine = Engine(model, len(prompts), len(prompts) * pages_for(longest) * PAGE)
     seeds = [None if seed is None else seed + row for row in range(len(prompts))]
     requests = [
         engine.submit(prompt, max_new_tokens, temperature, top_k, top_p, own, window=window)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mla import GroupedQueryAttention, MultiheadLatentAttention
-from mla.pages import PAGE, Pages, Plan, Row
+from mla.pages import Pages, Plan, Row, pages_for
 from moe import Experts, SwiGLU
 
 from .model import Transformer
@@ -49,6 +49,7 @@ class Request:
         self.start = 0  # where its window begins
         self.row = Row([], 0)
         self.need = 0  # pages, at most
+        self.weights = 0  # the version it was begun with
         self.caches: list[Any] = []  # of an attention that knows no pages
 
     def cancel(self) -> None:
@@ -95,12 +96,12 @@ class Engine:
         self.model = model
         self.device = next(model.parameters()).device
         self.max_batch = max_batch
-        self.pages = Pages(-(-max_tokens // PAGE))
+        self.pages = Pages(pages_for(max_tokens))
         self.max_tokens = max_tokens
         attentions: list[Any] = [block.attention for block in model.blocks]
         self.paged = all(hasattr(attention, "step") for attention in attentions)  # else each text has caches
         self.pools = [attention.new_pool(self.pages) for attention in attentions] if self.paged else []
-        self.version = 0
+        self.weights = 0  # the version that known pages were made with
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
         lay_out(model)
@@ -165,7 +166,7 @@ class Engine:
         while self.busy:
             self.step()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[Request]:
         """Read on in the prompts, write a token more of each text that is read -> the requests it is of.
 
@@ -195,9 +196,9 @@ class Engine:
             if ready:
                 self.write(ready, torch.cat(logits))
         except BaseException:
-            for request in ready:
-                if request.unread == 0 and not request.finished:  # its logits are lost: its last token again
-                    self.cut(request, request.row.length - 1)
+            for request in self.active:
+                lost = request.unread == 0 and not request.finished  # its logits: its last token once more
+                self.cut(request, request.row.length - lost)
             raise
         return ready
 
@@ -209,16 +210,24 @@ class Engine:
 
     def let_in(self, request: Request) -> bool:
         """Make the first that waits active, if there are pages for all that it may come to."""
-        self.forget_old_weights()
+        request.weights = self.weights_version()
+        if request.weights != self.weights:
+            self.pages.forget()  # pages made with other weights are nobody's beginning any more
+            self.weights = request.weights
         known = len(request.text) - 1  # the last token is always read: its logits are wanted
-        same = [r for r in self.active if r.prompt == request.prompt and r.row.length >= known]
+        same = [
+            other
+            for other in self.active
+            if (other.prompt, other.weights) == (request.prompt, request.weights)
+            and other.row.length >= known
+        ]
         if not self.paged:
             row = Row([], 0)
         elif same and same[0].start == request.start == 0:
             row = self.pages.fork(same[0].row, known)  # the last page too, until one of them writes it
         else:
             row = self.pages.open(request.text[request.start :])
-        request.row, request.need = row, -(-self.longest(request) // PAGE)
+        request.row, request.need = row, pages_for(self.longest(request))
         if sum(map(self.outstanding, [*self.active, request])) > self.pages.available:
             self.pages.truncate(row, 0)
             return False
@@ -275,13 +284,14 @@ class Engine:
             cache.truncate(length)
 
     def remember(self, request: Request) -> None:
-        if self.paged:
+        """What comes next may go on from this text, as the next turn of a talk does."""
+        if self.paged and request.weights == self.weights_version():
             self.pages.remember(request.row, request.text[request.start :])
 
     def retire(self) -> None:
         """Give back the places of those that are finished."""
         for request in [r for r in self.active if r.finished]:
-            self.remember(request)  # what comes next may go on from here, as the next turn of a talk does
+            self.remember(request)
             self.pages.truncate(request.row, 0)
             self.active.remove(request)
         self.waiting = deque(r for r in self.waiting if not r.finished)
@@ -290,12 +300,9 @@ class Engine:
         """Tokens whose attention scores are not too many at once."""
         return max(1, SCORES // (self.model.config.attention.num_heads * len(request.text)))
 
-    def forget_old_weights(self) -> None:
-        """Pages made with other weights are nobody's beginning any more."""
-        version = sum(0 if p.is_inference() else p._version for p in self.model.parameters())
-        if version != self.version:
-            self.pages.forget()
-            self.version = version
+    def weights_version(self) -> int:
+        """A number that changes when weights do; not when they are changed through `.data`."""
+        return sum(0 if p.is_inference() else p._version for p in self.model.parameters())
 
 
 def lay_out(model: Transformer) -> None:

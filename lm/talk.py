@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mla.pages import PAGE
+from mla.pages import PAGE, pages_for
 
 from . import checkpoint, hf, machine, template
 from .config import Config
@@ -54,7 +54,7 @@ def generate(options: Any) -> int:
     window = config.model.max_length or config.train.context
     longest = min(window, max(len(tokens) for _, tokens in texts) + options.max_new_tokens)
     at_once = min(AT_ONCE, len(texts))
-    engine = Engine(model, at_once, at_once * -(-longest // PAGE) * PAGE)
+    engine = Engine(model, at_once, at_once * pages_for(longest) * PAGE)
     seeds = [None if options.seed is None else options.seed + number for number in range(len(texts))]
     requests = [submit(engine, tokens, options, s, tokenizer, window) for (_, tokens), s in zip(texts, seeds)]
     for number, ((prompt, _), request) in enumerate(zip(texts, requests), 1):

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .pages import PAGE, Pages, Plan, Row, write
+from .pages import Pages, Plan, Row, pages_for, write
 
 
 class Cache:
@@ -144,7 +144,7 @@ class PagedLatentCache(LatentCache):
     ):
         if batch < 1 or max_length < 1:
             raise ValueError(f"{batch=} and {max_length=} must be at least 1")
-        self.pages = Pages(batch * -(-max_length // PAGE)) if pages is None else pages
+        self.pages = Pages(batch * pages_for(max_length)) if pages is None else pages
         self.rows = [Row([], 0) for _ in range(batch)]
         self.pool = self.pages.new_pool(1, kv_lora_rank + qk_rope_head_dim, dtype, device)
         self.longest = max_length

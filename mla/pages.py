@@ -75,7 +75,7 @@ class Pages:
         """A new row with the first length tokens of another, in the same pages."""
         if not 0 <= length <= row.length:
             raise ValueError(f"length={length} must lie in 0..{row.length}, what the row holds")
-        pages = row.pages[: -(-length // PAGE)]
+        pages = row.pages[: pages_for(length)]
         for page in pages:
             self.hold(page)
         return Row(pages, length)
@@ -84,14 +84,9 @@ class Pages:
         """Forget all but the first length tokens; pages that hold none of them are given back."""
         if not 0 <= length <= row.length:
             raise ValueError(f"length={length} must lie in 0..{row.length}, what the row holds")
-        kept = -(-length // PAGE)
+        kept = pages_for(length)
         for page in row.pages[kept:]:
-            self.holders[page] -= 1
-            if self.holders[page] == 0:
-                if page in self.names:
-                    self.idle[page] = None
-                else:
-                    self.free.append(page)
+            self.release(page)
         del row.pages[kept:]
         row.length = length
 
@@ -114,15 +109,15 @@ class Pages:
         """
         needed = 0
         for row in rows:
-            needed += -(-(row.length + time) // PAGE) - len(row.pages) + self.is_shared(row)
+            needed += pages_for(row.length + time) - len(row.pages) + self.is_shared(row)
         if needed > self.available:
             raise ValueError(f"cache full: {needed} pages asked for, {self.available} are left")
         for row in rows:
             if self.is_shared(row):
-                theirs, ours = row.pages[-1], self.take()
+                theirs, ours = row.pages.pop(), self.take()
                 for pool in self.pools:
                     pool[ours] = pool[theirs]
-                self.truncate_page(row)
+                self.release(theirs)
                 row.pages.append(ours)
             while len(row.pages) * PAGE < row.length + time:
                 row.pages.append(self.take())
@@ -133,13 +128,6 @@ class Pages:
         if at >= len(row.pages):
             return False
         return self.holders[row.pages[at]] > 1 or row.pages[at] in self.names
-
-    def truncate_page(self, row: Row) -> None:
-        """Let go of the row's last page."""
-        length = row.length
-        row.length = len(row.pages) * PAGE
-        self.truncate(row, (len(row.pages) - 1) * PAGE)
-        row.length = length
 
     def take(self) -> int:
         """A page of zeros, held once. What a page held before could be NaN, and 0 x NaN is NaN."""
@@ -154,8 +142,23 @@ class Pages:
         return page
 
     def hold(self, page: int) -> None:
+        """One row more holds the page."""
         self.idle.pop(page, None)
         self.holders[page] += 1
+
+    def release(self, page: int) -> None:
+        """One row less does."""
+        self.holders[page] -= 1
+        if self.holders[page] == 0:
+            if page in self.names:
+                self.idle[page] = None
+            else:
+                self.free.append(page)
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages so many tokens lie in."""
+    return -(-tokens // PAGE)
 
 
 def digests(tokens: Sequence[int]) -> list[bytes]:
@@ -207,7 +210,7 @@ class Plan:
         self.turns: dict[Any, tuple[Tensor, Tensor]] = {}
         self.found: dict[tuple[int, int], Tensor] = {}
         start = 0
-        for count, same in groupby(-(-(length + time) // PAGE) for length in lengths):
+        for count, same in groupby(pages_for(length + time) for length in lengths):
             rows = slice(start, start + len(list(same)))
             start = rows.stop
             first = min(lengths[rows]) // PAGE

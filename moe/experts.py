@@ -101,7 +101,7 @@ class Experts(nn.Module):
         slots, each = experts.numel(), self.gate_up[0].nbytes + self.down[0].nbytes
         if experts.is_cuda:
             return False
-        return 0 < slots <= self.num_experts and slots * each <= FEW
+        return 0 < 2 * slots <= self.num_experts and slots * each <= FEW
 
     @staticmethod
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Experts(nn.Module):
         """
         chosen = experts.flatten().clamp(min=0)  # an empty slot's row is anyone's, and does not count
         weights = weights.where(experts >= 0, 0)
-        rows = tokens.repeat_interleave(experts.shape[1], 0).unsqueeze(1).expand(-1, 8, -1)
+        rows = tokens.repeat_interleave(experts.shape[1] * 8, 0).unflatten(0, (-1, 8))  # (slots, 8, dim)
         hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, 8, hidden)
         outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
         slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)

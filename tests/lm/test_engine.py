@@ -161,10 +161,13 @@ def test_new_weights_make_the_cache_old(tiny, make_model):
     engine = Recorder(model, 2, 1000)
     engine.submit(PREFIX, 1)
     engine.run()
+    old = engine.submit(PREFIX[:150], 20)
+    engine.step()
     model.blocks[0].attention.kv_a.weight.mul_(-1)
-    request = engine.submit(PREFIX, 1)
+    engine.run()  # what was begun before must not be known afterwards, either
+    request = engine.submit([*old.prompt, *old.tokens, *PREFIX], 1)
     engine.run()
-    want = model(torch.tensor([PREFIX])).logits[0, -1]
+    want = model(torch.tensor([request.prompt])).logits[0, -1]
     torch.testing.assert_close(request.logits[0], want)
 
 
@@ -247,6 +250,21 @@ def test_a_text_ends_with_the_token_that_ends_it(mla):
     engine.run()
     assert request.finished == "stop" and request.tokens == whole.tokens[: whole.tokens.index(end)]
     assert whole.finished == "length" and len(whole.tokens) == 40
+
+
+def test_a_failed_pass_through_caches_leaves_them_as_they_were(tiny, make_model, monkeypatch):
+    model = make_model(tiny(attention={"kind": f"{__name__}:OwnAttention"}).model, std=0.3)
+    alone, engine = Engine(model, 1, 300), Engine(model, 1, 300)
+    want, request = (e.submit(PREFIX[:20], 5, 0) for e in (alone, engine))
+    alone.run()
+    engine.step()
+    last = model.blocks[-1]
+    monkeypatch.setattr(last, "forward", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    monkeypatch.undo()
+    engine.run()
+    assert request.tokens == want.tokens
 
 
 @pytest.mark.parametrize("good", [0, 1, 2])
