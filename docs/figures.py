@@ -214,7 +214,7 @@ def pictures() -> None:
     found = results("scaling")[-1]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for axis, (key, label) in zip(
-        axes, {"experts": "experts, four of 128 active", "dim": "dim", "tokens": "tokens"}.items()
+        axes, {"experts": "experts, of which 4 are active", "dim": "dim", "tokens": "tokens"}.items()
     ):
         curves(axis, found[key], label)
     axes[0].set_ylabel("ms, forward and backward")

@@ -98,10 +98,11 @@ class Experts(nn.Module):
 
     def is_few(self, experts: Tensor) -> bool:
         """Whether copying each slot's expert, experts (tokens, top_k), costs less than sorting the slots."""
-        slots, each = experts.numel(), self.gate_up[0].nbytes + self.down[0].nbytes
-        if experts.is_cuda:
+        slots = experts.numel()
+        if experts.is_cuda or torch.compiler.is_compiling() or not 0 < 2 * slots <= self.num_experts:
             return False
-        return 0 < 2 * slots <= self.num_experts and slots * each <= FEW
+        each = (self.gate_up.nbytes + self.down.nbytes) // self.num_experts
+        return slots * each <= FEW and int(experts.min()) >= 0
 
     @staticmethod
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -120,9 +121,8 @@ class Experts(nn.Module):
 
         The row is there eight times: rounded as in a block, whatever else is in the batch.
         """
-        chosen = experts.flatten().clamp(min=0)  # an empty slot's row is anyone's, and does not count
-        weights = weights.where(experts >= 0, 0)
-        rows = tokens.repeat_interleave(experts.shape[1] * 8, 0).unflatten(0, (-1, 8))  # (slots, 8, dim)
+        chosen = experts.flatten()
+        rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * 8, -1).reshape(len(chosen), 8, -1)
         hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, 8, hidden)
         outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
         slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)

@@ -834,10 +834,12 @@ def test_a_stop_string_ends_one_text_and_leaves_the_others(held, stream):
     create = client_of(running).completions.create
     answer = pool.submit(lambda: joined(create(**asked)) if stream else create(**asked))
     permits.release(4)
-    wait_for(lambda: engine.steps == 4 and not running.served.worker.inbox.empty())  # the cancelling
+    inbox = running.served.worker.inbox
+    # the cancelling waits there, or was quicker than the engine's next step
+    wait_for(lambda: engine.steps == 4 and (engine.requests[0].finished or not inbox.empty()))
     permits.release(1)
     wait_for(lambda: engine.requests[0].finished)
-    assert (engine.requests[0].finished, len(engine.requests[0].tokens)) == ("cancelled", 5)
+    assert engine.requests[0].finished == "cancelled" and len(engine.requests[0].tokens) in (4, 5)
     assert engine.requests[1].finished is None
     permits.release(20)
     answer = answer.result()
