@@ -80,7 +80,8 @@ class Engine:
 
     Args:
         max_batch: texts at once.
-        max_tokens: what the cache holds of them all, in pages of 64; None: 1,024 for each.
+        max_tokens: what the cache holds of them all, in pages of 64; None: 1,024 for each, or one of the
+            model's own length.
 
     Raises:
         ValueError: a number is below 1.
@@ -90,7 +91,7 @@ class Engine:
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
         if max_tokens is None:
-            max_tokens = 1024 * max_batch
+            max_tokens = max(1024 * max_batch, model.config.max_length)
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
         self.model = model

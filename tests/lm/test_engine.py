@@ -316,6 +316,12 @@ def test_a_request_that_does_not_fit_is_refused(mla, options, said):
     assert engine.submit([1], 0).finished == "length" and not engine.busy
 
 
+def test_a_text_of_the_models_own_length_fits(tiny, make_model):
+    model = make_model(tiny(model={"max_length": 3000}).model)
+    assert Engine(model, 2).max_tokens == 3000 and Engine(model, 4).max_tokens == 4096
+    assert Engine(make_model(tiny().model), 2).max_tokens == 2048
+
+
 @pytest.mark.parametrize("sizes", [(0, 100), (2, 0), (-1, None)])
 def test_sizes_below_1_are_refused(mla, sizes):
     with pytest.raises(ValueError, match="must be at least 1"):
