@@ -44,10 +44,22 @@ def passes(model, run, inputs, dtype=torch.float32):
     return hidden, routings, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize(
-    "dtype, recompute", [(torch.float64, False), (torch.float32, True), (torch.bfloat16, False)]
+    "kind, router, dtype, recompute",
+    [
+        ("mla", "sigmoid", torch.float64, False),
+        ("gqa", "softmax", torch.float32, True),
+        ("mla", "softmax", torch.bfloat16, False),
+        ("gqa", "sigmoid", torch.bfloat16, False),
+        pytest.param("mla", "softmax", torch.float64, True, marks=LONG),
+        pytest.param("mla", "softmax", torch.float32, True, marks=LONG),
+        pytest.param("gqa", "sigmoid", torch.float64, False, marks=LONG),
+        pytest.param("gqa", "sigmoid", torch.float32, False, marks=LONG),
+    ],
 )
-@pytest.mark.parametrize("kind, router", KINDS)
 def test_compiled_blocks_are_one_graph_each_and_equal_plain_ones(
     tiny, make_model, without_code, kind, router, dtype, recompute
 ):
