@@ -14,19 +14,18 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lm import loss, machine
+from lm import loss
 from lm.model import Transformer
 from lm.optim import build_optimizer
 from lm.train import TrainConfig, run_block
 
+from . import record
 from .peers import deepseek_v3, speed_model
 
-RESULTS = Path(__file__).parent / "results"
 CANDIDATES = ("ours", "ours, recomputed", "transformers grouped_mm", "transformers eager")
 TRIMMED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
@@ -97,15 +96,14 @@ def main() -> None:
     if one:
         print(json.dumps(measure(one[0], getattr(torch, one[1]))))
         return
-    found: dict = {"machine": machine.describe()}
+    found: dict = {}
     for dtype in ("float32", "bfloat16"):
         for name in CANDIDATES:
             result = in_a_process(name, dtype, {})
             result["peak_trimmed_mb"] = in_a_process(name, dtype, TRIMMED)["peak_mb"]
             found[f"train step, 18M, {dtype}, batch 16 x 256, {name}"] = result
             print(dtype, name, json.dumps(result), flush=True)
-    kind = str(found["machine"]["cpu_capability"]).lower().replace(" ", "-")
-    (RESULTS / f"memory-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+    record.write("memory", found)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,18 @@
 python -m benchmarks.profile  ->  benchmarks/results/profile-CPU.json
 """
 
-import json
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lm import loss, machine
+from lm import loss
 from lm.model import Transformer
 from lm.optim import build_optimizer
 from lm.train import TrainConfig
 
+from . import record
 from .peers import speed_model
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, SHOWN = 3, 25
 
 
@@ -55,15 +53,14 @@ def operators(dtype: torch.dtype) -> list[dict]:
 
 def main() -> None:
     """Both tables, printed and written."""
-    found: dict = {"machine": machine.describe()}
+    found: dict = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = f"train step, 18M, {dtype}, batch 16 x 256"
         found[name] = operators(dtype)
         print(name)
         for row in found[name]:
             print(f"{row['share']:7.1%} {row['ms']:9.2f} ms {row['calls']:6} x  {row['operator']}")
-    kind = str(found["machine"]["cpu_capability"]).lower().replace(" ", "-")
-    (RESULTS / f"profile-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+    record.write("profile", found)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,21 @@
 python -m benchmarks.scaling [--rounds N] [--quick]  ->  benchmarks/results/scaling-CPU.json
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lm import machine
 from mla import GroupedQueryAttention, MultiheadLatentAttention, Pages
 from mla.pages import Plan
 from moe import Experts, MoE, SigmoidRouter, SwiGLU
 
+from . import record
 from .peers import loop_over_experts
-from .speed import RESULTS, commit, copy_rate, in_turns, matmul_rate
+from .speed import copy_rate, in_turns, matmul_rate
 
 TOP_K, WIDTH, DIM, TOKENS = 4, 128, 256, 4096  # of the layer that speed is measured on; an axis changes one
 CONTEXTS = (256, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -119,15 +117,11 @@ def crossing(past: int, queries: tuple[int, ...], rounds: int) -> dict[str, Any]
 
 def main() -> None:
     """All curves, printed and written."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="few points once: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result")
-    options = parser.parse_args()
-    rounds = 1 if options.quick else options.rounds
+    options = record.options(__doc__, rounds=7)
+    rounds = options.rounds
     some = slice(2) if options.quick else slice(None)
-    found: dict[str, Any] = {"machine": machine.describe(), "commit": commit(), "rounds": rounds}
-    found |= {"matmul_gflops": matmul_rate(torch.float32), "copy_gb_per_second": copy_rate()}
+    found: dict[str, Any] = {"rounds": rounds, "copy_gb_per_second": copy_rate()}
+    found["matmul_gflops"] = matmul_rate(torch.float32)
     found["experts"] = {
         str(experts): layers(experts, DIM, TOKENS, rounds) for experts in (8, 16, 32, 64, 128, 256)[some]
     }
@@ -144,8 +138,7 @@ def main() -> None:
     found["crossing"] = crossing(1024, (1, 4, 16, 32, 64, 128, 192, 256, 384, 512)[some], rounds)
     for key, value in found.items():
         print(key, json.dumps(value))
-    kind = str(found["machine"]["cpu_capability"]).lower().replace(" ", "-")
-    (options.out / f"scaling-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+    record.write("scaling", found, options.out)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 python -m benchmarks.speed [--rounds N] [--quick]  ->  benchmarks/results/speed-CPU.json
 """
 
-import argparse
 import json
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +20,10 @@ from lm.model import Transformer, build_moe
 from lm.optim import build_optimizer
 from moe import SwiGLU
 
+from . import record
 from .peers import deepseek_v3, loop_over_experts, speed_model, with_attention
 
 RUN = 8  # decoding steps in a row: text is not written a token from each of two models in turn
-RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -240,31 +237,14 @@ def copy_rate() -> float:
     return round(2 * a.nbytes / min(seconds) / 1e9, 1)
 
 
-def commit() -> str:
-    """The commit that is measured; "" outside a clone."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-    except OSError:
-        return ""
-    return found.stdout.strip()
-
-
 def main() -> None:
     """All measurements, printed and written."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="a small model once: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result")
-    options = parser.parse_args()
-    rounds = 1 if options.quick else options.rounds
+    options = record.options(__doc__, rounds=9)
+    rounds = options.rounds
     native = machine.pick_dtype("auto", torch.device("cpu"))
     dtypes = [torch.float32] + [native] * (native != torch.float32)
-    facts = machine.describe()
     rates = {str(dtype): matmul_rate(dtype) for dtype in dtypes}
-    found: dict = {"machine": facts, "commit": commit(), "rounds": rounds}
-    found |= {"matmul_gflops": rates, "copy_gb_per_second": copy_rate()}
+    found: dict = {"rounds": rounds, "matmul_gflops": rates, "copy_gb_per_second": copy_rate()}
     models = {"18M": speed_model(), "toy": Config.preset("toy").model}
     if options.quick:
         models = {"nano": Config.preset("nano").model}
@@ -281,8 +261,7 @@ def main() -> None:
             found[f"engine, {name}, float32"] = engine(config, rounds, 8 if options.quick else 64)
     for key, value in found.items():
         print(key, json.dumps(value))
-    kind = str(facts["cpu_capability"]).lower().replace(" ", "-")
-    (options.out / f"speed-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+    record.write("speed", found, options.out)
 
 
 if __name__ == "__main__":

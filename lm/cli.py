@@ -259,7 +259,7 @@ def run_eval(options: Eval) -> int:
     """lm eval"""
     import math
 
-    from . import data, machine, talk, train
+    from . import data, evaluate, machine, talk
 
     model, config, tokenizer = talk.open_model(options.run, options.trust_code, options.device)
     if options.data is None:
@@ -270,7 +270,7 @@ def run_eval(options: Eval) -> int:
     windows = data.Windows(tokens, min(config.model.max_length or config.train.context, 1024))
     device = machine.pick_device(options.device)
     dtype = machine.pick_dtype(config.train.dtype, device)
-    loss = train.evaluate(model, windows, None, dtype, config.train.batch_size)
+    loss = evaluate.evaluate(model, windows, None, dtype, config.train.batch_size)
     if len(tokens) != len(text):
         print(f"loss {loss:.4f} nats a token, {len(tokens):,} tokens")
         loss *= len(tokens) / len(text)

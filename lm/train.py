@@ -24,6 +24,7 @@ from moe import balance
 from . import checkpoint, count, data, loss, machine
 from .config import Config, ModelConfig, TrainConfig
 from .decode import stream
+from .evaluate import evaluate
 from .model import Block, Transformer
 from .optim import build_optimizer, learning_rate
 from .runs import open_run, read_metrics
@@ -334,27 +335,3 @@ class Trainer:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.signal = signal.SIGPIPE
-
-
-@torch.no_grad()
-def evaluate(
-    model: Transformer, windows: data.Windows, tokens: int | None, dtype: torch.dtype, batch_size: int
-) -> float:
-    """Mean loss of a text, nats a token; None: of all of it, else of about that many tokens spread evenly.
-
-    Windows overlap by an eighth, which does not count: the text before is known, as it is to an n-gram model.
-    """
-    known = windows.context // 8
-    starts = range(0, len(windows.tokens) - windows.context, windows.context - known)
-    count = len(starts) if tokens is None else min(len(starts), max(1, tokens // windows.context))
-    chosen = [starts[index * len(starts) // count] for index in range(count)]
-    device = next(model.parameters()).device
-    model.eval()
-    total = 0.0
-    for at in range(0, count, batch_size):
-        batch = torch.stack([windows.cut(start) for start in chosen[at : at + batch_size]]).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = model.norm(model.trunk(batch[:, :-1])[0][:, known:])
-            mean = loss.head_cross_entropy(hidden, model.head.weight, batch[:, known + 1 :])
-        total += float(mean) * len(batch)
-    return total / count

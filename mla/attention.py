@@ -95,9 +95,13 @@ class MultiheadLatentAttention(nn.Module):
         plain = positions is None and mask is None and not torch.is_grad_enabled()
         positions, visible = where_and_what(x, self.dim, cache, positions, mask)
         if plain and isinstance(cache, PagedLatentCache):
+            width, dtype = self.kv_lora_rank + self.qk_rope_head_dim, cache_dtype(self.kv_a.weight)
+            cache.check(x.new_empty(*x.shape[:2], width, dtype=dtype), cache.pool)
             plan = cache.grow(x.shape[1])
             rows = F.pad(x.flatten(0, 1), (0, 0, 0, plan.filled - plan.tokens))
-            return self.step(rows, cache.pool, plan)[: plan.tokens].view_as(x)
+            y = self.step(rows, cache.pool, plan)[: plan.tokens].view_as(x)
+            cache.count(plan.time)
+            return y
         q_nope, q_rope = self.query(x)
         latent, k_rope = self.compress(x)
         q_rope, k_rope = self.rotate(q_rope, k_rope, positions)

@@ -179,17 +179,19 @@ class PagedLatentCache(LatentCache):
         return len({page for row in self.rows for page in row.pages}) * self.pool[0].nbytes
 
     def grow(self, time: int) -> Plan:
-        """Room for `time` more tokens of each row, which are counted at once -> where they go"""
+        """Room for `time` more tokens of each row -> where they go; `count` them when they are written"""
         longest = max(self.lengths) + time
         if longest > self.longest:
             last = self.longest - 1
             ends = f"max_length={self.longest} ends at {last}"
             raise ValueError(f"cache full: position {longest - 1} asked for, {ends}")
         self.pages.grow(self.rows, time)
-        plan = Plan([row.pages for row in self.rows], self.lengths, time, self.pool.device)
+        return Plan([row.pages for row in self.rows], self.lengths, time, self.pool.device)
+
+    def count(self, time: int) -> None:
+        """Each row holds `time` tokens more."""
         for row in self.rows:
             row.length += time
-        return plan
 
     def write(self, new: Tensor) -> Tensor:
         self.check(new, self.pool)
@@ -197,6 +199,7 @@ class PagedLatentCache(LatentCache):
             raise ValueError("a paged cache keeps no gradient; call under torch.no_grad()")
         plan = self.grow(new.shape[1])
         write(self.pool, new.flatten(0, 1).unsqueeze(1), plan)
+        self.count(plan.time)
         return self.filled
 
 

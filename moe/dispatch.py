@@ -62,6 +62,9 @@ def scatter(rows: Tensor, order: Order, weights: Tensor) -> Tensor:
 
 
 def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
-    """slots (tokens x top_k, dim), weights (tokens, top_k) -> (tokens, dim)"""
+    """slots (tokens x top_k, dim), weights (tokens, top_k) -> (tokens, dim)
+
+    For a GPU, through autograd; a CPU's blocks have it in one pass over their rows (moe/blocks.py).
+    """
     slots = slots.unflatten(0, weights.shape)  # (tokens, top_k, dim)
     return torch.bmm(weights.to(slots.dtype).unsqueeze(1), slots).squeeze(1)

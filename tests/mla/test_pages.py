@@ -124,6 +124,34 @@ def test_the_paged_cache_has_the_same_call(heads):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "sizes, dtype, said",
+    [
+        ((31, 8), None, r"new entries have shape \(2, 3, 40\); the cache was made for \(2, time, 39\)"),
+        ((32, 8), torch.float64, "new entries are torch.float32 on cpu; the cache is torch.float64 on cpu"),
+    ],
+)
+def test_a_paged_cache_made_for_another_attention_is_refused_and_left_alone(sizes, dtype, said):
+    cache = PagedLatentCache(2, 100, *sizes, dtype)
+    with pytest.raises(ValueError, match=said):
+        mla()(torch.randn(2, 3, 64), cache)
+    assert cache.length.tolist() == [0, 0] and cache.nbytes == 0
+
+
+@torch.no_grad()
+def test_a_step_that_fails_is_not_counted(monkeypatch):
+    attention, cache, x = mla(), PagedLatentCache(1, 100, 32, 8), torch.randn(1, 70, 64)
+    first = attention(x[:, :60], cache)
+    monkeypatch.setattr(attention.out, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention(x[:, 60:], cache)
+    monkeypatch.undo()
+    assert cache.length.tolist() == [60]
+    whole = torch.cat([first, attention(x[:, 60:], cache)], dim=1)
+    torch.testing.assert_close(whole, attention(x))
+
+
+@torch.no_grad()
 def test_the_paged_cache_takes_positions_and_a_mask():
     attention, x = mla().double(), torch.randn(2, 70, 64, dtype=torch.float64)
     mask = torch.rand(2, 70) < 0.7
