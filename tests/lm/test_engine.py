@@ -164,7 +164,9 @@ def test_new_weights_make_the_cache_old(tiny, make_model):
     old = engine.submit(PREFIX[:150], 20)
     engine.step()
     model.blocks[0].attention.kv_a.weight.mul_(-1)
-    engine.run()  # what was begun before must not be known afterwards, either
+    engine.submit([1, 2], 1)  # comes with the new weights, while a text of the old ones goes on
+    engine.run()  # which must not be known afterwards, either
+    assert len(old.tokens) == 20
     request = engine.submit([*old.prompt, *old.tokens, *PREFIX], 1)
     engine.run()
     want = model(torch.tensor([request.prompt])).logits[0, -1]
