@@ -184,11 +184,13 @@ class Worker:
     def take(self, job: Job, asked: list[dict[str, Any]] | int) -> None:
         """Submit a job's texts, all or none, or cancel one of them."""
         if isinstance(asked, int):
-            made = self.running.get(job, {}).pop(asked, None)
-            if made is not None:
-                made.request.cancel()
+            texts = self.running.get(job, {})
+            if asked in texts:
+                texts.pop(asked).request.cancel()
+                if not texts:
+                    del self.running[job]
             return
-        texts: dict[int, Made] = {}
+        texts = {}
         try:
             self.engine = self.engine or self.make_engine()
             for index, arguments in enumerate(asked):
@@ -205,7 +207,7 @@ class Worker:
         """What the last step brought; forgets what is finished."""
         news: News = []
         for job, texts in list(self.running.items()):
-            if texts and not any(made.request.tokens or made.request.finished for made in texts.values()):
+            if not any(made.request.tokens or made.request.finished for made in texts.values()):
                 news.append((job, None))
             for index, made in list(texts.items()):
                 tokens, finished = made.request.tokens[made.known :], made.request.finished

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import lm
 from lm import answers, cli, decode, protocol, serve
 from lm.tokenizer import ByteTokenizer
-from lm.worker import Full, Visible
+from lm.worker import Full, Job, Visible
 
 SECONDS = 60  # after which something has not come at all
 # one for all: making one takes longer than most requests; and no connection is used twice
@@ -849,6 +849,20 @@ def test_a_stop_string_ends_one_text_and_leaves_the_others(held, stream):
     if not stream:
         assert answer.usage.completion_tokens == 4 + 10
     wait_for(lambda: not engine.busy and not running.served.worker.running)
+
+
+def test_a_job_whose_texts_are_all_cancelled_is_forgotten_without_a_step(scripted, make_served):
+    scripted("0123")
+    worker = make_served().worker
+    one, other = Job({0, 1}), Job({0})
+    for job in (one, other):
+        worker.take(job, [{"prompt": [1], "max_new_tokens": 4} for _ in job.open])
+    worker.take(one, 1)
+    assert list(worker.running) == [one, other] and list(worker.running[one]) == [0]
+    worker.take(one, 0)
+    assert list(worker.running) == [other]
+    worker.take(one, 0)  # once more, as after its end
+    assert [request.finished for request in worker.engine.requests] == ["cancelled", "cancelled", None]
 
 
 def test_tokens_that_come_several_at_once_are_cut_and_counted_alike(held):
