@@ -42,13 +42,23 @@ class Served:
     """
 
     def __init__(
-        self, model: Transformer, config: Config, tokenizer: talk.Tokenizer, name: str, limits: Limits
+        self,
+        model: Transformer,
+        config: Config,
+        tokenizer: talk.Tokenizer,
+        name: str,
+        limits: Limits,
+        compile: bool = False,
     ):
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.vocab_size = config.model.vocab_size
         self.context = config.model.max_length or config.train.context
         self.longest = max(self.context, LONGEST)
-        self.worker = Worker(lambda: Engine(model, limits.max_batch), limits.max_batch, limits.max_queue)
+
+        def make_engine() -> Engine:
+            return Engine(model, limits.max_batch, compile=compile)
+
+        self.worker = Worker(make_engine, limits.max_batch, limits.max_queue)
 
     def encode(self, ask: Ask) -> list[list[int]]:
         """The token ids of each prompt.

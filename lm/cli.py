@@ -50,6 +50,7 @@ class Generate:
     top_p: float = 1.0  # choose among the fewest most likely tokens with this probability together
     seed: int | None = None  # the same seed writes the same text
     num_samples: int = 1
+    compile: bool = False  # write by compiled code: made at the first token, in half a minute, then faster
     device: str = "auto"
     trust_code: bool = False  # import the router or attention of your own that the run names
 
@@ -64,6 +65,7 @@ class Chat:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int | None = None
+    compile: bool = False  # write by compiled code: made at the first token, in half a minute, then faster
     device: str = "auto"
     trust_code: bool = False  # import the router or attention of your own that the run names
 
@@ -78,6 +80,7 @@ class Serve:
     max_batch: int = 64  # texts that are made together
     max_queue: int = 8  # requests that may wait for a place among them
     max_seconds: float = 300  # the longest that a request may take, waiting included
+    compile: bool = False  # write by compiled code: made at the first token, in half a minute, then faster
     device: str = "auto"
     trust_code: bool = False  # import the router or attention of your own that the run names
 

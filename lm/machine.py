@@ -40,12 +40,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise ValueError where torch.compile has no C++ compiler to work with."""
+def check_compiler(device: torch.device, asked: str) -> None:
+    """Raise ValueError, which names the option asked for, where torch.compile has no C++ compiler."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(name) is None:
         raise ValueError(
-            f"train.compile: torch.compile needs a C++ compiler, and {name!r} was not found; "
+            f"{asked}: torch.compile needs a C++ compiler, and {name!r} was not found; "
             "install it, or name another in the environment variable CXX"
         )
 

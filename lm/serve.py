@@ -39,7 +39,7 @@ def serve(options: Any) -> int:
     if not is_loopback(options.host):
         warnings.warn(f"host {options.host}: all who reach this machine can use the model", stacklevel=1)
     model, config, tokenizer = talk.open_model(options.run, options.trust_code, options.device)
-    served = Served(model, config, tokenizer, options.run.resolve().name, limits)
+    served = Served(model, config, tokenizer, options.run.resolve().name, limits, options.compile)
     server = Server(served, options.host)
     stopped: list[int] = []
 

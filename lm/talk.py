@@ -54,7 +54,7 @@ def generate(options: Any) -> int:
     window = config.model.max_length or config.train.context
     longest = min(window, max(len(tokens) for _, tokens in texts) + options.max_new_tokens)
     at_once = min(AT_ONCE, len(texts))
-    engine = Engine(model, at_once, at_once * pages_for(longest) * PAGE)
+    engine = Engine(model, at_once, at_once * pages_for(longest) * PAGE, compile=options.compile)
     seeds = [None if options.seed is None else options.seed + number for number in range(len(texts))]
     requests = [submit(engine, tokens, options, s, tokenizer, window) for (_, tokens), s in zip(texts, seeds)]
     for number, ((prompt, _), request) in enumerate(zip(texts, requests), 1):
@@ -115,7 +115,7 @@ def chat(options: Any) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be said
     print("Say something; the model goes on from all that was said. An empty line ends it.")
     window = config.model.max_length or config.train.context
-    engine = Engine(model, 1, window)  # what was said stays in its cache for the next turn
+    engine = Engine(model, 1, window, compile=options.compile)  # what was said stays in its cache for the next turn
     history: list[int] = []
     messages: list[dict[str, str]] = []
     while True:

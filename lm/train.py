@@ -50,7 +50,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     """
     device = machine.pick_device(config.train.device)
     if config.train.compile:
-        machine.check_compiler(device)
+        machine.check_compiler(device, "train.compile")
     check_memory(config.model)
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)  # a config that does not fit shows here, before anything is written

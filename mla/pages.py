@@ -7,8 +7,8 @@ the same product whatever else is in the batch, so that neighbours cannot change
 
 import hashlib
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from .rope import RotaryEmbedding
 
 PAGE = 64  # tokens a page
+NEVER = 2**40  # a position that no text comes to
 ROWS = 8  # a product's rows are filled up to a multiple of this: a CPU rounds a row by how many share one
 
 
@@ -171,54 +172,72 @@ def digests(tokens: Sequence[int]) -> list[bytes]:
     return names
 
 
-class Group(NamedTuple):
-    """Rows next to each other in a step that lie in equally many pages."""
-
-    rows: slice
-    pages: Tensor  # (rows, pages)
-    first: int  # from this page on, not every query sees every key
-    hidden: Tensor  # (rows, pages - first, 1, 1, time, 64) bool, alike for all heads
-
-
 class Plan:
     """Where the tokens of a step go and what they see: made once, used by every layer.
 
-    The step is `time` tokens more of each row, behind what it holds, with room for them (`Pages.grow`). It is
-    quickest when rows of equally many pages are neighbours.
+    The step is `time` tokens more of each row, behind what it holds, with room for them (`Pages.grow`).
 
     Args:
         tables: the pages of each row.
         lengths: how many tokens each holds.
+        compiled: for a compiled step. What is fastest there is not filled up, and reads at least one page
+            more than it has rows (its keys, behind every query, count nothing): torch.compile takes sizes
+            that are equal, or 1, for always so.
 
     Attributes:
-        tokens: rows x time; a row's tokens are neighbours.
-        filled: tokens, rounded up to a multiple of 8: what a layer's input has.
-        positions: (filled,) int64; of the filling 0.
-        page, place: (tokens,) int64, the page that each goes to, and where in it.
+        positions: (filled,) int64, of the tokens, those of a row next to each other. Filled up to a multiple
+            of 8 by zeros, as a layer's input is by rows that mean nothing.
+        page: (tokens,) int64, the page that each token goes to.
+        seen: (seen,) int64, the pages that are read, a row's one after the other; some by several rows.
+        reader: (seen,) int64, the row that reads each.
+        keys: (seen,) int64, the position of each one's first key.
+        order: (seen,) int64, 0, 1, 2 ...
+        starts: (rows,) int64, where a row's begin in `seen`.
     """
 
-    def __init__(self, tables: Sequence[Sequence[int]], lengths: Sequence[int], time: int, device: Any):
-        self.rows, self.time = len(lengths), time
-        self.tokens = self.rows * time
-        self.filled = -(-self.tokens // ROWS) * ROWS
-        places = [at for length in lengths for at in range(length, length + time)]
+    def __init__(
+        self,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        time: int,
+        device: Any,
+        compiled: bool = False,
+    ):
+        self.time = time
+        positions = [at for length in lengths for at in range(length, length + time)]
         pages = [table[at // PAGE] for table, n in zip(tables, lengths) for at in range(n, n + time)]
-        self.positions = torch.tensor(places + [0] * (self.filled - self.tokens), device=device)
-        self.page = torch.tensor(pages, device=device)
-        self.place = self.positions[: self.tokens] % PAGE
-        self.groups: list[Group] = []
+        counts = [pages_for(length + time) for length in lengths]
+        seen = [page for table, count in zip(tables, counts) for page in table[:count]]
+        reader = [row for row, count in enumerate(counts) for _ in range(count)]
+        keys = [first for count in counts for first in range(0, count * PAGE, PAGE)]
+        starts = [0, *accumulate(counts[:-1])]
+        filling = [0] * (-len(positions) % ROWS)
+        if compiled:
+            filling = []
+            if len(seen) == len(lengths):
+                seen, reader, keys = [*seen, seen[-1]], [*reader, reader[-1]], [*keys, NEVER]
+        order = range(len(seen))
+        parts = (positions + filling, pages, seen, reader, keys, order, starts)
+        self.positions, self.page, self.seen, self.reader, self.keys, self.order, self.starts = (
+            torch.tensor(part, device=device) for part in parts
+        )
         self.turns: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.found: dict[tuple[int, int], Tensor] = {}
-        start = 0
-        for count, same in groupby(pages_for(length + time) for length in lengths):
-            rows = slice(start, start + len(list(same)))
-            start = rows.stop
-            first = min(lengths[rows]) // PAGE
-            table = torch.tensor([table[:count] for table in tables[rows]], device=device)
-            keys = torch.arange(first * PAGE, count * PAGE, device=device)
-            mine = self.positions[: self.tokens].view(self.rows, time, 1)[rows]
-            hidden = (keys > mine).unflatten(-1, (-1, PAGE)).transpose(1, 2)  # (rows, pages, time, 64)
-            self.groups.append(Group(rows, table, first, hidden.unsqueeze(2).unsqueeze(2)))
+        self.found: dict[Any, Tensor] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step, of all rows."""
+        return self.rows * self.time
+
+    @property
+    def filled(self) -> int:
+        """`tokens`, rounded up to a multiple of 8: the rows of a layer's input."""
+        return len(self.positions)
+
+    @property
+    def rows(self) -> int:
+        """Texts of the step."""
+        return len(self.starts)
 
     def turn(self, rope: Any, x: Tensor) -> Tensor:
         """x (filled, heads, dim), turned; layers with the same embedding share the angles."""
@@ -230,56 +249,59 @@ class Plan:
             self.turns[key] = cos.unsqueeze(1), sin.unsqueeze(1)  # (filled, 1, dim/2)
         return rope.turn(x, *self.turns[key])
 
-    def indices(self, group: Group, heads: int) -> Tensor:
-        """The group's pages in a pool seen as (pages x heads, 64, width) -> (rows x pages x heads,) int64"""
-        key = (group.rows.start, heads)
-        if key not in self.found:
-            of_head = torch.arange(heads, device=group.pages.device)
-            self.found[key] = (group.pages.unsqueeze(-1) * heads + of_head).flatten()
-        return self.found[key]
+    def indices(self, heads: int) -> Tensor:
+        """The pages that are read in a pool seen as (pages x heads, 64, width) -> (seen x heads,) int64"""
+        if heads not in self.found:
+            of_head = torch.arange(heads, device=self.seen.device)
+            self.found[heads] = (self.seen.unsqueeze(-1) * heads + of_head).flatten()
+        return self.found[heads]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores, minus infinity where a key comes after the query -> (seen, time, 64)"""
+        if dtype not in self.found:
+            device = self.keys.device
+            keys = self.keys.view(-1, 1, 1) + torch.arange(PAGE, device=device)
+            queries = self.positions[: self.tokens].view(self.rows, self.time, 1).index_select(0, self.reader)
+            zero, never = (torch.tensor(x, dtype=dtype, device=device) for x in (0.0, -torch.inf))
+            self.found[dtype] = torch.where(keys > queries, never, zero)
+        return self.found[dtype]
+
+    def of_rows(self, parts: Tensor, mode: str) -> Tensor:
+        """The sum or max of each row's parts (seen x heads, ...), in order -> (rows, heads x ...)"""
+        return F.embedding_bag(self.order, parts.reshape(len(self.order), -1), self.starts, mode=mode)
 
 
 def write(pool: Tensor, entries: Tensor, plan: Plan) -> None:
     """Put a step's entries (filled, heads, width) into their places in the pool (pages, heads, 64, width)."""
-    pool[plan.page, :, plan.place] = entries[: plan.tokens]
+    pool[plan.page, :, plan.positions[: plan.tokens] % PAGE] = entries[: plan.tokens]
 
 
 def attend(query: Tensor, pool: Tensor, plan: Plan, key: slice, value: slice, scale: float) -> Tensor:
     """softmax(scale x query key^T) value over each row's pages, softmax in fp32.
 
+    A product of fixed shape for each page; a row's softmax is put together from its pages.
+
     query (filled, heads, width); pool (pages, kv_heads, 64, entry); `key` and `value` say which of an entry's
     numbers are which -> (filled, heads, value)
     """
     kv_heads, heads, width = pool.shape[1], query.shape[1], query.shape[2]
-    query = query[: plan.tokens].view(plan.rows, plan.time, kv_heads, heads // kv_heads, width)
+    rows, time = plan.rows, plan.time
+    query = query[: plan.tokens].view(rows, time, kv_heads, heads // kv_heads, width)
     query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (rows, kv_heads, queries, width): heads x time
-    context = query.new_zeros(plan.filled, heads, pool[0, 0, 0, value].shape[0])  # the filling's stays 0
-    found = context[: plan.tokens].view(plan.rows, plan.time, kv_heads, heads // kv_heads, -1)
-    for group in plan.groups:
-        mine = attend_group(query[group.rows], pool, plan, group, key, value, scale)
-        found[group.rows] = mine.unflatten(2, (-1, plan.time)).permute(0, 3, 1, 2, 4)
-    return context
-
-
-def attend_group(
-    query: Tensor, pool: Tensor, plan: Plan, group: Group, key: slice, value: slice, scale: float
-) -> Tensor:
-    """`attend` for rows of equally many pages: a product of fixed shape for each page, then their sum.
-
-    query (rows, kv_heads, queries, width) -> (rows, kv_heads, queries, value)
-    """
-    rows, kv_heads, queries, _ = query.shape
-    count = group.pages.shape[1]
-    if queries % ROWS:
-        query = F.pad(query, (0, 0, 0, -queries % ROWS))
-    query = query.unsqueeze(1).expand(-1, count, -1, -1, -1).flatten(0, 2)
-    entries = pool.flatten(0, 1).index_select(0, plan.indices(group, kv_heads))  # (pages of all, 64, entry)
-    scores = torch.bmm(query, entries[..., key].transpose(1, 2))  # (pages of all, queries, 64)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    scores = scores.view(rows, count, kv_heads, -1, PAGE)
-    newest = scores[:, group.first :, :, :queries].unflatten(3, (-1, plan.time))
-    newest.masked_fill_(group.hidden, float("-inf"))
-    weights = scores.permute(0, 2, 3, 1, 4).flatten(3).softmax(-1)  # (rows, kv_heads, queries, pages x 64)
-    weights = weights.to(entries.dtype).unflatten(3, (count, PAGE)).permute(0, 3, 1, 2, 4)
-    context = torch.bmm(weights.flatten(0, 2), entries[..., value])  # (pages of all, queries, value)
-    return context.view(rows, count, kv_heads, -1, context.shape[-1]).sum(1)[:, :, :queries]
+    filling = (0, 0, 0, -query.shape[2] % ROWS)
+    query = F.pad(query, filling).index_select(0, plan.reader).flatten(0, 1)  # (parts, queries, width)
+    entries = pool.flatten(0, 1).index_select(0, plan.indices(kv_heads))  # (parts, 64, entry)
+    mask = plan.mask(entries.dtype).view(-1, 1, 1, time, PAGE)
+    mask = mask.expand(-1, kv_heads, heads // kv_heads, -1, -1).reshape(len(entries), -1, PAGE)
+    if filling[3]:
+        mask = F.pad(mask, filling)
+    scores = torch.baddbmm(mask, query, entries[..., key].mT, alpha=scale)  # (parts, queries, 64)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    highest = plan.of_rows(scores.amax(-1), "max").index_select(0, plan.reader)
+    weights = scores.sub_(highest.view(*scores.shape[:2], 1)).exp_()
+    context = torch.bmm(weights.to(entries.dtype), entries[..., value])  # (parts, queries, value)
+    total = plan.of_rows(weights.sum(-1), "sum").view(rows, kv_heads, -1, 1)
+    context = plan.of_rows(context, "sum").view(rows, kv_heads, -1, context.shape[-1]) / total
+    context = context[:, :, : time * heads // kv_heads].to(query.dtype)
+    context = context.unflatten(2, (-1, time)).permute(0, 3, 1, 2, 4).reshape(plan.tokens, heads, -1)
+    return F.pad(context, (0, 0, 0, 0, 0, plan.filled - plan.tokens))

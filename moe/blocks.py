@@ -35,7 +35,7 @@ def compute(
     target: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in `run_blocks` -> y (tokens, dim), projected (rows, 2 hidden) before the activation"""
-    projected = tokens.new_empty(len(source), gate_up.shape[1])
+    projected = tokens.new_empty(source.shape[0], gate_up.shape[1])
     outputs = tokens.new_empty(len(source), tokens.shape[1])
     *blocks, empty = blocks_of(sizes)
     for block, w, v in zip(blocks, gate_up, down):
@@ -97,7 +97,7 @@ def blocks_of(sizes: Tensor) -> list[slice]:
 
 @forward.register_fake
 def _(tokens, weights, gate_up, down, sizes, source, target):
-    return torch.empty_like(tokens), tokens.new_empty(len(source), gate_up.shape[1])
+    return torch.empty_like(tokens), tokens.new_empty(source.shape[0], gate_up.shape[1])
 
 
 @backward.register_fake

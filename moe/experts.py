@@ -99,10 +99,10 @@ class Experts(nn.Module):
     def is_few(self, experts: Tensor) -> bool:
         """Whether copying each slot's expert, experts (tokens, top_k), costs less than sorting the slots."""
         slots = experts.numel()
-        if experts.is_cuda or torch.compiler.is_compiling() or not 0 < 2 * slots <= self.num_experts:
+        if experts.is_cuda or not 0 < 2 * slots <= self.num_experts:
             return False
         each = (self.gate_up.nbytes + self.down.nbytes) // self.num_experts
-        return slots * each <= FEW and int(experts.min()) >= 0
+        return slots * each <= FEW
 
     @staticmethod
     def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -119,12 +119,15 @@ class Experts(nn.Module):
     def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Every slot's own copy of its expert, all in one product: for few tokens sorting costs more.
 
-        The row is there eight times: rounded as in a block, whatever else is in the batch.
+        The row is there eight times: rounded as in a block, whatever else is in the batch. Compiled code,
+        which promises no equal bits, does without.
         """
-        chosen = experts.flatten()
-        rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * 8, -1).reshape(len(chosen), 8, -1)
-        hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, 8, hidden)
+        chosen = experts.flatten().clamp(min=0)  # an empty slot gets an expert, too ...
+        same = 1 if torch.compiler.is_compiling() else 8
+        rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * same, -1).reshape(len(chosen), same, -1)
+        hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, same, hidden)
         outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
+        outputs = outputs.masked_fill(experts.reshape(-1, 1) < 0, 0)  # ... whose output is left out
         slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)
         return weighted_sum(outputs, slots, weights)
 

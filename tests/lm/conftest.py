@@ -366,7 +366,7 @@ class Scripted:
 
     text, permits, room, stride, later = b"", None, None, 1, False
 
-    def __init__(self, model, max_batch=64, max_tokens=None):
+    def __init__(self, model, max_batch=64, max_tokens=None, compile=False):
         self.max_batch, self.requests, self.steps = max_batch, [], 0
 
     @property

@@ -1,5 +1,6 @@
 """Blocks that are compiled or computed again in the backward pass, against plain ones."""
 
+import random
 import shutil
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lm import machine, train
+from lm import answers, cli, machine, talk, train
+from lm.engine import Engine
 from lm.model import Block
 from lm.train import Trainer, run_block
 
@@ -27,7 +29,12 @@ def fresh():
 def without_code(monkeypatch):
     """torch.compile as far as the graph, without making C++ of it; counts what was compiled."""
     counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda run: compile(run, backend=counter, fullgraph=True))
+
+    def plain(run, dynamic=None, options=None):
+        kept = {key: value for key, value in (options or {}).items() if key == "guard_filter_fn"}
+        return compile(run, backend=counter, fullgraph=True, dynamic=dynamic, options=kept)
+
+    monkeypatch.setattr(torch, "compile", plain)
     return counter
 
 
@@ -166,4 +173,74 @@ def test_without_a_cxx_compiler_it_says_so_in_one_line_before_anything_is_writte
     with pytest.raises(ValueError, match=r"^train.compile: .* 'no-such-compiler' was not found; install"):
         train.train(tiny(train={"compile": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    machine.check_compiler(torch.device("cuda"))  # Triton brings its own
+    machine.check_compiler(torch.device("cuda"), "compile")  # Triton brings its own
+
+
+def texts_of(engine, seed):
+    """What is written of mixes of one text to twelve, short and long, that begin and end at any step."""
+    draw, requests = random.Random(seed), []
+    for together in (1, 3, 1, 12, 2, 5, 3):
+        for _ in range(together):
+            prompt = draw.choices(range(256), k=draw.choice([1, 2, 30, 64, 65, 150]))
+            requests.append(engine.submit(prompt, draw.randint(1, 40), draw.choice([0, 1.0]), seed=together))
+        for _ in range(draw.randint(5, 45)):
+            engine.step()
+    engine.run()
+    assert engine.nbytes == 0
+    return [request.tokens for request in requests]
+
+
+def test_a_compiled_engine_writes_the_same_by_three_graphs_for_all_mixes(tiny, make_model, without_code):
+    model = make_model(tiny(model={"num_layers": 2}).model)
+    plain, compiled = Engine(model, 16), Engine(model, 16, compile=True)
+    assert texts_of(compiled, 0) == texts_of(plain, 0)
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    assert texts_of(compiled, 1) == texts_of(plain, 1)
+    assert without_code.frame_count == 3  # one text; two, whose experts are copied; more
+
+
+@LONG
+def test_compiled_engines_of_several_models_are_kept_apart(tiny, make_model, without_code):
+    kinds = [{"num_heads": 2}, {"num_heads": 4}, {"kind": "gqa"}]
+    models = [make_model(tiny(attention=kind, moe={"router": "softmax"}).model) for kind in kinds]
+    engines = [(Engine(model, 16), Engine(model, 16, compile=True)) for model in models]
+    for seed in range(3):
+        for plain, compiled in engines:
+            assert texts_of(compiled, seed) == texts_of(plain, seed)
+    assert without_code.frame_count == 9
+
+
+@compiler
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_compiled_code_writes_the_same(tiny, make_model, kind):
+    model = make_model(tiny(attention={"kind": kind}).model)
+    plain, compiled = Engine(model, 16), Engine(model, 16, compile=True)
+    assert texts_of(compiled, 0) == texts_of(plain, 0)
+    torch.nn.init.normal_(model.blocks[1].mlp.experts.down, std=0.3)
+    assert texts_of(compiled, 1) == texts_of(plain, 1)
+
+
+def test_what_cannot_be_compiled_is_said_at_once(tiny, make_model, monkeypatch):
+    own = make_model(tiny(attention={"kind": "torch.nn:Identity"}).model)
+    with pytest.raises(ValueError, match="^compile: the model's attention has no `step` over pages"):
+        Engine(own, compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="^compile: .* 'no-such-compiler' was not found"):
+        Engine(make_model(tiny().model), compile=True)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_the_commands_hand_compile_on(trained_once, monkeypatch, command):
+    asked = []
+
+    def engine(*arguments, compile=False):
+        asked.append(compile)
+        raise ValueError("made")
+
+    monkeypatch.setattr(talk, "Engine", engine)
+    monkeypatch.setattr(answers, "Engine", engine)
+    for flags in ([], ["--compile"]):
+        ending = ["--port", "0"] if command == "serve" else []
+        assert cli.main([command, str(trained_once), *ending, *flags]) == 2
+    assert asked == [False, True]
