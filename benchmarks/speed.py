@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,9 +109,11 @@ def moe_layer(config: ModelConfig, dtype: torch.dtype, rounds: int, tokens: int 
     return found
 
 
-def at_context(model: Transformer, context: int, batch: int, steps: int) -> Callable[[], Any]:
+def at_context(
+    model: Transformer, context: int, batch: int, steps: int, compile: bool = False
+) -> Callable[[], Any]:
     """A call that decodes one token more of `batch` texts of so many tokens, with entries drawn at random."""
-    engine = Engine(model, batch, batch * (context + steps + 64))
+    engine = Engine(model, batch, batch * (context + steps + 64), compile)
     requests: list[Request] = []
     for row in range(batch):
         requests.append(engine.submit([row], steps + 1))
@@ -128,7 +131,7 @@ def at_context(model: Transformer, context: int, batch: int, steps: int) -> Call
 
 @torch.inference_mode()
 def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
-    """One token more at a context, fp32: ours, it with MHA and GQA, and transformers' from its own cache."""
+    """One token more at a context, fp32: ours, compiled or with MHA or GQA, and transformers' from its cache."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     theirs = deepseek_v3(ours)
@@ -137,9 +140,10 @@ def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
     past, last = theirs(tokens, use_cache=True).past_key_values, tokens[:, -1:]
     calls: dict[str, Callable[[], Any]] = {
         "ours": at_context(ours, context, batch, steps),
+        "ours compiled": at_context(ours, context, batch, steps, compile=True),
         "transformers grouped_mm": lambda: theirs(last, past_key_values=past),
     }
-    size = {"ours": 4 * count.cache_elements_per_token(config)}
+    size = dict.fromkeys(("ours", "ours compiled"), 4 * count.cache_elements_per_token(config))
     heads = config.attention.num_heads
     for name, kv_heads in (("ours with MHA", heads), ("ours with GQA, a quarter", max(1, heads // 4))):
         rival = with_attention(config, kv_heads)
@@ -159,24 +163,19 @@ def long_context(config: ModelConfig, rounds: int, contexts: tuple[int, ...]) ->
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     steps = RUN * (rounds + 1)
-    calls = {str(context): at_context(ours, context, 1, steps) for context in contexts}
-    source = {n: torch.randn(int(n) * count.cache_elements_per_token(config)) for n in calls}
-    target = {n: torch.empty_like(t) for n, t in source.items()}
-    runs: dict[str, Callable[[], Any]] = {n: lambda c=c: [c() for _ in range(RUN)] for n, c in calls.items()}
-    copies = {f"copy {n}": lambda n=n: [target[n].copy_(source[n]) for _ in range(RUN)] for n in calls}
-    seconds = in_turns({**runs, **copies}, rounds)
-    found: dict[str, Any] = {}
-    for n in calls:
-        step, copy = (1e3 * min(seconds[name]) / RUN for name in (n, f"copy {n}"))
-        found[n] = {"ms": round(step, 3), "latent_mb": source[n].nbytes / 1e6, "copy_ms": round(copy, 3)}
-    short, long = str(contexts[0]), str(contexts[-1])
-    grown = found[long]["ms"] - found[short]["ms"]
-    found["growth"] = {
-        "more_ms": round(grown, 3),
-        "more_ms_of_copying": round(found[long]["copy_ms"] - found[short]["copy_ms"], 3),
-        "times": round(found[long]["ms"] / found[short]["ms"], 2),
-        "times_the_latent": contexts[-1] / contexts[0],
-    }
+    calls: dict[str, Callable[[], Any]] = {}
+    bytes_read = {}
+    for n in contexts:
+        source = torch.randn(n * count.cache_elements_per_token(config))
+        calls[f"{n} ms"] = at_context(ours, n, 1, steps)
+        calls[f"{n} compiled_ms"] = at_context(ours, n, 1, steps, compile=True)
+        calls[f"{n} copy_ms"] = partial(torch.empty_like(source).copy_, source)
+        bytes_read[n] = source.nbytes
+    runs = {name: lambda call=call: [call() for _ in range(RUN)] for name, call in calls.items()}
+    found: dict[str, Any] = {str(n): {"latent_mb": bytes_read[n] / 1e6} for n in contexts}
+    for name, seconds in in_turns(runs, rounds).items():
+        n, what = name.split()
+        found[n][what] = round(1e3 * min(seconds) / RUN, 3)
     return found
 
 

@@ -115,7 +115,8 @@ def chat(options: Any) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # any bytes may be said
     print("Say something; the model goes on from all that was said. An empty line ends it.")
     window = config.model.max_length or config.train.context
-    engine = Engine(model, 1, window, compile=options.compile)  # what was said stays in its cache for the next turn
+    # what was said stays in its cache for the next turn
+    engine = Engine(model, 1, window, compile=options.compile)
     history: list[int] = []
     messages: list[dict[str, str]] = []
     while True:
