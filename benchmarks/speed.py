@@ -131,7 +131,7 @@ def at_context(
 
 @torch.inference_mode()
 def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
-    """One token more at a context, fp32: ours, compiled or with MHA or GQA, and transformers' from its cache."""
+    """One token more at a context, fp32: ours as it is, compiled, with MHA and with GQA, and transformers."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     theirs = deepseek_v3(ours)
