@@ -17,7 +17,6 @@ from torch import Tensor
 from .rope import RotaryEmbedding
 
 PAGE = 64  # tokens a page
-NEVER = 2**40  # a position that no text comes to
 ROWS = 8  # a product's rows are filled up to a multiple of this: a CPU rounds a row by how many share one
 
 
@@ -180,9 +179,8 @@ class Plan:
     Args:
         tables: the pages of each row.
         lengths: how many tokens each holds.
-        compiled: for a compiled step. What is fastest there is not filled up, and reads at least one page
-            more than it has rows (its keys, behind every query, count nothing): torch.compile takes sizes
-            that are equal, or 1, for always so.
+        compiled: for a compiled step, which needs no filling, and at least one page more than rows:
+            torch.compile would take sizes that are equal, or 1, for always so.
 
     Attributes:
         positions: (filled,) int64, of the tokens, those of a row next to each other. Filled up to a multiple
@@ -214,8 +212,8 @@ class Plan:
         filling = [0] * (-len(positions) % ROWS)
         if compiled:
             filling = []
-            if len(seen) == len(lengths):
-                seen, reader, keys = [*seen, seen[-1]], [*reader, reader[-1]], [*keys, NEVER]
+            if len(seen) == len(lengths):  # the last text's only page once more: softmax stays the same
+                seen, reader, keys = ([*part, part[-1]] for part in (seen, reader, keys))
         order = range(len(seen))
         parts = (positions + filling, pages, seen, reader, keys, order, starts)
         self.positions, self.page, self.seen, self.reader, self.keys, self.order, self.starts = (

@@ -21,6 +21,7 @@ ROUTINGS = {  # (tokens, top_k); a few tokens, a few more, and 16 or more take d
     "empty slots": torch.tensor([[2, -1], [-1, 0], [-1, -1], [4, 1]] * 5),
     "all slots empty": torch.full((4, 3), -1),
     "the same expert twice": torch.tensor([[2, 2], [0, 2]]),
+    "an empty slot": torch.tensor([[3, -1]]),
     "one token": torch.tensor([[4, 1, 2]]),
     "no token": torch.empty(0, 2, dtype=torch.int64),
 }
@@ -63,16 +64,16 @@ def gradients(y, of):
 
 
 @pytest.mark.parametrize("experts", ROUTINGS.values(), ids=ROUTINGS)
-@pytest.mark.parametrize("path", ["forward", "reference", "by_block"])
+@pytest.mark.parametrize("path", ["forward", "reference", "by_block", "by_slot"])
 def test_output_and_gradients_equal_the_equation(path, experts):
     layer = Experts(NUM_EXPERTS, DIM, HIDDEN).double()
     x, weights = inputs(experts)
     parameters = (x, weights, layer.gate_up, layer.down)
     want = by_hand(x, experts, weights, layer.gate_up, layer.down)
-    if path == "by_block":
-        y = layer.by_block(x, experts, weights, layer.gate_up, layer.down)
-    else:
-        y = getattr(layer, path)(x, routing_of(experts, weights))
+    given = (x, routing_of(experts, weights))
+    if path in ("by_block", "by_slot"):
+        given = (x, experts, weights, layer.gate_up, layer.down)
+    y = getattr(layer, path)(*given)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-14)
     if y.requires_grad:  # not where the loop of the equation had nothing to do
         for mine, theirs in zip(gradients(y, parameters), gradients(want, parameters)):
@@ -144,7 +145,7 @@ def test_autocast_decides_the_dtype_before_the_input():
 )
 def test_a_sick_token_does_not_disturb_the_others(path, tokens, sick, poison):
     layer = Experts(NUM_EXPERTS, 16, 8)
-    experts = torch.randint(0 if path == "by_slot" else -1, NUM_EXPERTS, (tokens, 2))
+    experts = torch.randint(-1, NUM_EXPERTS, (tokens, 2))
     experts[sick, 0] = 1
     x, weights = inputs(experts, torch.float32, dim=16)
     clean = getattr(layer, path)(x, experts, weights, layer.gate_up, layer.down)
