@@ -124,7 +124,8 @@ class Experts(nn.Module):
         """
         chosen = experts.flatten().clamp(min=0)  # an empty slot gets an expert, too ...
         same = 1 if torch.compiler.is_compiling() else 8
-        rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * same, -1).reshape(len(chosen), same, tokens.shape[1])
+        rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * same, -1)
+        rows = rows.reshape(len(chosen), same, tokens.shape[1])
         hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, same, hidden)
         outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
         outputs = outputs.masked_fill(experts.reshape(-1, 1) < 0, 0)  # ... whose output is left out
