@@ -166,7 +166,15 @@ class TrainConfig(Section):
     beta2: float = number(0.95, 0, 0.999999)
     grad_clip: float = number(1.0)  # the gradient's largest norm; 0: any
     bias_update_rate: float = number(0.001)  # step of the selection bias (V3's gamma); 0: none
+    bias_update: str = choice("sign", "centred", "proportional")  # by sign; less its mean; by the gap itself
     sequence_loss: float = number(0.0001)  # weight of the sequence-wise balance loss (V3's alpha)
+    switch_loss: float = number(0.0)  # weight of the balance loss over a forward pass (Switch: 0.01)
+    global_batch_loss: float = number(0.0)  # weight of the same, load of the step's passes so far
+    z_loss: float = number(0.0)  # weight of the router's z-loss (ST-MoE: 0.001)
+    device_loss: float = number(0.0)  # weight of the balance loss over devices (V2: 0.05)
+    communication_loss: float = number(0.0)  # weight of the loss over what devices receive (V2: 0.02)
+    num_devices: int = number(1, 1)  # equal groups of experts that the two losses above even out
+    top_devices: int = number(1, 1)  # the most devices that a token is sent to (V2's M)
     seed: int = number(0, 0, 2**63 - 1)
     log_every: int = number(10, 1)
     eval_every: int = number(100, 1)
@@ -179,6 +187,16 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile of the blocks: slow to start, then quicker; needs a C++ compiler
     recompute: bool = False  # run each block once more in the backward pass: slower, in less memory
     tensorboard: bool = False  # write event files too
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_devices > self.num_devices:
+            raise ValueError(
+                f"train.top_devices {self.top_devices} is more than num_devices {self.num_devices}"
+            )
+        for name in ("device_loss", "communication_loss"):
+            if getattr(self, name) and self.num_devices == 1:
+                raise ValueError(f"train.{name}: one device has nothing to even out; set train.num_devices")
 
 
 @dataclass(frozen=True)
@@ -198,6 +216,14 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model.moe.num_experts % self.train.num_devices:
+            raise ValueError(
+                f"model.moe.num_experts {self.model.moe.num_experts} is not a multiple of "
+                f"train.num_devices {self.train.num_devices}"
+            )
 
     @classmethod
     def preset(cls, name: str) -> Self:

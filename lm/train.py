@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe import balance
+from moe import Routing, balance, metrics
 
 from . import checkpoint, count, data, loss, machine
 from .config import Config, ModelConfig, TrainConfig
@@ -92,6 +92,25 @@ def run_block(config: TrainConfig) -> Callable[..., Any]:
     if config.recompute:
         run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
     return run
+
+
+def balance_loss(routing: Routing, tokens_per_expert: Tensor, config: TrainConfig) -> Tensor | float:
+    """The balance losses of one layer, each times its weight; those of weight 0 are left out.
+
+    tokens_per_expert (experts,), of the step so far -> ()
+
+    The global batch is taken as it fills up, its load counted up to this forward pass (arXiv 2501.11873).
+    """
+    devices = config.num_devices
+    losses: list[tuple[float, Callable[[], Tensor]]] = [
+        (config.sequence_loss, lambda: balance.sequence_loss(routing)),
+        (config.switch_loss, lambda: balance.switch_loss(routing)),
+        (config.global_batch_loss, lambda: balance.switch_loss(routing, None, tokens_per_expert)),
+        (config.z_loss, lambda: balance.z_loss(routing)),
+        (config.device_loss, lambda: balance.device_loss(routing, devices)),
+        (config.communication_loss, lambda: balance.communication_loss(routing, devices, config.top_devices)),
+    ]
+    return sum(weight * loss() for weight, loss in losses if weight)
 
 
 class Trainer:
@@ -202,12 +221,11 @@ class Trainer:
             with self.autocast():
                 hidden, routings = self.model.trunk(inputs, run=self.run_block)
                 main = loss.head_cross_entropy(self.model.norm(hidden), self.model.head.weight, targets)
-            even = [balance.sequence_loss(routing) for routing in routings]
-            objective = main + train.sequence_loss * sum(even)  # V3 eq. 17, of each layer
-            (objective / train.accumulation).backward()
-            total += main.detach() / train.accumulation
             here = [balance.tokens_per_expert(routing) for routing in routings]
             counts = [a + b for a, b in zip(counts, here)] if counts else here
+            objective = main + sum(balance_loss(*layer, train) for layer in zip(routings, counts))
+            (objective / train.accumulation).backward()
+            total += main.detach() / train.accumulation
         limit = train.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.check_finite(step, loss=float(total), gradient_norm=float(grad_norm))
@@ -216,9 +234,11 @@ class Trainer:
         if train.bias_update_rate:
             for router, count in zip(self.model.routers(), counts):
                 if "bias" in dict(router.named_buffers(recurse=False)):  # not a trained bias of your own
-                    balance.update_bias_(router, count, train.bias_update_rate)
+                    kinds = {kind: train.bias_update == kind for kind in ("centred", "proportional")}
+                    balance.update_bias_(router, count, train.bias_update_rate, **kinds)
         tokens = train.batch_size * train.accumulation * train.context
         self.state.update(step=step, tokens=self.state["tokens"] + tokens)
+        counts = [count.cpu() for count in counts]
         violations = [float(balance.max_violation(count)) for count in counts]
         return {
             "step": step,
@@ -228,6 +248,8 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "max_violation": sum(violations) / max(1, len(violations)),
             "max_violations": violations,  # of each MoE layer
+            "load_entropies": [float(metrics.load_entropy(count)) for count in counts],
+            "dead_experts": [int(metrics.dead_experts(count)) for count in counts],
             "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
         }
 

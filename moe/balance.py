@@ -24,12 +24,22 @@ def sequence_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return mean_over_sequences((load * share).sum(-1), real)  # V3 eq. 17; autocast would round an einsum
 
 
-def switch_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def switch_loss(
+    routing: Routing, mask: Tensor | None = None, tokens_per_expert: Tensor | None = None
+) -> Tensor:
     """Load-balancing loss over the whole batch (Switch Transformer eq. 4-6), for any top_k.
 
     routing (..., ...) -> ()
+
+    Args:
+        tokens_per_expert: (experts,), to take the load from where this routing is a part of a global batch
+            (arXiv 2501.11873): the whole's counts. The mean over equal parts is then the whole's loss.
     """
-    return sequence_loss(*as_one_sequence(routing, mask))
+    load, share, real = load_and_share(*as_one_sequence(routing, mask))
+    if tokens_per_expert is not None:
+        check_counts(tokens_per_expert, share.shape[-1:])
+        load = relative_load(tokens_per_expert.to(share))
+    return mean_over_sequences((load * share).sum(-1), real)  # Switch Transformer eq. 4
 
 
 def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -40,7 +50,7 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     real = real_tokens(routing, mask)
     logits = routing.logits.where(real.unsqueeze(-1), 0)  # before the log: its gradient at inf and NaN is NaN
     values = logits.logsumexp(-1).square()  # (...)
-    return values.where(real, 0).sum() / real.sum().clamp(min=1)
+    return mean_over_tokens(values, real)
 
 
 def device_loss(routing: Routing, num_devices: int, mask: Tensor | None = None) -> Tensor:
@@ -86,23 +96,28 @@ def tokens_per_expert(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     routing (..., ...) -> (experts,) int64
     """
-    num_experts = routing.scores.shape[-1]
-    slots = routing.experts.where(real_tokens(routing, mask).unsqueeze(-1), -1).flatten() + 1
-    return slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))[1:]
+    return count_indices(slots_from_1(routing, mask), routing.scores.shape[-1] + 1)[1:]
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
     """MaxVio: how far the busiest expert is above the mean, in means (arXiv 2408.15664 section 4.1).
 
-    tokens_per_expert (experts,) -> (); 0 is perfect balance, num_experts / top_k - 1 the worst
+    tokens_per_expert (..., experts) -> (...); 0 is perfect balance, num_experts / top_k - 1 the worst
+
+    Counts of one batch give MaxVio_batch, the sum of many batches' counts MaxVio_global: batches that are
+    each uneven in another way are even together.
     """
-    load = tokens_per_expert.double()
-    mean = load.mean()
-    return torch.where(mean > 0, (load.max() - mean) / mean.clamp(min=1e-300), 0.0)
+    return violations(tokens_per_expert.double()).amax(-1)
 
 
 @torch.no_grad()
-def update_bias_(router: nn.Module, tokens_per_expert: Tensor, rate: float, centred: bool = False) -> None:
+def update_bias_(
+    router: nn.Module,
+    tokens_per_expert: Tensor,
+    rate: float,
+    centred: bool = False,
+    proportional: bool = False,
+) -> None:
     """One step of loss-free balancing: busy experts' bias down by rate, idle ones' up (V3 section 2.1.2).
 
     Call it once an optimizer step with the counts of the whole batch, all accumulation steps and processes.
@@ -111,17 +126,18 @@ def update_bias_(router: nn.Module, tokens_per_expert: Tensor, rate: float, cent
         tokens_per_expert: (experts,), of this router.
         rate: the step of the bias, 0.001 in V3 (gamma).
         centred: subtract the mean step, so that the biases' sum stays put; the choices are the same.
+        proportional: rate times how far the load is from the mean, and not its sign alone (arXiv 2408.15664
+            section 4.3). Counted in means, as MaxVio, so that a rate suits any batch size; the sum stays put.
     """
     bias = getattr(router, "bias", None)
     if bias is None:
         raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has")
-    if tokens_per_expert.shape != bias.shape:
-        shape = tuple(tokens_per_expert.shape)
-        raise ValueError(f"tokens_per_expert has shape {shape}; the router expects {tuple(bias.shape)}")
+    check_counts(tokens_per_expert, bias.shape)
     if not 0 <= rate < float("inf"):
         raise ValueError(f"rate={rate} must be finite and at least 0")
-    load = tokens_per_expert.to(bias.device, torch.float64)
-    step = (load.mean() - load).sign()  # towards the mean, by a fixed step however far
+    step = -violations(tokens_per_expert.to(bias.device, torch.float64))  # towards the mean ...
+    if not proportional:
+        step = step.sign()  # ... by a fixed step however far
     if centred:
         step = step - step.mean()
     bias.add_(step.to(bias.dtype), alpha=rate)
@@ -138,17 +154,33 @@ def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
     scores = scores.where(real.unsqueeze(-1), 0)  # before the division: its gradient at NaN is NaN
     chosen = one_hot(experts, num_experts).sum(2) * real.unsqueeze(-1)  # (batch, time, experts)
     count = chosen.sum(1).to(scores.dtype)  # (batch, experts); no gradient: only the share carries one
-    load = count * num_experts / count.sum(-1, keepdim=True).clamp(min=1)  # V3 eq. 18; the sum is K T
+    load = relative_load(count)
     normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 19
     total = real.sum(-1, keepdim=True).clamp(min=1)
     share = normalized.sum(1) / total  # V3 eq. 20
     return load, share, real
 
 
+def relative_load(count: Tensor) -> Tensor:
+    """count (..., experts) -> the same in means, 1 when even; 0 where there is no token"""
+    return count * count.shape[-1] / count.sum(-1, keepdim=True).clamp(min=1)  # V3 eq. 18; the sum is K T
+
+
+def violations(tokens_per_expert: Tensor) -> Tensor:
+    """(..., experts) -> the same: each load less the mean, in means; 0 where there is no token"""
+    mean = tokens_per_expert.mean(-1, keepdim=True)
+    return (tokens_per_expert - mean) / mean.where(mean > 0, 1)
+
+
 def mean_over_sequences(values: Tensor, real: Tensor) -> Tensor:
     """values (batch,), real (batch, time) -> (), over the sequences that have a token"""
     present = real.any(-1)
     return values.where(present, 0).sum() / present.sum().clamp(min=1)
+
+
+def mean_over_tokens(values: Tensor, real: Tensor) -> Tensor:
+    """values (...), real (...) -> (), 0 where there is no token"""
+    return values.where(real, 0).sum() / real.sum().clamp(min=1)
 
 
 def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
@@ -160,6 +192,17 @@ def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
         found, wanted = f"{mask.dtype} {tuple(mask.shape)}", f"torch.bool {tuple(shape)}"
         raise ValueError(f"mask is {found}; expected {wanted}, True for a real token")
     return mask
+
+
+def slots_from_1(routing: Routing, mask: Tensor | None) -> Tensor:
+    """(..., top_k) int64: each slot's expert, counted from 1; 0 for a slot that is empty or of padding"""
+    return routing.experts.where(real_tokens(routing, mask).unsqueeze(-1), -1) + 1
+
+
+def count_indices(indices: Tensor, size: int) -> Tensor:
+    """indices (...) int64 -> (size,) int64, how often each of 0..size - 1 is there"""
+    indices = indices.flatten()
+    return indices.new_zeros(size).scatter_add_(0, indices, torch.ones_like(indices))
 
 
 def as_sequences(values: Tensor) -> Tensor:
@@ -176,6 +219,13 @@ def as_one_sequence(routing: Routing, mask: Tensor | None) -> tuple[Routing, Ten
 def one_hot(indices: Tensor, size: int) -> Tensor:
     """indices (...) -> (..., size) int64; all 0 for an empty slot, -1"""
     return nn.functional.one_hot(indices + 1, size + 1)[..., 1:]
+
+
+def check_counts(tokens_per_expert: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError unless there is a count for each expert."""
+    if tokens_per_expert.shape != shape:
+        found = tuple(tokens_per_expert.shape)
+        raise ValueError(f"tokens_per_expert has shape {found}; the router expects {tuple(shape)}")
 
 
 def check_devices(routing: Routing, num_devices: int) -> int:

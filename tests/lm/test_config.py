@@ -56,6 +56,9 @@ def test_toml_round_trip_keeps_every_value(tmp_path_factory, table, groups, size
     }
     table["model"]["moe"]["shared_gate"] &= table["model"]["moe"]["num_shared_experts"] > 0
     table["model"]["attention"]["qk_norm"] &= table["model"]["attention"]["kind"] != "mla"
+    table["train"] |= {"num_devices": groups, "top_devices": min(table["train"]["top_devices"], groups)}
+    if groups == 1:
+        table["train"] |= {"device_loss": 0.0, "communication_loss": 0.0}
     config = Config.from_dict(table)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
@@ -63,6 +66,14 @@ def test_toml_round_trip_keeps_every_value(tmp_path_factory, table, groups, size
     assert tomllib.loads(config.to_toml()) == dataclasses.asdict(config)
 
 
+LOSSES = (
+    "sequence_loss",
+    "switch_loss",
+    "global_batch_loss",
+    "z_loss",
+    "device_loss",
+    "communication_loss",
+)
 SECTIONS = ["model", "model.attention", "model.rope", "model.moe", "train", "data"]
 LIMITS = [
     (f"{path}.{item.name}", item.metadata, types[item.name])
@@ -170,6 +181,36 @@ def test_an_option_without_what_it_changes_is_refused(section, table, said):
     with pytest.raises(ValueError, match=said) as caught:
         Config.from_dict({"model": {section: table}})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ({"num_devices": 3}, "model.moe.num_experts 16 is not a multiple of train.num_devices 3"),
+        ({"num_devices": 4, "top_devices": 5}, "train.top_devices 5 is more than num_devices 4"),
+        (
+            {"device_loss": 0.05},
+            "train.device_loss: one device has nothing to even out; set train.num_devices",
+        ),
+        (
+            {"communication_loss": 0.02},
+            "train.communication_loss: one device has nothing to even out; set train.num_devices",
+        ),
+        ({"bias_update": "center"}, "train.bias_update: one of sign, centred, proportional, got 'center'"),
+    ],
+)
+def test_ways_to_balance_that_do_not_fit_are_refused_in_one_line(table, said):
+    with pytest.raises(ValueError) as caught:
+        Config.from_dict({"train": table})
+    assert str(caught.value).removesuffix(" (did you mean 'centred'?)") == said
+
+
+def test_every_way_to_balance_fits_every_other(tmp_path):
+    train = {name: 0.5 for name in LOSSES} | {"num_devices": 4, "top_devices": 2, "bias_update": "centred"}
+    config = Config.from_dict({"train": train})
+    assert all(getattr(config.train, name) == value for name, value in train.items())
+    defaults = dataclasses.asdict(Config().train)
+    assert all(defaults[name] == 0 for name in LOSSES if name != "sequence_loss")
 
 
 def test_more_dense_layers_than_layers_are_refused():

@@ -28,6 +28,16 @@ from moe import balance
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds", "tokens_per_second")
+LOSSES = {  # name in the config -> of a routing, with the step's counts so far
+    "sequence_loss": lambda routing, counts: balance.sequence_loss(routing),
+    "switch_loss": lambda routing, counts: balance.switch_loss(routing),
+    "global_batch_loss": lambda routing, counts: balance.switch_loss(routing, None, counts),
+    "z_loss": lambda routing, counts: balance.z_loss(routing),
+    "device_loss": lambda routing, counts: balance.device_loss(routing, 4),
+    "communication_loss": lambda routing, counts: balance.communication_loss(routing, 4, 2),
+}
+DEVICES = {"num_devices": 4, "top_devices": 2}
+EVERY_LOSS = {**DEVICES, **{name: 0.1 * number for number, name in enumerate(LOSSES, 1)}}
 OWN_PARTS = """
 import torch
 from torch import nn
@@ -168,8 +178,9 @@ def test_a_stopped_and_resumed_run_equals_the_unbroken_one(tiny, trained_once, t
         {"model": {"tie_embeddings": True}, "train": {"accumulation": 2}},
         {"model": {"num_dense_layers": 3}, "train": {"dtype": "bfloat16"}},
         {"train": {"dtype": "bfloat16", "decay": 0.3, "weight_decay": 0.0, "grad_clip": 0.0}},
+        {"train": {"accumulation": 2, "bias_update": "proportional", **EVERY_LOSS}},
     ],
-    ids=["gqa", "tied, accumulation", "dense, bf16", "bf16"],
+    ids=["gqa", "tied, accumulation", "dense, bf16", "bf16", "every balance loss"],
 )
 def test_other_models_resume_bit_for_bit_too(tiny, tmp_path, monkeypatch, changes):
     config = tiny(**changes)
@@ -178,6 +189,22 @@ def test_other_models_resume_bit_for_bit_too(tiny, tmp_path, monkeypatch, change
     assert train.train(config, tmp_path / "run") == 143
     assert train.train(config, tmp_path / "run", resume=True) == 0
     equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_from_before_there_were_other_ways_to_balance_goes_on(
+    tiny, trained_once, tmp_path, monkeypatch
+):
+    stop_at(monkeypatch, [5], signal.SIGINT)
+    run, new = tmp_path / "run", (*DEVICES, *LOSSES, "bias_update ", "load_entropies", "dead_experts")
+    assert train.train(tiny(), run) == 130
+    lines = (run / "config.toml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(new) or line.startswith("sequence_loss")]
+    assert len(lines) - len(kept) == 8
+    (run / "config.toml").write_text("\n".join(kept))
+    rows = [{key: value for key, value in row.items() if key not in new} for row in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train.train(Config.load(run / "config.toml"), run, resume=True) == 0
+    assert stored(run) == stored(trained_once) and len(logged(run)) == len(logged(trained_once))
 
 
 def test_a_resumed_run_goes_over_a_damaged_checkpoint(tiny, trained, trained_once):
@@ -749,9 +776,21 @@ def counts_of_the_batch(trainer, batches):
     return found
 
 
+def bias_steps(loads, kind):
+    """How a bias moves at rate 1, by the config's words for it."""
+    mean = sum(loads) / len(loads)
+    signs = [(mean > load) - (mean < load) for load in loads]
+    return {
+        "sign": signs,
+        "centred": [sign - sum(signs) / len(signs) for sign in signs],
+        "proportional": [1 - load / mean for load in loads],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["sign", "centred", "proportional"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(tiny, tmp_path, accumulation):
-    config = tiny(train={"accumulation": accumulation, "bias_update_rate": 0.25})
+def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(tiny, tmp_path, accumulation, kind):
+    config = tiny(train={"accumulation": accumulation, "bias_update_rate": 0.25, "bias_update": kind})
     trainer = trainer_of(config, tmp_path)
     want = [[0.0] * 8, [0.0] * 8]
     for step in (1, 2, 3):
@@ -764,9 +803,14 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_whole_batch(tiny, tmp_p
             mean = sum(loads) / 8
             assert sum(loads) == accumulation * 4 * 16 * 2
             assert row["max_violations"][layer] == pytest.approx(max(loads) / mean - 1)
-            for expert, load in enumerate(loads):
-                want[layer][expert] += 0.25 * ((mean > load) - (mean < load))
-        assert [router.bias.tolist() for router in trainer.model.routers()] == want
+            shares = [load / sum(loads) for load in loads if load]
+            entropy = -sum(share * math.log(share, 8) for share in shares)
+            assert row["load_entropies"][layer] == pytest.approx(entropy)
+            assert row["dead_experts"][layer] == 8 - len(shares)
+            for expert, move in enumerate(bias_steps(loads, kind)):
+                want[layer][expert] += 0.25 * move
+        for router, biases in zip(trainer.model.routers(), want):
+            assert router.bias.tolist() == pytest.approx(biases, rel=1e-5, abs=1e-6)
 
 
 def test_evaluation_and_samples_leave_the_bias_alone(tiny, tmp_path):
@@ -824,15 +868,40 @@ def test_with_many_logits_a_step_holds_a_few_at_once_and_is_the_same(tiny, tmp_p
     assert len(sizes) > 6
 
 
-def test_the_sequence_loss_is_trained_on_and_not_logged(tiny, tmp_path):
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_balance_loss_is_trained_on_and_not_logged(tiny, tmp_path, name):
     rows, weights = [], []
     for factor in (0.0, 100.0):
-        trainer = trainer_of(tiny(train={"sequence_loss": factor, "grad_clip": 0.0}), tmp_path)
-        rows.append(trainer.step(1))
+        balances = {"sequence_loss": 0.0, **DEVICES, name: factor}
+        trainer = trainer_of(tiny(train={**balances, "grad_clip": 0.0}), tmp_path)
+        held_out = trainer.evaluate(None)
+        rows.append({**trainer.step(1), "val_loss": held_out})
         weights.append(trainer.model.routers()[0].weight.detach().clone())
-    assert rows[0]["loss"] == rows[1]["loss"]
+    assert rows[0]["loss"] == rows[1]["loss"] and rows[0]["val_loss"] == rows[1]["val_loss"]
     assert rows[1]["grad_norm"] > rows[0]["grad_norm"]
     assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("names", [*([name] for name in LOSSES), list(LOSSES), []], ids="+".join)
+def test_a_steps_gradient_is_of_the_loss_and_the_weighted_balance_losses_of_each_layer(tiny, tmp_path, names):
+    weights = {"sequence_loss": 0.0, **{name: 1 / number for number, name in enumerate(names, 3)}}
+    config = tiny(train={**DEVICES, **weights, "accumulation": 3, "grad_clip": 0.0})
+    trainer, twin = trainer_of(config, tmp_path, torch.float64), trainer_of(config, tmp_path, torch.float64)
+    counts = [0, 0]
+    for part in range(3):
+        inputs, targets = twin.windows.batch(part * 4, 4)
+        out = twin.model(inputs)
+        objective = nn.functional.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
+        for layer, routing in enumerate(out.routings):
+            counts[layer] = counts[layer] + balance.tokens_per_expert(routing)
+            for name in names:
+                objective = objective + weights[name] * LOSSES[name](routing, counts[layer])
+        (objective / 3).backward()
+    found = []
+    trainer.optimizer.step = lambda: found.extend(p.grad.clone() for p in trainer.model.parameters())
+    trainer.step(1)
+    for ours, theirs in zip(found, twin.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient_of_loss_and_balance(tiny, tmp_path):

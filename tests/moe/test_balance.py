@@ -82,6 +82,48 @@ def test_one_loss_a_sequence_is_not_one_loss_a_batch():
     assert balance.switch_loss(routing) == 1  # together they are in balance
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_counts_of_its_own_the_load_is_theirs_and_the_share_the_routings(masked):
+    routing, mask = uneven(empty_slots=True), some_mask() if masked else None
+    keep = torch.ones(BATCH, TIME, dtype=torch.bool) if mask is None else mask
+    tokens = list(zip(routing.experts[keep].tolist(), routing.scores[keep].tolist()))
+    _, share = load_and_share(tokens)
+    counts = [7, 0, 1, 40, 2, 5]  # 55 slots
+    want = sum(NUM_EXPERTS * count / 55 * p for count, p in zip(counts, share))
+    got = balance.switch_loss(routing, mask, torch.tensor(counts))
+    assert got.item() == pytest.approx(want, rel=1e-12)
+    run = lambda v: balance.switch_loss(routing._replace(scores=v), mask, torch.tensor(counts))  # noqa: E731
+    assert torch.autograd.gradcheck(run, routing.scores.requires_grad_())
+
+
+def test_parts_with_the_counts_of_the_whole_have_the_loss_and_gradient_of_the_whole():
+    whole = uneven()
+    parts = [Routing(*(field[i] for field in whole)) for i in range(BATCH)]
+    counts = balance.tokens_per_expert(whole)
+
+    def mean_of_parts(scores, counts):
+        losses = [balance.switch_loss(p._replace(scores=s), None, counts) for p, s in zip(parts, scores)]
+        return sum(losses) / BATCH
+
+    values, gradients = [], []
+    for loss in (
+        lambda scores: balance.switch_loss(whole._replace(scores=scores)),
+        lambda scores: mean_of_parts(scores, counts),
+        lambda scores: mean_of_parts(scores, None),
+    ):
+        scores = whole.scores.clone().requires_grad_()
+        values.append(loss(scores))
+        gradients.append(torch.autograd.grad(values[-1], scores)[0])
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-15)
+    assert abs(values[2] - values[0]) > 0.01  # each part's own load is another loss
+
+
+def test_counts_of_another_number_of_experts_are_refused():
+    with pytest.raises(ValueError, match=r"tokens_per_expert has shape \(5,\); the router expects \(6,\)"):
+        balance.switch_loss(uneven(), None, torch.ones(5))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("scale", [0.01, 1, 7])
 def test_every_loss_is_1_at_perfect_balance(top_k, scale):
@@ -199,6 +241,12 @@ def test_max_violation_is_the_excess_of_the_busiest_over_the_mean(load, want):
     assert balance.max_violation(torch.tensor(load)).item() == pytest.approx(want, rel=1e-12)
 
 
+def test_batches_uneven_each_in_its_own_way_are_even_together():
+    counts = torch.tensor([[[6, 0, 3, 3], [1, 1, 1, 5]], [[0, 6, 3, 3], [2, 2, 2, 2]]])  # 2 batches, 2 layers
+    assert balance.max_violation(counts).tolist() == [[1, 1.5], [1, 0]]
+    assert balance.max_violation(counts.sum(0)).tolist() == [0, 0.75]  # MaxVio_global of each layer
+
+
 def router(num_experts=4, **options):
     return SigmoidRouter(dim=3, num_experts=num_experts, top_k=2, **options)
 
@@ -225,6 +273,21 @@ def test_bias_moves_by_rate_towards_the_mean_load(load, steps):
     assert centred.bias.sum() == pytest.approx(start.sum().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("load", [[5, 1, 3, 3], [900, 1, 1, 2], [0, 0, 0, 0], [0, 7, 0, 0]])
+def test_a_proportional_bias_moves_by_how_many_means_the_load_is_off(load, centred):
+    one, tenfold = router(), router()
+    start = torch.tensor([0.5, -0.25, 1.0, 2.0])
+    mean = sum(load) / 4 or 1
+    for target, times in ((one, 1), (tenfold, 10)):
+        target.bias.copy_(start)
+        balance.update_bias_(target, times * torch.tensor(load), 0.125, centred, proportional=True)
+    want = [b + 0.125 * (mean - c) / mean if sum(load) else b for b, c in zip(start.tolist(), load)]
+    assert one.bias.tolist() == pytest.approx(want, rel=1e-6)
+    assert torch.equal(one.bias, tenfold.bias)  # the rate suits any batch size
+    assert one.bias.sum() == pytest.approx(start.sum().item(), abs=1e-6)
+
+
 def test_rate_0_leaves_the_bias_alone():
     one = router()
     balance.update_bias_(one, torch.tensor([5, 1, 3, 3]), rate=0)
@@ -248,16 +311,16 @@ def test_bias_update_refuses_what_does_not_fit(target, load, rate, message):
         balance.update_bias_(target, torch.tensor(load), rate)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_bias_updates_balance_a_router_that_prefers_few_experts(centred):
+@pytest.mark.parametrize("how", [{}, {"centred": True}, {"proportional": True}])
+def test_bias_updates_balance_a_router_that_prefers_few_experts(how):
     one = SigmoidRouter(dim=16, num_experts=8, top_k=2)
     x = torch.randn(2048, 16) + 3 * one.weight[:2].detach().sum(0)  # almost every token likes experts 0 and 1
     load = lambda: balance.tokens_per_expert(one(x))  # noqa: E731
     assert balance.max_violation(load()) > 1.5
     for _ in range(300):
-        balance.update_bias_(one, load(), rate=0.005, centred=centred)
+        balance.update_bias_(one, load(), rate=0.005, **how)
     assert balance.max_violation(load()) < 0.15
-    assert not centred or one.bias.sum().abs() < 1e-4
+    assert not how or one.bias.sum().abs() < 1e-4
 
 
 @pytest.mark.parametrize("mask", [torch.ones(TIME, BATCH, dtype=torch.bool), torch.ones(BATCH, TIME)])
