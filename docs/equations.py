@@ -13,8 +13,12 @@ PAPERS = {
     "RoFormer": "RoFormer (arXiv 2104.09864)",
     "Switch Transformer": "Switch Transformer (arXiv 2101.03961)",
     "ST-MoE": "ST-MoE (arXiv 2202.08906)",
+    "Noisy Top-K": "Sparsely-gated mixture of experts (arXiv 1701.06538)",
+    "GShard": "GShard (arXiv 2006.16668), lines of algorithm 1",
+    "Expert Choice": "Expert Choice (arXiv 2202.09368)",
+    "Soft MoE": "Soft MoE (arXiv 2308.00951)",
 }
-TAG = re.compile(rf"({'|'.join(sorted(PAPERS, key=len, reverse=True))}) eq\. (\d+(?:(?:, |-)\d+)*)")
+TAG = re.compile(rf"({'|'.join(sorted(PAPERS, key=len, reverse=True))}) (?:eq\.|line) (\d+(?:(?:, |-)\d+)*)")
 
 
 def tags(path: Path) -> list[tuple[str, int, str, int, str]]:

@@ -90,7 +90,9 @@ class MoEConfig(Section):
     """Mixture of experts, in every layer after the dense ones."""
 
     name: ClassVar[str] = "model.moe"
-    router: str = "sigmoid"  # "sigmoid" (V3), "softmax" (V2), or "package.module:Class" of your own
+    # sigmoid (V3), softmax (V2), noisy, switch, gshard, expert_choice, hash, mixtral, random (moe/zoo.py), or
+    # "package.module:Class" of your own
+    router: str = "sigmoid"
     num_experts: int = number(16, 1)
     top_k: int = number(2, 1)
     hidden_dim: int = number(64, 1)  # of one expert
@@ -100,7 +102,8 @@ class MoEConfig(Section):
     top_groups: int = number(1, 1)  # groups a token may use
     normalize: bool = True  # divide the chosen weights by their sum
     routed_scaling_factor: float = number(1.0)
-    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of a class of your own
+    capacity_factor: float = number(0.0)  # in training an expert takes so many times its share; 0: any number
+    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of the router
 
     def __post_init__(self):
         super().__post_init__()

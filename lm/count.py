@@ -5,6 +5,17 @@ from typing import NamedTuple
 from .config import ModelConfig, nearest
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}  # of one number in a cache
+GATES = {  # matrices of num_experts x dim in a router
+    "sigmoid": 1,
+    "softmax": 1,
+    "noisy": 2,
+    "switch": 1,
+    "gshard": 1,
+    "expert_choice": 1,
+    "hash": 0,
+    "mixtral": 1,
+    "random": 0,
+}
 FP8_BLOCK = 128  # numbers of a latent in fp8 that share a scale in fp32
 
 
@@ -114,7 +125,7 @@ def parameters_by_part(config: ModelConfig, active: bool = False) -> dict[str, i
         "dense MLPs": config.num_dense_layers * 3 * config.dim * config.hidden_dim,
         "routed experts": layers * experts * expert_parameters(config),
         "shared experts": layers * (moe.num_shared_experts * expert_parameters(config) + gate),
-        "routers": layers * (moe.num_experts * config.dim + selection_biases(config)),
+        "routers": layers * (gates(config) * moe.num_experts * config.dim + selection_biases(config)),
         "norms": norm_parameters(config),
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
@@ -137,12 +148,17 @@ def expert_parameters(config: ModelConfig) -> int:
 
 
 def selection_biases(config: ModelConfig) -> int:
-    """One router's selection bias, if the router can be counted."""
-    if config.moe.router not in ("sigmoid", "softmax"):
+    """One router's selection bias."""
+    return config.moe.num_experts if config.moe.router == "sigmoid" else 0
+
+
+def gates(config: ModelConfig) -> int:
+    """One router's matrices, if the router can be counted."""
+    if config.moe.router not in GATES:
         raise ValueError(
             f"model.moe.router {config.moe.router!r}: only built-in routers can be counted by arithmetic"
         )
-    return config.moe.num_experts if config.moe.router == "sigmoid" else 0
+    return GATES[config.moe.router]
 
 
 def norm_parameters(config: ModelConfig) -> int:

@@ -22,11 +22,37 @@ from mla import (
     YaRN,
 )
 from mla.pages import ROWS, Plan
-from moe import Experts, Gated, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
+from moe import (
+    Capacity,
+    ExpertChoiceRouter,
+    Experts,
+    Gated,
+    GShardRouter,
+    HashRouter,
+    MixtralRouter,
+    MoE,
+    NoisyTopKRouter,
+    RandomRouter,
+    Routing,
+    SigmoidRouter,
+    SoftmaxRouter,
+    SwiGLU,
+    SwitchRouter,
+)
 
 from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 
-ROUTERS = {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}
+ROUTERS: dict[str, type[nn.Module]] = {
+    "sigmoid": SigmoidRouter,
+    "softmax": SoftmaxRouter,
+    "noisy": NoisyTopKRouter,
+    "switch": SwitchRouter,
+    "gshard": GShardRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "hash": HashRouter,
+    "mixtral": MixtralRouter,
+    "random": RandomRouter,
+}
 
 
 class Output(NamedTuple):
@@ -45,8 +71,11 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = build_attention(config.dim, config.attention, config.rope, config.norm_eps)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        dense = layer < config.num_dense_layers
-        self.mlp = SwiGLU(config.dim, config.hidden_dim) if dense else build_moe(config.dim, config.moe)
+        self.mlp: nn.Module
+        if layer < config.num_dense_layers:
+            self.mlp = SwiGLU(config.dim, config.hidden_dim)
+        else:
+            self.mlp = build_moe(config.dim, config.moe, config.vocab_size)
 
     def forward(
         self, x: Tensor, tokens: Tensor, cache: Any, positions: Tensor | None, mask: Tensor | None
@@ -210,18 +239,32 @@ def build_rope(dim: int, config: RopeConfig) -> RotaryEmbedding:
     return RotaryEmbedding(dim, config.theta, config.interleaved, scaling)
 
 
-def build_moe(dim: int, config: MoEConfig) -> MoE:
-    """The router that a config names, its experts, and the shared experts as one MLP."""
-    sizes = {**vars(config), "dim": dim}
-    if config.router in ROUTERS:
-        router = build_own("model.moe.router", ROUTERS[config.router], {}, sizes)
-    else:
-        router = build_own("model.moe.router", config.router, config.arguments, sizes)
+def build_moe(dim: int, config: MoEConfig, vocab_size: int = 0) -> MoE:
+    """The router that a config names, its experts, and the shared experts as one MLP.
+
+    vocab_size: for a router that goes by token ids.
+    """
     shared: nn.Module | None = None
     if config.num_shared_experts:
         shared = SwiGLU(dim, config.num_shared_experts * config.hidden_dim)
         shared = Gated(shared, dim) if config.shared_gate else shared
+    router = build_router(config, {**vars(config), "dim": dim, "vocab_size": vocab_size})
     return MoE(router, Experts(config.num_experts, dim, config.hidden_dim), shared)
+
+
+def build_router(config: MoEConfig, sizes: dict[str, Any]) -> nn.Module:
+    """The router that a config names, with limited room if capacity_factor says so."""
+    kind = ROUTERS.get(config.router, config.router)
+    known = inspect.signature(ROUTERS.get(config.router, SoftmaxRouter)).parameters
+    for name in ("num_groups", "routed_scaling_factor"):
+        if name not in known and sizes[name] != 1:
+            raise ValueError(f"model.moe.{name} {sizes[name]} must be 1: router {config.router!r} has none")
+    if kind is ExpertChoiceRouter:
+        if config.capacity_factor:
+            raise ValueError("model.moe.capacity_factor must be 0: the router 'expert_choice' goes by top_k")
+        sizes = {**sizes, "capacity_factor": config.top_k}  # experts a token, on average
+    router = build_own("model.moe.router", kind, config.arguments, sizes)
+    return Capacity(router, config.capacity_factor) if config.capacity_factor else router
 
 
 def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dict[str, Any]) -> nn.Module:
@@ -236,7 +279,7 @@ def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dic
     try:
         return cls(**{**given, **arguments})
     except TypeError as error:
-        raise ValueError(f"{name} {kind}: {error}") from None
+        raise ValueError(f"{name} {getattr(kind, '__name__', kind)}: {error}") from None
 
 
 def find_class(name: str, path: str) -> type[nn.Module]:

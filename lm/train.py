@@ -210,6 +210,7 @@ class Trainer:
         train = self.config.train
         began = time.perf_counter()
         self.model.train()
+        torch.manual_seed(train.seed + step)  # of a router's noise: the same, resumed or not
         rate = learning_rate(step, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -233,7 +234,8 @@ class Trainer:
         self.optimizer.zero_grad()
         if train.bias_update_rate:
             for router, count in zip(self.model.routers(), counts):
-                if "bias" in dict(router.named_buffers(recurse=False)):  # not a trained bias of your own
+                bias = getattr(router, "bias", None)
+                if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):  # which a gradient trains
                     kinds = {kind: train.bias_update == kind for kind in ("centred", "proportional")}
                     balance.update_bias_(router, count, train.bias_update_rate, **kinds)
         tokens = train.batch_size * train.accumulation * train.context

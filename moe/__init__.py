@@ -1,21 +1,43 @@
-"""Mixture-of-Experts layers of DeepSeek-V2 and V3: routers, experts, balance, metrics.
+"""Mixture-of-Experts layers of DeepSeek-V2 and V3: routers, experts, balance, metrics; and other routers.
 
 Needs torch and einops only; the folder works copied alone into another project.
 """
 
 from . import balance, metrics
+from .capacity import Capacity, DeviceDropping, devices_visited
 from .experts import Experts, Gated, SwiGLU
 from .layer import MoE
 from .router import Routing, SigmoidRouter, SoftmaxRouter
+from .zoo import (
+    ExpertChoiceRouter,
+    GShardRouter,
+    HashRouter,
+    MixtralRouter,
+    NoisyTopKRouter,
+    RandomRouter,
+    SoftMoE,
+    SwitchRouter,
+)
 
 __all__ = [
+    "Capacity",
+    "DeviceDropping",
+    "ExpertChoiceRouter",
     "Experts",
+    "GShardRouter",
     "Gated",
+    "HashRouter",
+    "MixtralRouter",
     "MoE",
+    "NoisyTopKRouter",
+    "RandomRouter",
     "Routing",
     "SigmoidRouter",
+    "SoftMoE",
     "SoftmaxRouter",
     "SwiGLU",
+    "SwitchRouter",
     "balance",
+    "devices_visited",
     "metrics",
 ]

@@ -81,9 +81,8 @@ def communication_loss(
     if not 1 <= top_devices <= num_devices:
         raise ValueError(f"top_devices={top_devices} must lie in 1..{num_devices}, the number of devices")
     _, share, real = load_and_share(routing, mask)
-    experts = as_sequences(routing.experts)
-    devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (batch, time, top_k); -1 stays
-    sent = one_hot(devices, num_devices).amax(2) * real.unsqueeze(-1)  # (batch, time, devices) 1: sent there
+    sent = sent_to(as_sequences(routing.experts), num_experts, num_devices)  # (batch, time, devices)
+    sent = sent * real.unsqueeze(-1)
     sent = sent.sum(1).to(share.dtype)  # (batch, devices)
     load = sent * num_devices / (top_devices * real.sum(1, keepdim=True)).clamp(min=1)  # V2 eq. 30
     by_device = "batch (devices experts) -> batch devices"
@@ -226,6 +225,12 @@ def check_counts(tokens_per_expert: Tensor, shape: torch.Size) -> None:
     if tokens_per_expert.shape != shape:
         found = tuple(tokens_per_expert.shape)
         raise ValueError(f"tokens_per_expert has shape {found}; the router expects {tuple(shape)}")
+
+
+def sent_to(experts: Tensor, num_experts: int, num_devices: int) -> Tensor:
+    """To which devices each token goes: experts (..., top_k) -> (..., devices) int64, 1 or 0"""
+    devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (..., top_k); -1 stays
+    return one_hot(devices, num_devices).amax(-2)
 
 
 def check_devices(routing: Routing, num_devices: int) -> int:

@@ -40,7 +40,10 @@ class MoE(nn.Module):
 
     def step(self, x: Tensor, count: int, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x (filled, dim), of which the first `count` rows are tokens and the rest fill up -> the same"""
-        routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
+        routed = x
+        if getattr(self.router, "mixes_tokens", False):  # what fills up must not take the tokens' places
+            routed, tokens = x[:count], None if tokens is None else tokens[:count]
+        routing = self.router(routed, tokens=tokens) if self.needs_tokens else self.router(routed)
         routing = Routing(*(part[:count] for part in routing))
         y = torch.zeros_like(x) if self.shared is None else self.shared(x)
         y[:count] += self.experts(x[:count], routing)

@@ -1,0 +1,250 @@
+"""The other routers, to compare with: from noisy top-k to Soft MoE.
+
+Noise is drawn from torch's own generator, as dropout's is, and but for `RandomRouter` only in training:
+torch.manual_seed repeats it, and recomputing in the backward pass restores it.
+"""
+
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from .capacity import check_factor, room
+from .router import Routing, check_sizes, router_logits
+
+
+class Gate(nn.Module):
+    """What the learned routers here have in common: one row of weights for each expert."""
+
+    def __init__(self, dim: int, num_experts: int, top_k: int):
+        super().__init__()
+        check_sizes(dim, num_experts, top_k, 1, 1, 1, 1.0)
+        self.dim = dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=dim**-0.5)
+
+
+class NoisyTopKRouter(Gate):
+    """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538): each expert's noise has a learned width.
+
+    x (..., dim) -> Routing, its logits with the noise
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int):
+        super().__init__(dim, num_experts, top_k)
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))  # the paper starts `weight` at 0, too
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = router_logits(x, self.weight)  # (..., experts)
+        if self.training:
+            width = F.softplus(router_logits(x, self.noise_weight))
+            logits = logits + torch.randn_like(logits) * width  # Noisy Top-K eq. 4
+        chosen, experts = logits.topk(self.top_k)  # Noisy Top-K eq. 5; what is not kept is -inf there
+        return Routing(experts, chosen.softmax(-1), logits.softmax(-1), logits)  # Noisy Top-K eq. 3
+
+
+class MixtralRouter(Gate):
+    """Router of Mixtral (arXiv 2401.04088 section 2.1): softmax over the chosen logits alone.
+
+    x (..., dim) -> Routing
+
+    The same as softmax over all, then normalised over the chosen: `SoftmaxRouter(normalize=True)`.
+    """
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = router_logits(x, self.weight)  # (..., experts)
+        chosen, experts = logits.topk(self.top_k)
+        return Routing(experts, chosen.softmax(-1), logits.softmax(-1), logits)
+
+
+class SwitchRouter(Gate):
+    """Router of Switch Transformer (arXiv 2101.03961): one expert, which counts as much as it is likely.
+
+    x (..., dim) -> Routing
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1):
+        check_top_k(self, top_k, 1)
+        super().__init__(dim, num_experts, top_k)
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = router_logits(x, self.weight)  # (..., experts)
+        scores = logits.softmax(-1)  # Switch Transformer eq. 1
+        # normalised, the weight would be 1 whatever the logits, and the router without a gradient
+        weights, experts = scores.topk(1)  # Switch Transformer eq. 2: p_i(x)
+        return Routing(experts, weights, scores, logits)
+
+
+class GShardRouter(Gate):
+    """Router of GShard (arXiv 2006.16668 algorithm 1): two experts, the second in training only at times.
+
+    x (..., dim) -> Routing; a second expert that is left out is an empty slot
+
+    The algorithm's capacity is `Capacity(router, capacity_factor)`.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int = 2):
+        check_top_k(self, top_k, 2)
+        super().__init__(dim, num_experts, top_k)
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = router_logits(x, self.weight)  # (..., experts)
+        scores = logits.softmax(-1)  # GShard line 2
+        best, experts = scores.topk(2)  # GShard line 5, 15
+        weights = best / best.sum(-1, keepdim=True)  # GShard line 6, 16
+        if self.training:
+            used = 2 * weights > torch.rand_like(weights)  # GShard line 17, 19; the first always is
+            experts, weights = experts.where(used, -1), weights.where(used, 0)
+        return Routing(experts, weights, scores, logits)
+
+
+class ExpertChoiceRouter(Gate):
+    """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes the tokens that want it most.
+
+    x (..., dim) -> Routing(experts (..., num_experts), ...): slot e is e, or empty
+
+    It chooses among all tokens of the call, over batch and time: a token's experts depend on its neighbours
+    and on what follows it. A causal model that is trained with it sees the future, so that its loss is too
+    good, and what it writes token by token is routed among other tokens than in training: a text alone
+    gives every expert its one token.
+
+    Args:
+        capacity_factor: experts a token, on average; an expert takes tokens x capacity_factor / num_experts,
+            rounded up.
+    """
+
+    mixes_tokens = True
+
+    def __init__(self, dim: int, num_experts: int, capacity_factor: float = 2.0):
+        super().__init__(dim, num_experts, num_experts)
+        check_factor(capacity_factor)
+        if capacity_factor > num_experts:
+            raise ValueError(f"{capacity_factor=} must be at most {num_experts}, the experts there are")
+        self.capacity_factor = capacity_factor
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = router_logits(x, self.weight)  # (..., experts)
+        scores = logits.softmax(-1)  # Expert Choice eq. 2
+        rows = scores.reshape(-1, self.num_experts)  # (tokens, experts)
+        taken = room(len(rows), self.num_experts, self.capacity_factor)  # Expert Choice eq. 1
+        best = rows.topk(taken, dim=0).indices  # (taken, experts)  # Expert Choice eq. 2
+        chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(0, best, True).view_as(scores)
+        experts = torch.arange(self.num_experts, device=x.device).where(chosen, -1)
+        return Routing(experts, scores.where(chosen, 0), scores, logits)
+
+
+class HashRouter(nn.Module):
+    """Hash layer (Roller et al. 2021, arXiv 2106.04426): a fixed table says each token id's expert.
+
+    x (..., dim), tokens (...) int64 -> Routing; its scores are 1 for the expert and 0 for the others
+
+    Args:
+        vocab_size: the ids are 0..vocab_size - 1.
+        seed: of the random table. The table is not saved: it is made from the seed again.
+    """
+
+    def __init__(self, num_experts: int, vocab_size: int, top_k: int = 1, seed: int = 0):
+        super().__init__()
+        check_top_k(self, top_k, 1)
+        check_sizes(1, num_experts, top_k, 1, 1, 1, 1.0)
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 1")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        draw = random.Random(seed).random  # unlike torch's, its numbers are promised to stay what they are
+        table = torch.tensor([int(draw() * num_experts) for _ in range(vocab_size)])  # (vocab,)
+        self.table: Tensor
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:
+        if tokens is None or tokens.shape != x.shape[:-1]:
+            found = None if tokens is None else tuple(tokens.shape)
+            raise ValueError(f"tokens is {found}; expected the ids that x came from, {tuple(x.shape[:-1])}")
+        experts = self.table.index_select(0, tokens.flatten()).view(*tokens.shape, 1)
+        weights = torch.ones_like(experts, dtype=torch.promote_types(x.dtype, torch.float32))
+        scores = F.one_hot(experts.squeeze(-1), self.num_experts).to(weights.dtype)  # (..., experts)
+        return Routing(experts, weights, scores, scores.log())
+
+
+class RandomRouter(nn.Module):
+    """The baseline: top_k different experts at random, others at each call, in training and after.
+
+    x (..., dim) -> Routing; all scores alike
+    """
+
+    def __init__(self, num_experts: int, top_k: int):
+        super().__init__()
+        check_sizes(1, num_experts, top_k, 1, 1, 1, 1.0)
+        self.num_experts = num_experts
+        self.top_k = top_k
+
+    def forward(self, x: Tensor) -> Routing:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = torch.zeros(*x.shape[:-1], self.num_experts, dtype=dtype, device=x.device)
+        experts = torch.rand_like(logits).topk(self.top_k).indices
+        weights = torch.full_like(experts, 1 / self.top_k, dtype=dtype)
+        return Routing(experts, weights, logits.softmax(-1), logits)
+
+
+class SoftMoE(nn.Module):
+    """Soft MoE (Puigcerver et al. 2023, arXiv 2308.00951): experts run on mixtures of all tokens.
+
+    x (batch, time, dim) -> y (batch, time, dim), routing
+
+    Not causal: every token of a sequence is mixed into every slot, so that earlier outputs change with later
+    inputs. For images and encoders, not for a language model that writes.
+
+    The Routing says what happens: each token goes to every expert, with the weights of its slots together.
+    An expert's work is slots_per_expert rows a sequence, always: balance is perfect, as `balance` finds.
+
+    Args:
+        experts: `Experts`, or any module (x, routing) -> y with `num_experts` and `dim`.
+        slots_per_expert: mixtures that each expert is run on.
+    """
+
+    def __init__(self, experts: Any, slots_per_expert: int = 1):
+        super().__init__()
+        if slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1")
+        self.experts = experts
+        self.num_experts = experts.num_experts
+        self.slots_per_expert = slots_per_expert
+        self.weight = nn.Parameter(torch.empty(self.num_experts * slots_per_expert, experts.dim))
+        self.scale = nn.Parameter(torch.ones(()))
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """tokens: not needed; there because MoE takes them."""
+        if x.ndim != 3:
+            raise ValueError(f"x is {tuple(x.shape)}; expected (batch, time, dim={self.weight.shape[1]})")
+        # both of length 1 (section 2.3): logits that grow with dim would leave one token a slot
+        weight = self.scale * F.normalize(self.weight, dim=-1)
+        logits = router_logits(F.normalize(x, dim=-1), weight)  # (batch, time, slots)
+        dispatch = logits.softmax(1).to(x.dtype)  # Soft MoE eq. 1: over the tokens
+        combine = logits.softmax(2)  # Soft MoE eq. 2: over the slots of all experts
+        rows = einsum(dispatch, x, "batch time slots, batch time dim -> batch slots dim")  # Soft MoE eq. 1
+        rows = self.experts(rows, self.slot_routing(rows))
+        back = "batch time slots, batch slots dim -> batch time dim"
+        y = einsum(combine.to(x.dtype), rows, back)  # Soft MoE eq. 2
+        by_expert = "batch time (experts slots) -> batch time experts slots"
+        logits = rearrange(logits, by_expert, experts=self.num_experts).logsumexp(-1)
+        scores = rearrange(combine, by_expert, experts=self.num_experts).sum(-1)  # (batch, time, experts)
+        everyone = torch.arange(self.num_experts, device=x.device).expand(scores.shape)
+        return y, Routing(everyone, scores, scores, logits)
+
+    def slot_routing(self, rows: Tensor) -> Routing:
+        """Each slot to its own expert, with weight 1: rows (batch, slots, dim) -> Routing"""
+        slots = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2]).unsqueeze(-1)
+        ones = torch.ones_like(slots, dtype=rows.dtype)
+        return Routing(slots // self.slots_per_expert, ones, ones, ones)
+
+
+def check_top_k(router: nn.Module, top_k: int, fits: int) -> None:
+    """Raise ValueError unless top_k is the number of experts that a router is made for."""
+    if top_k != fits:
+        raise ValueError(f"top_k={top_k} must be {fits} for {type(router).__name__}")

@@ -1,0 +1,105 @@
+"""A model with each of the other routers: trained, counted, stored, and written with."""
+
+import pytest
+import torch
+
+import lm
+from lm import count, train
+from lm.model import ROUTERS
+from moe import Capacity
+
+TOP_K = {"switch": 1, "hash": 1}
+OTHERS = [name for name in ROUTERS if name not in ("sigmoid", "softmax")]
+QUIET = {"steps": 4, "eval_every": 4, "sample_every": 4, "save_every": 4}
+
+
+def with_router(tiny, name, train=None, **moe):
+    ungrouped = {"num_groups": 1, "top_groups": 1, "top_k": TOP_K.get(name, 2)}
+    return tiny(moe={"router": name, **ungrouped, **moe}, train=train or QUIET)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Training without its samples and evaluations."""
+    monkeypatch.setattr(train, "stream", lambda *given, **options: iter(()))
+    monkeypatch.setattr(train, "evaluate", lambda *given: 1.0)
+
+
+@pytest.mark.parametrize("name, room", [*((name, 0.0) for name in OTHERS), ("sigmoid", 1.0), ("hash", 1.0)])
+def test_a_model_with_another_router_trains_is_stored_and_counted(tiny, tmp_path, quick, name, room):
+    config = with_router(tiny, name, capacity_factor=room)
+    assert train.train(config, tmp_path / "run") == 0
+    model = lm.load(tmp_path / "run")
+    router = model.routers()[0]
+    assert isinstance(router, Capacity) == (room > 0)
+    assert isinstance(router.router if room else router, ROUTERS[name])
+    stored = [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("router.bias"))]
+    assert sum(tensor.numel() for tensor in stored) == count.total_parameters(config.model)
+    inactive = count.total_parameters(config.model) - count.active_parameters(config.model)
+    moe = config.model.moe
+    unused = (moe.num_experts - moe.top_k) * 3 * config.model.dim * moe.hidden_dim
+    assert inactive == unused * len(model.routers())
+    if hasattr(router, "bias"):
+        assert 0 < router.bias.abs().max() <= 4 * config.train.bias_update_rate * 1.001
+    lm.save(model, tmp_path / "saved")
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    again = lm.load(tmp_path / "saved")
+    if name == "random":
+        torch.manual_seed(0)
+    before = model(tokens).logits
+    if name == "random":
+        torch.manual_seed(0)
+    assert torch.equal(again(tokens).logits, before)
+    written = lm.generate(model, tokens, 5, temperature=0.0)
+    assert written.shape == (2, 8)
+    if name not in ("random", "expert_choice"):  # the others write what the whole pass says
+        assert torch.equal(written[:, 3], before[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("name, room", [("noisy", 0.0), ("gshard", 1.0), ("random", 0.0)])
+def test_a_router_that_draws_resumes_bit_for_bit(tiny, tmp_path, quick, monkeypatch, name, room):
+    short = {**QUIET, "save_every": 2}
+    config = with_router(tiny, name, short, capacity_factor=room)
+    assert train.train(config, tmp_path / "whole") == 0
+    step = train.Trainer.step
+
+    def stop_after_two(self, number):
+        self.signal = 2 if number == 2 else 0
+        return step(self, number)
+
+    monkeypatch.setattr(train.Trainer, "step", stop_after_two)
+    assert train.train(config, tmp_path / "broken") == 130
+    torch.manual_seed(99)
+    assert train.train(config, tmp_path / "broken", resume=True) == 0
+    ours, theirs = (lm.load(tmp_path / run).state_dict() for run in ("whole", "broken"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_every_built_in_router_can_be_counted():
+    assert count.GATES.keys() == ROUTERS.keys()
+
+
+@pytest.mark.parametrize(
+    "name, moe, said",
+    [
+        ("switch", {"top_k": 2}, "top_k=2 must be 1 for SwitchRouter"),
+        ("gshard", {"top_k": 1}, "top_k=1 must be 2 for GShardRouter"),
+        ("mixtral", {"num_groups": 2, "top_groups": 2}, "model.moe.num_groups 2 must be 1: router 'mixtral'"),
+        ("noisy", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5 must be 1: router 'noisy'"),
+        ("expert_choice", {"capacity_factor": 1.0}, "model.moe.capacity_factor must be 0"),
+        ("random", {"arguments": {"seed": 1}}, "model.moe.router RandomRouter: .* 'seed'"),
+        ("swich", {}, "model.moe.router 'swich': expected a built-in name"),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_fit_a_router_is_refused(tiny, name, moe, said):
+    with pytest.raises(ValueError, match=said):
+        lm.Transformer(with_router(tiny, name, **moe).model)
+
+
+def test_arguments_reach_a_built_in_router(tiny):
+    tables = [
+        lm.Transformer(with_router(tiny, "hash", arguments={"seed": seed}).model).routers()[0].table
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
+    assert len(tables[0]) == tiny().model.vocab_size
