@@ -5,6 +5,7 @@ Needs torch and einops only; the folder works copied alone into another project.
 
 from .attention import MultiheadLatentAttention
 from .cache import KVCache, LatentCache, PagedLatentCache
+from .convert import to_mla
 from .grouped_query import GroupedQueryAttention
 from .norm import RMSNorm
 from .pages import Pages
@@ -22,4 +23,5 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "YaRN",
+    "to_mla",
 ]

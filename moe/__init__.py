@@ -8,6 +8,7 @@ from .capacity import Capacity, DeviceDropping, devices_visited
 from .experts import Experts, Gated, SwiGLU
 from .layer import MoE
 from .router import Routing, SigmoidRouter, SoftmaxRouter
+from .upcycle import upcycle
 from .zoo import (
     ExpertChoiceRouter,
     GShardRouter,
@@ -40,4 +41,5 @@ __all__ = [
     "balance",
     "devices_visited",
     "metrics",
+    "upcycle",
 ]
