@@ -8,10 +8,10 @@ train: .venv/lm
 	.venv/bin/lm train $(ARGS)
 
 test: .venv/dev
-	.venv/bin/pytest -q -m "not long"
+	.venv/bin/pytest -q -m "not long" -n auto --dist loadfile
 
 long: .venv/dev
-	.venv/bin/pytest -q -m long
+	.venv/bin/pytest -q -m long -n auto --dist loadfile
 
 lint: .venv/dev
 	.venv/bin/ruff check .
