@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # loading needs it, and the first import takes seconds: not the folder's fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -274,11 +275,11 @@ def folder(whole, tmp_path):
 
 
 def refused(folder, *said, names=None):
-    """load(folder) is one ValueError line without much ado, and nothing in the folder changes -> the line"""
-    before, began = content(folder.parent), time.process_time()
+    """load(folder) is one ValueError line within seconds, and nothing in the folder changes -> the line"""
+    before, began = content(folder.parent), time.monotonic()
     with pytest.raises(ValueError) as caught:
         load(folder)
-    assert time.process_time() - began < 60  # of computing: a hostile folder asks for hours
+    assert time.monotonic() - began < 5
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
     assert str(names or folder) in message
