@@ -77,6 +77,13 @@ def trained(name: str, config: Config) -> dict[str, Any]:
     return row
 
 
+def trainer(config: Config, model: Transformer, folder: Path) -> train.Trainer:
+    """A trainer of this model, to be led step by step, on the windows of the config's seed."""
+    texts = data.load(config.data, config.model.vocab_size)
+    windows = data.Windows(texts[0], config.train.context, config.train.seed)
+    return train.Trainer(config, folder, model, windows, data.Windows(texts[1], config.train.context))
+
+
 def step_seconds(configs: Mapping[str, Config], rounds: int) -> dict[str, float]:
     """The quickest step of each training: they take turns, so that a busy machine is busy for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in configs}
@@ -85,13 +92,11 @@ def step_seconds(configs: Mapping[str, Config], rounds: int) -> dict[str, float]
         for name, config in configs.items():
             model = Transformer(config.model)
             model.initialize(torch.Generator().manual_seed(0))
-            texts = data.load(config.data, config.model.vocab_size)
-            windows = (data.Windows(text, config.train.context) for text in texts)
-            trainers[name] = train.Trainer(config, Path(folder) / name, model, *windows)
+            trainers[name] = trainer(config, model, Path(folder))
         for step in range(1, rounds + 2):
-            for name, trainer in trainers.items():
+            for name, one in trainers.items():
                 began = time.perf_counter()
-                trainer.step(min(step, trainer.config.train.steps))
+                one.step(min(step, one.config.train.steps))
                 seconds[name].append(time.perf_counter() - began)
     return {name: min(values[1:]) for name, values in seconds.items()}
 

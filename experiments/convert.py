@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lm import data, machine
+from lm import data
 from lm.config import Config
 from lm.model import Transformer
-from lm.train import Trainer
 from mla import to_mla
 from moe import upcycle
 
-RESULTS = Path(__file__).parent / "results"
+from . import common
+
 MLA = {  # kv_lora_rank and qk_rope_head_dim (None: all), from a sample of inputs or from the weights alone
     "mla, exact": (None, None, True),
     "mla, half the cache": (32, 32, True),
@@ -43,13 +43,6 @@ MOE = {
         "num_experts": 16, "top_k": 2, "num_shards": 3, "num_shared_shards": 1, "grouped": False,
     },
 }  # fmt: skip
-
-
-def trainer(config: Config, model: Transformer, folder: str, seed: int) -> Trainer:
-    """A trainer of this model, on the windows of that seed."""
-    texts = data.load(config.data, config.model.vocab_size)
-    windows = data.Windows(texts[0], config.train.context, seed)
-    return Trainer(config, Path(folder), model, windows, data.Windows(texts[1], config.train.context))
 
 
 @torch.no_grad()
@@ -74,20 +67,20 @@ def measure(preset: str, makes: dict[str, Callable], steps: int, repair: int) ->
     config = Config.preset(preset)
     train = dataclasses.replace(config.train, steps=steps, eval_tokens=16384, dtype="float32")
     config = dataclasses.replace(config, train=train)
-    again = dataclasses.replace(train, steps=repair, learning_rate=1e-3, warmup=max(1, repair // 10))
+    again = dataclasses.replace(train, seed=1, steps=repair, learning_rate=1e-3, warmup=max(1, repair // 10))
     torch.manual_seed(0)
     model = Transformer(config.model)
     model.initialize(torch.Generator().manual_seed(0))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        first = trainer(config, model, folder, seed=0)
+        first = common.trainer(config, model, Path(folder))
         for step in range(1, steps + 1):
             first.step(step)
         before = first.evaluate(train.eval_tokens)
         for name, make in {"left as it was": lambda _: None, **makes}.items():
             made = copy.deepcopy(model)
             make(made)
-            second = trainer(dataclasses.replace(config, train=again), made, folder, seed=1)
+            second = common.trainer(dataclasses.replace(config, train=again), made, Path(folder))
             after = second.evaluate(train.eval_tokens)
             for step in range(1, repair + 1):
                 second.step(step)
@@ -112,7 +105,6 @@ def main() -> None:
         to[name] = lambda model, a=(rank, rope, sampled): attentions_to_mla(model, tokens, *a)
     ex = {name: lambda model, options=options: mlps_to_moe(model, options) for name, options in MOE.items()}
     found = {
-        "machine": machine.describe(),
         "steps": steps,
         "repair_steps": repair,
         "held_out_loss": {
@@ -121,7 +113,7 @@ def main() -> None:
         },
     }
     if not quick:
-        (RESULTS / "convert.json").write_text(json.dumps(found, indent=1) + "\n")
+        common.write("convert", found, common.RESULTS)
     print(json.dumps(found, indent=1))
 
 

@@ -83,8 +83,8 @@ class Engine:
         max_batch: texts at once.
         max_tokens: what the cache holds of them all, in pages of 64; None: 1,024 for each, or one of the
             model's own length.
-        compile: write tokens by compiled code (`CompiledStep`): one text comes two to three times as fast,
-            after some ten seconds. A text is then the same up to rounding, not bit for bit.
+        compile: write tokens by compiled code (`CompiledStep`): one text comes two to six times as fast,
+            after half a minute. A text is then the same up to rounding, not bit for bit.
 
     Raises:
         ValueError: a number is below 1; there is nothing to compile with, or an attention without `step`.

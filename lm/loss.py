@@ -1,8 +1,14 @@
-"""How well logits foretell tokens, in nats: the one place for training, evaluation, MTP and RL."""
+"""What training minimises: how badly logits foretell tokens, in nats, and how uneven experts are used."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe import Routing, balance
+
+from .config import TrainConfig
 
 CHUNK = 2**27  # bytes of logits in fp32 that are held at once
 
@@ -83,3 +89,22 @@ class Chunked(torch.autograd.Function):
             raise RuntimeError("chunked logits leave no gradient of the gradient; use cross_entropy")
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_total, d_weight * d_total, None, None, None, None
+
+
+def balance_loss(routing: Routing, tokens_per_expert: Tensor, config: TrainConfig) -> Tensor | float:
+    """The balance losses of one layer, each times its weight; those of weight 0 are left out.
+
+    tokens_per_expert (experts,), of the step so far -> ()
+
+    The global batch is taken as it fills up, its load counted up to this forward pass (arXiv 2501.11873).
+    """
+    devices = config.num_devices
+    losses: list[tuple[float, Callable[[], Tensor]]] = [
+        (config.sequence_loss, lambda: balance.sequence_loss(routing)),
+        (config.switch_loss, lambda: balance.switch_loss(routing)),
+        (config.global_batch_loss, lambda: balance.switch_loss(routing, None, tokens_per_expert)),
+        (config.z_loss, lambda: balance.z_loss(routing)),
+        (config.device_loss, lambda: balance.device_loss(routing, devices)),
+        (config.communication_loss, lambda: balance.communication_loss(routing, devices, config.top_devices)),
+    ]
+    return sum(weight * of_layer() for weight, of_layer in losses if weight)

@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe import Routing, balance, metrics
+from moe import balance, metrics
 
 from . import checkpoint, count, data, loss, machine
 from .config import Config, ModelConfig, TrainConfig
@@ -92,25 +92,6 @@ def run_block(config: TrainConfig) -> Callable[..., Any]:
     if config.recompute:
         run = functools.partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
     return run
-
-
-def balance_loss(routing: Routing, tokens_per_expert: Tensor, config: TrainConfig) -> Tensor | float:
-    """The balance losses of one layer, each times its weight; those of weight 0 are left out.
-
-    tokens_per_expert (experts,), of the step so far -> ()
-
-    The global batch is taken as it fills up, its load counted up to this forward pass (arXiv 2501.11873).
-    """
-    devices = config.num_devices
-    losses: list[tuple[float, Callable[[], Tensor]]] = [
-        (config.sequence_loss, lambda: balance.sequence_loss(routing)),
-        (config.switch_loss, lambda: balance.switch_loss(routing)),
-        (config.global_batch_loss, lambda: balance.switch_loss(routing, None, tokens_per_expert)),
-        (config.z_loss, lambda: balance.z_loss(routing)),
-        (config.device_loss, lambda: balance.device_loss(routing, devices)),
-        (config.communication_loss, lambda: balance.communication_loss(routing, devices, config.top_devices)),
-    ]
-    return sum(weight * loss() for weight, loss in losses if weight)
 
 
 class Trainer:
@@ -224,7 +205,7 @@ class Trainer:
                 main = loss.head_cross_entropy(self.model.norm(hidden), self.model.head.weight, targets)
             here = [balance.tokens_per_expert(routing) for routing in routings]
             counts = [a + b for a, b in zip(counts, here)] if counts else here
-            objective = main + sum(balance_loss(*layer, train) for layer in zip(routings, counts))
+            objective = main + sum(loss.balance_loss(*layer, train) for layer in zip(routings, counts))
             (objective / train.accumulation).backward()
             total += main.detach() / train.accumulation
         limit = train.grad_clip or math.inf

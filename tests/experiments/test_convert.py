@@ -1,7 +1,6 @@
 """Whole models made over: the logits stay, and the experiment's kinds fit the presets."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,14 +11,6 @@ from lm.config import Config
 from lm.model import Transformer
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    spec = importlib.util.spec_from_file_location("convert", EXPERIMENTS / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make(preset, dtype):

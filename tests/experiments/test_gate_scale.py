@@ -1,22 +1,12 @@
-import importlib.util
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from lm.config import Config
 from moe import SigmoidRouter
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    spec = importlib.util.spec_from_file_location("gate_scale", EXPERIMENTS / "gate_scale.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_moonlight_and_kimi_k2_have_the_mean_of_one_over_the_norm(experiment):
