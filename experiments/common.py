@@ -1,104 +1,204 @@
-"""What experiments share: models trained over several seeds, timed in turns, and what their curves say."""
+"""What experiments share: trainings over several seeds, kept; timings in turns; what the curves say."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import math
+import multiprocessing
+import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 
-from lm import count, data, machine, runs, train
+from lm import checkpoint, count, data, machine, runs, train
 from lm.config import Config, ModelConfig
 from lm.model import Transformer
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path(__file__).parent.parent / "runs" / "experiments"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 freedoms
+QUICK_STEPS = 8
+Measure = Callable[[Transformer, Config], dict[str, Any]]
 
 
-def options(description: str | None, steps: int) -> argparse.Namespace:
-    """The options of an experiment that trains -> .steps, .seeds, .quick, .out"""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, help="of the longest training")
-    parser.add_argument("--seeds", type=int, default=3)
+def options(
+    description: str | None, steps: int, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The options of an experiment -> .steps, .seeds, .jobs, .quick, .out, .runs"""
+    shown = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=shown)
+    parser.add_argument("--steps", type=int, default=steps, help=f"of the longest training; {steps}")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each model, 2 to 10; 3")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once, on a core each")
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny models: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result")
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result and its picture")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where trainings are kept, to be taken again")
+    given = parser.parse_args(arguments)
     if given.quick:
-        given.steps, given.seeds = 8, 2
-    if given.steps < 8 or not 2 <= given.seeds <= 10:
-        parser.error(f"steps={given.steps} must be at least 8, seeds={given.seeds} lie in 2..10")
+        given.steps, given.seeds = QUICK_STEPS, 2
+    for name, least, most in (("steps", 8, 10**9), ("seeds", 2, 10), ("jobs", 1, 10**4)):
+        if not least <= getattr(given, name) <= most:
+            parser.error(f"--{name} {getattr(given, name)}: a whole number {least}..{most} is needed")
+    given.out.mkdir(parents=True, exist_ok=True)
     return given
 
 
-def quick(config: Config, folder: Path) -> Config:
-    """The training on a short text of its own, so that a run takes a second."""
-    text = folder / "text.txt"
-    text.write_bytes((data.CORPUS / "validation.txt").read_bytes()[:40_000])
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(text)))
-
-
-def with_steps(config: Config, steps: int, seed: int = 0) -> Config:
-    """The same training for so many steps, with its own rise and fall of the learning rate."""
-    settings = dataclasses.replace(
-        config.train,
-        steps=steps,
-        seed=seed,
-        warmup=min(config.train.warmup, steps // 4),
-        eval_every=steps,
-        sample_every=steps + 1,
-        save_every=steps + 1,
+def base(given: argparse.Namespace) -> Config:
+    """Where an experiment's models start from: the preset mini; to be quick, nano on a short text."""
+    if not given.quick:
+        return Config.preset("mini")
+    given.runs.mkdir(parents=True, exist_ok=True)
+    text = given.runs / "short.txt"
+    if not text.exists():
+        text.write_bytes((data.CORPUS / "validation.txt").read_bytes()[:40_000])
+    return changed(
+        Config.preset("nano"),
+        model={"num_dense_layers": 0, "num_layers": 2},
+        attention={"q_lora_rank": 0},
+        moe={"num_groups": 1, "top_groups": 1, "num_experts": 15, "top_k": 3},
+        train={"dtype": "float32", "log_every": 1},
+        data={"path": str(text)},
     )
-    return dataclasses.replace(config, train=settings)
 
 
-def trained(name: str, config: Config) -> dict[str, Any]:
-    """Train -> what came of it, a row of a result file."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train.train(config, Path(folder) / "run")
-        last = runs.read_metrics(Path(folder) / "run")[-1]
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """The config with other numbers: model=, attention=, rope=, moe=, train=, data=, each a table."""
+    model = dict(sections.pop("model", {}))
+    for name in {"attention", "rope", "moe"} & sections.keys():
+        model[name] = dataclasses.replace(getattr(config.model, name), **sections.pop(name))
+    sections["model"] = model
+    parts = {name: dataclasses.replace(getattr(config, name), **table) for name, table in sections.items()}
+    return dataclasses.replace(config, **parts)
+
+
+def with_steps(config: Config, steps: int, seed: int) -> Config:
+    """The same training for so many steps, with its own rise and fall of the learning rate."""
+    never = steps + 1
+    warmup = min(config.train.warmup, steps // 4)
+    return changed(
+        config,
+        train={"steps": steps, "seed": seed, "warmup": warmup}
+        | {"eval_every": never, "sample_every": never, "save_every": never},
+    )
+
+
+def train_all(
+    configs: Mapping[str, Config],
+    given: argparse.Namespace,
+    budgets: Mapping[str, Sequence[float]] | None = None,
+    measure: Measure | None = None,
+) -> list[dict[str, Any]]:
+    """Each of the trainings, with each seed -> a row for each
+
+    They run in processes of their own, with one thread each, so that the numbers do not depend on how many
+    run at once. What was trained before, by this experiment or another, is taken from `given.runs`.
+
+    Args:
+        budgets: by name, shares of the steps, each a training of its own; else all of them.
+        measure: adds to a row what it finds in the trained model.
+    """
+    jobs = [
+        (name, with_steps(config, max(1, round(given.steps * share)), seed))
+        for seed in range(given.seeds)
+        for name, config in configs.items()
+        for share in (budgets or {}).get(name, (1,))
+    ]
+    with processes(given.jobs) as pool:
+        found = [pool.submit(trained, name, config, given.runs, measure) for name, config in jobs]
+        for done, future in enumerate(concurrent.futures.as_completed(found), 1):
+            row = future.result()
+            print(f"{done}/{len(jobs)} {row['model']}: loss {row['held_out_loss']:.4f}", flush=True)
+    return [future.result() for future in found]
+
+
+def processes(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Fresh processes, each for one call and with one thread."""
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(
+        jobs, spawn, torch.set_num_threads, (1,), max_tasks_per_child=1
+    )
+
+
+def trained(name: str, config: Config, folder: Path, measure: Measure | None) -> dict[str, Any]:
+    """Train, or go on, or find it done -> what came of it, a row of a result file."""
+    run = folder / hashlib.sha256(config.to_toml().encode()).hexdigest()[:16]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if train.train(config, run, resume=(run / "config.toml").exists()):
+            raise KeyboardInterrupt
+    log = runs.read_metrics(run)
+    late = [row["max_violations"] for row in log if row["step"] > config.train.steps * 3 / 4]
+    try:
+        flops = log[-1]["tokens"] * count.training_flops_per_token(config.model, config.train.context)
+    except ValueError:  # a part of one's own: nobody can count it
+        flops = None
     row = {
         "model": name,
         "seed": config.train.seed,
         "steps": config.train.steps,
-        "tokens": last["tokens"],
-        "flops": last["tokens"] * count.training_flops_per_token(config.model, config.train.context),
-        "held_out_loss": round(last["val_loss"], 5),
-        "max_violations": [round(value, 4) for value in last["max_violations"]],
+        "tokens": log[-1]["tokens"],
+        "flops": flops,
+        "held_out_loss": round(log[-1]["val_loss"], 5),
+        "batch_max_violation": [
+            round(statistics.fmean(layer), 4) for layer in zip(*late)
+        ],  # of the last quarter
     }
-    print(json.dumps(row), flush=True)
-    return row
+    return row | (measure(checkpoint.load(run, trust_code=True), config) if measure else {})
+
+
+def validation(config: Config) -> data.Windows:
+    """The held-out windows of a config's text."""
+    return data.Windows(data.load(config.data, config.model.vocab_size)[1], config.train.context)
 
 
 def trainer(config: Config, model: Transformer, folder: Path) -> train.Trainer:
     """A trainer of this model, to be led step by step, on the windows of the config's seed."""
-    texts = data.load(config.data, config.model.vocab_size)
-    windows = data.Windows(texts[0], config.train.context, config.train.seed)
-    return train.Trainer(config, folder, model, windows, data.Windows(texts[1], config.train.context))
+    text = data.load(config.data, config.model.vocab_size)[0]
+    windows = data.Windows(text, config.train.context, config.train.seed)
+    return train.Trainer(config, folder, model, windows, validation(config))
+
+
+def new_trainer(config: Config, folder: str) -> train.Trainer:
+    """A trainer of a new model."""
+    model = Transformer(config.model)
+    model.initialize(torch.Generator().manual_seed(0))
+    return trainer(config, model, Path(folder))
 
 
 def step_seconds(configs: Mapping[str, Config], rounds: int) -> dict[str, float]:
     """The quickest step of each training: they take turns, so that a busy machine is busy for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {}
-        for name, config in configs.items():
-            model = Transformer(config.model)
-            model.initialize(torch.Generator().manual_seed(0))
-            trainers[name] = trainer(config, model, Path(folder))
+        trainers = {name: new_trainer(config, folder) for name, config in configs.items()}
         for step in range(1, rounds + 2):
             for name, one in trainers.items():
                 began = time.perf_counter()
                 one.step(min(step, one.config.train.steps))
                 seconds[name].append(time.perf_counter() - began)
     return {name: min(values[1:]) for name, values in seconds.items()}
+
+
+def peak_bytes(config: Config) -> int:
+    """What three steps of a training add to this process's memory, at most; to be called in a fresh one."""
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        one = new_trainer(config, folder)
+        for _ in range(3):
+            one.step(1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * 1024
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -130,6 +230,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - away, mean + away
 
 
+def paired(rows: Iterable[dict[str, Any]], one: str, other: str, key: str = "held_out_loss") -> list[float]:
+    """What `one` has more than `other`, seed by seed: both saw the same tokens, in the same order."""
+    by_name: dict[str, dict[int, float]] = {one: {}, other: {}}
+    for row in rows:
+        if row["model"] in by_name:
+            by_name[row["model"]][row["seed"]] = row[key]
+    return [by_name[one][seed] - by_name[other][seed] for seed in sorted(by_name[one])]
+
+
 def by_model(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str, dict[int, list[float]]]:
     """Rows -> {model: {steps: its values, a seed each}}"""
     found: dict[str, dict[int, list[float]]] = {}
@@ -138,8 +247,44 @@ def by_model(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict
     return found
 
 
-def write(name: str, found: dict[str, Any], folder: Path) -> None:
-    """A result with its machine, as NAME.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {"machine": machine.describe(), **found}
-    (folder / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+def last(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str, list[float]]:
+    """Rows -> {model: the values of its longest trainings, a seed each}"""
+    return {name: by_steps[max(by_steps)] for name, by_steps in by_model(rows, key).items()}
+
+
+def shown(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard error, as a cell of a table."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def write(name: str, given: argparse.Namespace, found: dict[str, Any]) -> None:
+    """A result, with its machine and how it was trained, as NAME.json; its answer on the screen.
+
+    found: "answer", sentences; "table", rows of cells, the first its head; and all they were made from.
+    """
+    how = {"steps": given.steps, "seeds": given.seeds}
+    whole = {"machine": machine.describe(), **how, **found}
+    (given.out / f"{name}.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    print(*found["answer"], sep="\n")
+
+
+def points(axis: Any, values: Mapping[str, Sequence[float]], label: str) -> None:
+    """A point for each name, with the standard error over seeds, named at the side."""
+    names = list(values)[::-1]
+    means, errors = zip(*(mean_and_error(values[name]) for name in names))
+    axis.errorbar(means, range(len(names)), xerr=errors, fmt="o", ms=4, capsize=2)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel(label)
+    tidy(axis)
+
+
+def tidy(axis: Any) -> None:
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Any, name: str, given: argparse.Namespace) -> None:
+    """The picture, as NAME.png."""
+    figure.savefig(given.out / f"{name}.png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)

@@ -1,6 +1,6 @@
 """What does a trained model lose when its attention becomes MLA, or its MLPs experts? What brings it back?
 
-python -m experiments.convert [--quick]  ->  experiments/results/convert.json
+lm experiment convert [--quick]  ->  experiments/results/convert.json
 
 Claims. TransMLA (arXiv 2502.07864): grouped-query attention is an MLA, and one with a smaller cache comes
 back after little training. Sparse upcycling (arXiv 2212.05055, in shards: 2410.07524): experts made from an
@@ -92,11 +92,11 @@ def measure(preset: str, makes: dict[str, Callable], steps: int, repair: int) ->
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Both models, every way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    quick = parser.parse_args().quick
+    quick = parser.parse_args(arguments).quick
     steps, repair = (10, 5) if quick else (400, 100)
     texts = data.load(Config.preset("toy-gqa").data, 256)
     tokens = torch.stack([data.Windows(texts[0], 128, seed=2).train(i)[:-1] for i in range(16)])

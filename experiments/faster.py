@@ -1,162 +1,234 @@
 """Does a mixture of experts train faster, with fewer parameters at work?
 
-python -m experiments.faster [--steps N] [--seeds N] [--quick]  ->  experiments/results/faster.json and .png
+lm experiment faster [--quick]  ->  experiments/results/faster.json and .png
 
-Claim: "MoE trains models faster with fewer parameters" (of DeepSeek-V3, in the news); DeepSeekMoE (arXiv
-2401.06066) table 1: at equal FLOPs a MoE reaches 1.808 where a dense model reaches 2.060.
-Prediction: a MoE needs at most half of the FLOPs that a dense model of equal active width needs for the same
-loss; in seconds less is left, since small products are slow.
+Claim: "MoE trains models faster with fewer parameters" (of DeepSeek-V3, in the news); at equal FLOPs a
+DeepSeekMoE reaches 1.808 where a dense model reaches 2.060 (DeepSeekMoE, arXiv 2401.06066 table 1); at small
+size, better per FLOP and slower per second (nanochat). Prediction: a MoE needs at most half of the FLOPs that
+a dense model of equal active width needs for the same loss; in seconds less is left, since small products are
+slow.
 
-Every budget of steps is a training of its own, with its own rise and fall of the learning rate. Losses and
-seconds are measured apart: seconds are steps times the quickest step, all models taking turns.
+Every budget of steps is a training of its own, with its own rise and fall of the learning rate. Seconds are
+steps times the quickest step, all models taking turns with all threads of the machine. Memory is what three
+steps need at most, weights, gradients, moments and activations together.
 """
 
-import dataclasses
-import sys
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-
 from lm import count
-from lm.config import Config, ModelConfig
+from lm.config import Config
 
 from . import common
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from .fineness import split
 
 BUDGETS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the steps
+DIMS = {64: BUDGETS, 128: BUDGETS[:2]}  # beside the model's own, for the frontier
+RIVALS = ("dense", "dense, as many parameters")
+NUMBERS = (8, 16, 32, 128)  # of experts
+KEYS = {"flops": "FLOPs", "seconds": "seconds"}
 
 
-def with_experts(config: ModelConfig, **changes: int) -> ModelConfig:
-    """The model with experts in every layer, changed."""
-    moe = dataclasses.replace(config.moe, **changes)
-    return dataclasses.replace(config, moe=moe, num_dense_layers=0)
-
-
-def dense(config: ModelConfig, hidden_dim: int) -> ModelConfig:
+def dense(config: Config, hidden_dim: int) -> Config:
     """The model without experts."""
-    return dataclasses.replace(config, num_dense_layers=config.num_layers, hidden_dim=hidden_dim)
+    return common.changed(
+        config, model={"num_dense_layers": config.model.num_layers, "hidden_dim": hidden_dim}
+    )
 
 
-def models(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The MoE, what it is compared with, and what of it is varied, at equal active width all but one."""
-    moe = config.moe
-    width = (moe.top_k + moe.num_shared_experts) * moe.hidden_dim  # what a token meets
+def active_width(config: Config) -> int:
+    """Of the experts, what a token meets."""
+    moe = config.model.moe
+    return (moe.top_k + moe.num_shared_experts) * moe.hidden_dim
+
+
+def at_dim(config: Config, dim: int) -> Config:
+    """The model with all its widths in proportion; weights of a like effect, and the rate that suits them."""
+    model, times = config.model, dim / config.model.dim
+    a, moe = model.attention, model.moe
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return common.changed(
+        config,
+        model={"dim": dim, "init_std": model.init_std * times**-0.5},
+        attention={name: max(2, round(getattr(a, name) * times)) for name in names},
+        moe={"hidden_dim": round(moe.hidden_dim * times)},
+        train={"learning_rate": config.train.learning_rate * times**-0.5},
+    )
+
+
+def varied(config: Config) -> dict[str, Config]:
+    """What of the MoE is varied, at equal active width."""
+    moe, batch = config.model.moe, config.train.batch_size
+    found = {f"{number} experts": common.changed(config, moe={"num_experts": number}) for number in NUMBERS}
+    number, top_k = (count + moe.num_shared_experts for count in (moe.num_experts, moe.top_k))
+    halves = split(config, 2 * number - 1, 2 * top_k - 1, 1, moe.hidden_dim // 2)
+    found["twice as many of half the width"] = halves
+    found["no shared expert"] = split(config, number, top_k, 0, moe.hidden_dim)
+    for name, one in (("MoE", config), ("dense", dense(config, active_width(config)))):
+        found[f"{name}, quarter of the batch"] = common.changed(one, train={"batch_size": batch // 4})
+    return found
+
+
+def ratios(rows: list[dict[str, Any]], of: str, to: str, key: str, steps: int = 0) -> list[float]:
+    """For each seed, what `of` needs for the loss that `to` has after so many steps, as a share of `to`'s.
+
+    Seeds for which its curve does not meet that loss are left out.
+
+    Args:
+        steps: 0, the most that `to` was trained for.
+    """
+    steps = steps or max(row["steps"] for row in rows if row["model"] == to)
+    found = []
+    for goal in (row for row in rows if row["model"] == to and row["steps"] == steps):
+        curve = [row for row in rows if row["model"] == of and row["seed"] == goal["seed"]]
+        curve.sort(key=lambda row: row["steps"])
+        xs, losses = ([row[name] for row in curve] for name in (key, "held_out_loss"))
+        x = common.reach(xs, losses, goal["held_out_loss"])
+        found += [] if x is None else [x / goal[key]]
+    return found
+
+
+def described(values: Sequence[float]) -> dict[str, Any]:
+    """Ratios with their mean, and the interval of it over seeds."""
+    low, high = common.interval(values) if len(values) > 1 else (None, None)
+    return {
+        "of_each_seed": [round(value, 3) for value in values],
+        "mean": round(sum(values) / len(values), 3) if values else None,
+        "interval_95": [None if end is None else round(end, 3) for end in (low, high)],
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How much less a MoE needs."""
+    return {
+        f"{shown} that MoE needs for the loss of: {rival}": described(ratios(rows, "MoE", rival, key))
+        for rival in RIVALS
+        for key, shown in KEYS.items()
+    }
+
+
+def frontier(
+    rows: list[dict[str, Any]], dims: Sequence[int], key: str
+) -> dict[int, dict[int, dict[str, Any]]]:
+    """{dim: {steps of the dense model: what the MoE needs}}, where its curve meets the dense one's loss."""
+    found: dict[int, dict[int, dict[str, Any]]] = {}
+    for dim in dims:
+        moe, rival = f"MoE, dim {dim}", f"dense, dim {dim}"
+        for steps in sorted({row["steps"] for row in rows if row["model"] == rival}):
+            values = ratios(rows, moe, rival, key, steps)
+            if values:
+                found.setdefault(dim, {})[steps] = described(values)
+    return found
+
+
+def answers(found: dict[str, Any]) -> list[str]:
+    """What the figures say."""
+    said = []
+    for name, value in found["summary"].items():
+        low, high = value["interval_95"]
+        what = f"{name}: "
+        if value["mean"] is None:
+            said.append(f"{what}its curve does not meet that loss.")
+        else:
+            span = "" if low is None else f" ({low:.2f} to {high:.2f}, 95 %)"
+            said.append(f"{what}{value['mean']:.2f}{span}, {len(value['of_each_seed'])} seeds.")
+    below = [
+        f"dim {dim}, {steps:,} steps ({value['mean']:.2f})"
+        for dim, by_steps in found["frontier"]["seconds"].items()
+        for steps, value in by_steps.items()
+        if value["mean"] < 1
+    ]
+    said.append(
+        f"In seconds the MoE is ahead at {'; '.join(below)}." if below else "In seconds it is never ahead."
+    )
+    return said
+
+
+def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
+    """Loss against FLOPs and seconds; what was varied; the frontier."""
+    figure, axes = common.plt.subplots(1, 4, figsize=(20, 4))
+    curves = common.by_model(rows)
+    for axis, key in zip(axes, KEYS):
+        for name in ("MoE", *RIVALS):
+            points = [common.mean_and_error(losses) for losses in curves[name].values()]
+            at = [values[0] for values in common.by_model(rows, key)[name].values()]
+            axis.errorbar(at, *zip(*points), marker="o", ms=3, capsize=2, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel(f"{KEYS[key]} of training")
+        axis.set_ylabel("held-out loss, nats a byte")
+        common.tidy(axis)
+    axes[0].legend(frameon=False)
+    half = min(steps for steps in curves["MoE"] if 2 * steps >= given.steps)
+    varied = {
+        name: by_steps[half] for name, by_steps in curves.items() if half in by_steps and "dim" not in name
+    }
+    common.points(axes[2], varied, f"held-out loss after {half:,} steps")
+    for key, style in (("flops", "--"), ("seconds", "-")):
+        for color, (dim, by_steps) in enumerate(found["frontier"][key].items()):
+            label = f"dim {dim}, {KEYS[key]}"
+            means = [value["mean"] for value in by_steps.values()]
+            errors = [common.mean_and_error(v["of_each_seed"])[1] if len(v["of_each_seed"]) > 1 else 0
+                      for v in by_steps.values()]  # fmt: skip
+            axes[3].errorbar(
+                list(by_steps), means, errors, marker="o", ms=3, ls=style, color=f"C{color}", label=label
+            )
+    axes[3].axhline(1, color="black", lw=0.8)
+    axes[3].set_xscale("log")
+    axes[3].set_xlabel("steps of the dense model")
+    axes[3].set_ylabel("what the MoE needs, of what the dense one needs")
+    axes[3].legend(frameon=False, fontsize=7)
+    common.tidy(axes[3])
+    figure.tight_layout()
+    common.save(figure, "faster", given)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, time, compare, draw."""
+    given = common.options(__doc__, 1200, arguments)
+    config = common.base(given)
+    moe = config.model.moe
+    width = active_width(config)
     whole = (moe.num_experts + moe.num_shared_experts) * moe.hidden_dim
-    found = {
-        "MoE": with_experts(config),
+    configs = {
+        "MoE": config,
         "dense": dense(config, width),
         "dense, as many parameters": dense(config, whole),
     }
-    for number in (8, 32, 64, 128):
-        found[f"{number} experts"] = with_experts(config, num_experts=number)
-    for times in (2, 4):
-        cut = {name: getattr(moe, name) * times for name in ("num_experts", "top_k", "num_shared_experts")}
-        finer = with_experts(config, hidden_dim=moe.hidden_dim // times, **cut)
-        found[f"{times} times as fine"] = finer
-    found["no shared expert"] = with_experts(config, num_shared_experts=0, top_k=width // moe.hidden_dim)
-    return found
-
-
-def ratios(rows: list[dict[str, Any]], of: str, to: str, key: str) -> list[float]:
-    """For each seed, what `of` needs for the loss that `to` has in the end, as a share of what `to` needs.
-
-    Seeds for which its curve does not meet that loss are left out.
-    """
-    found = []
-    for last in (row for row in rows if row["model"] == to):
-        curve = sorted(
-            (row for row in rows if row["model"] == of and row["seed"] == last["seed"]),
-            key=lambda row: row["steps"],
-        )
-        longest = max(row["steps"] for row in rows if row["model"] == to)
-        if last["steps"] == longest:
-            xs, losses = ([row[name] for row in curve] for name in (key, "held_out_loss"))
-            x = common.reach(xs, losses, last["held_out_loss"])
-            found += [] if x is None else [x / last[key]]
-    return found
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How much less a MoE needs, with the interval of the mean over seeds."""
-    found: dict[str, Any] = {}
-    for rival in ("dense", "dense, as many parameters"):
-        for key in ("flops", "seconds"):
-            values = ratios(rows, "MoE", rival, key)
-            low, high = common.interval(values) if len(values) > 1 else (None, None)
-            found[f"{key} that MoE needs for the loss of: {rival}"] = {
-                "of_each_seed": [round(value, 3) for value in values],
-                "mean": round(sum(values) / len(values), 3) if values else None,
-                "interval_95": [None if end is None else round(end, 3) for end in (low, high)],
-            }
-    return found
-
-
-def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Loss against FLOPs and against seconds, then what was varied."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
-    curves = common.by_model(rows)
-    for axis, key in zip(axes, ("flops", "seconds")):
-        for name, x in common.by_model(rows, key).items():
-            if len(curves[name]) > 1:
-                points = [common.mean_and_error(losses) for losses in curves[name].values()]
-                means, errors = zip(*points)
-                at = [values[0] for values in x.values()]
-                axis.errorbar(at, means, errors, marker="o", ms=3, label=name)
-        axis.set_xscale("log")
-        axis.set_xlabel({"flops": "FLOPs of training", "seconds": "seconds of training"}[key])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out loss, nats a byte")
-    axes[0].legend(frameon=False)
-    last = {name: common.mean_and_error(list(by_steps.values())[-1]) for name, by_steps in curves.items()}
-    means, errors = zip(*last.values())
-    axes[2].errorbar(range(len(last)), means, errors, fmt="o", ms=4)
-    axes[2].set_xticks(range(len(last)), last, rotation=60, ha="right")
-    axes[2].grid(alpha=0.3)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
-def main() -> None:
-    """Train, time, compare, draw."""
-    given = common.options(__doc__, 1600)
-    config = Config.preset("nano" if given.quick else "toy")
-    kinds = models(config.model)
-    if given.quick:
-        given.out.mkdir(parents=True, exist_ok=True)
-        config = common.quick(config, given.out)
-        kinds = {name: kinds[name] for name in ("MoE", "dense", "dense, as many parameters", "8 experts")}
-    configs = {name: dataclasses.replace(config, model=model) for name, model in kinds.items()}
-    seconds = common.step_seconds(configs, 2 if given.quick else 20)
-    rows = []
-    for seed in range(given.seeds):
-        for name, one in configs.items():
-            compared = name in ("MoE", "dense", "dense, as many parameters")
-            for budget in BUDGETS if compared else (1,):
-                row = common.trained(name, common.with_steps(one, round(given.steps * budget), seed))
-                row["seconds"] = round(row["steps"] * seconds[name], 2)
-                rows.append(row)
-    found = {
-        "claim": (__doc__ or "").split("\n\n")[2],
-        "steps": given.steps,
-        "seeds": given.seeds,
-        "context": config.train.context,
-        "models": {
-            name: {
-                **common.sizes(model),
-                "flops_per_token": count.training_flops_per_token(model, config.train.context),
-            }
-            for name, model in kinds.items()
-        },
-        "milliseconds_a_step": {name: round(1e3 * value, 2) for name, value in seconds.items()},
-        **summary(rows),
-        "trainings": rows,
+    budgets: dict[str, Sequence[float]] = {"MoE": BUDGETS, "dense": BUDGETS, RIVALS[1]: BUDGETS[:2]}
+    dims = {config.model.dim: BUDGETS, **({} if given.quick else DIMS)}
+    for dim, shares in dims.items():
+        scaled = at_dim(config, dim)
+        for name, one in (("MoE", scaled), ("dense", dense(scaled, active_width(scaled)))):
+            configs[f"{name}, dim {dim}"], budgets[f"{name}, dim {dim}"] = one, shares
+    for name, one in ({} if given.quick else varied(config)).items():
+        configs[name], budgets[name] = one, (1 / 2,)
+    seconds = common.step_seconds(configs, 2 if given.quick else 10)
+    with common.processes(1) as pool:
+        peaks = dict(zip(configs, pool.map(common.peak_bytes, configs.values())))
+    rows = common.train_all(configs, given, budgets)
+    for row in rows:
+        row["seconds"] = round(row["steps"] * seconds[row["model"]], 2)
+    models = {
+        name: {
+            **common.sizes(one.model),
+            "flops_per_token": count.training_flops_per_token(one.model, one.train.context),
+            "milliseconds_a_step": round(1e3 * seconds[name], 2),
+            "peak_megabytes": round(peaks[name] / 1e6, 1),
+        }
+        for name, one in configs.items()
     }
-    common.write("faster", found, given.out)
-    draw(rows, given.out / "faster.png")
-    for name, value in found.items():
-        if name.startswith(("flops", "seconds")):
-            print(name, value, file=sys.stdout)
+    found = {"summary": summary(rows), "frontier": {key: frontier(rows, list(dims), key) for key in KEYS}}
+    losses = common.by_model(rows)
+    head = ["", "parameters", "active", "ms a step", "peak, MB", "steps", "held-out loss"]
+    table = [
+        [name, f"{m['parameters']:,}", f"{m['active']:,}", f"{m['milliseconds_a_step']:.1f}",
+         f"{m['peak_megabytes']:.0f}", f"{max(losses[name]):,}", common.shown(losses[name][max(losses[name])])]
+        for name, m in models.items()
+    ]  # fmt: skip
+    common.write("faster", given, {
+        "answer": answers(found), "table": [head, *table], **found, "models": models, "trainings": rows,
+    })  # fmt: skip
+    draw(rows, found, given)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Where do Moonlight's 2.446 and Kimi K2's 2.827, the factors on the routed experts, come from?
 
-python -m experiments.gate_scale  ->  experiments/results/gate_scale.json
+lm experiment gate_scale  ->  experiments/results/gate_scale.json
 
 Claim (Moonlight, arXiv 2502.16982, appendix): the factor is the mean of 1/||p||_2 over Gaussian logits, p the
 normalised sigmoids of the top k. Experts whose outputs are independent and of one size then add up to that
 size, as one dense MLP has it. Kimi K2's digits are those of V3's 256 experts; its own 384 give 0.0004 more.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def gate_scale(num_experts: int, top_k: int, samples: int, seed: int) -> float:
     return total / samples
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Each model's factor, beside the published one."""
+    argparse.ArgumentParser(prog="lm experiment gate_scale", description=__doc__).parse_args(arguments)
     rows = []
     for preset, num_experts in CASES:
         moe = Config.preset(preset).model.moe

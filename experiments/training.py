@@ -1,6 +1,6 @@
 """What a preset reaches: the summary of a finished run, to be committed.
 
-python -m experiments.training RUN ...  ->  experiments/results/train-NAME.json for each
+lm experiment training RUN ...  ->  experiments/results/train-NAME.json for each
 """
 
 import argparse
@@ -37,11 +37,11 @@ def summary(run: Path) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Each run's file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
-    for run in parser.parse_args().runs:
+    for run in parser.parse_args(arguments).runs:
         found = json.dumps(summary(run), indent=1)
         (RESULTS / f"train-{run.resolve().name}.json").write_text(found + "\n")
         print(found)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import PRESETS, Config, preset_names
+from .config import PRESETS, Config, nearest, preset_names
 
 RECIPES = [name for name in preset_names() if "[train]" in (PRESETS / f"{name}.toml").read_text("utf-8")]
 PUBLISHED = [name for name in preset_names() if name not in RECIPES]
@@ -130,6 +130,11 @@ class Export:
     out: tyro.conf.Positional[Path]  # a new folder
 
 
+@dataclass
+class Experiment:
+    """Measure a claim of the papers: train what it needs, compare, draw. Without a name, list them."""
+
+
 COMMANDS: dict[str, type] = {
     "train": Train,
     "generate": Generate,
@@ -140,6 +145,7 @@ COMMANDS: dict[str, type] = {
     "info": Info,
     "import": Import,
     "export": Export,
+    "experiment": Experiment,
 }
 
 
@@ -155,7 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lm: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return run_train(rest) if name == "train" else RUN[name](parse(COMMANDS[name], name, rest))
+        if name in ("train", "experiment"):
+            return run_train(rest) if name == "train" else run_experiment(rest)
+        return RUN[name](parse(COMMANDS[name], name, rest))
     except ValueError as error:
         print(f"lm {name}: {error}", file=sys.stderr)
         return 2
@@ -209,6 +217,28 @@ def run_train(arguments: list[str]) -> int:
         page = report.write(run, trust_code=True)
         print(f"report: {page}")
     return status
+
+
+def run_experiment(arguments: list[str]) -> int:
+    """lm experiment"""
+    import ast
+    import importlib
+
+    folder = Path("experiments")
+    sources = {path.stem: ast.parse(path.read_text("utf-8")) for path in sorted(folder.glob("*.py"))}
+    known = {name: ast.get_docstring(tree) or "" for name, tree in sources.items() if name != "common"}
+    if not known:
+        raise ValueError(f"{folder.absolute()}: no experiments here; run this in the project's folder")
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: lm experiment NAME ... (lm experiment NAME --help tells its options)\n")
+        print("\n".join(f"  {name:16}{text.splitlines()[0]}" for name, text in known.items()))
+        return 0
+    if name not in known:
+        raise ValueError(f"no experiment {name!r}{nearest(name, list(known))}; there are {', '.join(known)}")
+    sys.path.insert(0, os.getcwd())
+    importlib.import_module(f"experiments.{name}").main(rest)
+    return 0
 
 
 def value_of(arguments: list[str], option: str) -> str | None:

@@ -226,7 +226,8 @@ def build_attention(dim: int, config: AttentionConfig, rope: RopeConfig, norm_ep
             config.out_bias,
             norm_eps if config.qk_norm else None,
         )
-    return build_own("model.attention.kind", config.kind, config.arguments, {**vars(config), "dim": dim})
+    sizes = {**vars(config), "dim": dim, "q_lora_rank": config.q_lora_rank or None}
+    return build_own("model.attention.kind", config.kind, config.arguments, sizes)
 
 
 def build_rope(dim: int, config: RopeConfig) -> RotaryEmbedding:

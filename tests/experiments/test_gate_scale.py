@@ -37,7 +37,7 @@ def test_the_same_seed_gives_the_same_number_in_any_chunks(experiment, monkeypat
 def test_results_are_those_of_the_presets(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "SAMPLES", 10)
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
-    experiment.main()
+    experiment.main([])
     made = json.loads((tmp_path / "gate_scale.json").read_text())
     kept = json.loads((EXPERIMENTS / "results" / "gate_scale.json").read_text())
     assert made["machine"].keys() == kept["machine"].keys()

@@ -1,0 +1,164 @@
+"""Does MLA store more with less memory?
+
+lm experiment cache [--quick]  ->  experiments/results/cache.json and .png
+
+Claim: "MLA stores more data with less memory" (of DeepSeek-V3, in the news); with a cache of 4 to 14 % of
+MHA's it is better than MHA, while GQA and MQA are worse (DeepSeek-V2, arXiv 2405.04434 tables 8 and 9).
+Prediction: at equal parameters there is a rank at which MLA's loss is MHA's within one standard error, with
+at most 0.15 of its bytes, and with fewer than GQA needs for the same.
+
+Dense models, 8 heads of 8; what an attention has less in weights, its MLP has more.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from lm import count
+from lm.config import Config
+from lm.model import Transformer
+
+from . import common
+
+HEADS = 8
+GROUPS = {"MHA": 8, "GQA, 4 groups": 4, "GQA, 2 groups": 2, "MQA": 1}
+RANKS = (4, 8, 12, 16, 24)
+ROPE = 4  # dims of MLA's shared key
+BATCH, CONTEXT = 8, 2048  # of the timed decoding
+
+
+def models(config: Config) -> dict[str, Config]:
+    """Each attention in the model, all with MHA's parameters."""
+    dense = common.changed(config, model={"num_dense_layers": config.model.num_layers, "hidden_dim": 128})
+    heads = {"num_heads": HEADS, "head_dim": 8, "q_lora_rank": 0}
+    latent = {"qk_nope_head_dim": 8, "qk_rope_head_dim": ROPE, "v_head_dim": 8}
+    found = {
+        name: common.changed(dense, attention={"kind": "gqa", "num_kv_heads": groups, **heads})
+        for name, groups in GROUPS.items()
+    }
+    for rank in RANKS:
+        sizes = {"kind": "mla", "kv_lora_rank": rank, **heads, **latent}
+        found[f"MLA, rank {rank}"] = common.changed(dense, attention=sizes)
+    goal = count.total_parameters(found["MHA"].model)
+    return {name: filled_up(one, goal) for name, one in found.items()}
+
+
+def filled_up(config: Config, parameters: int) -> Config:
+    """The model with its MLPs as wide as brings it nearest to so many parameters."""
+    model = config.model
+    a_column = 3 * model.dim * model.num_layers
+    wider = round((parameters - count.total_parameters(model)) / a_column)
+    return common.changed(config, model={"hidden_dim": model.hidden_dim + wider})
+
+
+def bytes_per_token(config: Config) -> int:
+    """Of the caches of all layers, by making them."""
+    model = Transformer(config.model)
+    one, many = (sum(cache.nbytes for cache in model.new_caches(1, length)) for length in (1, 1001))
+    return (many - one) // 1000
+
+
+@torch.no_grad()
+def decode_seconds(configs: dict[str, Config], context: int, rounds: int) -> dict[str, float]:
+    """The quickest step of decoding after a context, the models taking turns."""
+    prepared: dict[str, tuple[Any, Any]] = {}
+    for name, config in configs.items():
+        model = Transformer(config.model).eval()
+        caches = model.new_caches(BATCH, context + rounds)
+        model(torch.zeros(BATCH, context, dtype=torch.int64), caches)
+        prepared[name] = model, caches
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    for _ in range(rounds):
+        for name, (model, caches) in prepared.items():
+            began = time.perf_counter()
+            model(torch.zeros(BATCH, 1, dtype=torch.int64), caches)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def smallest_as_good(losses: dict[str, list[float]], sizes: dict[str, int], kind: str) -> str | None:
+    """Of a kind's models, that with the least cache whose loss is at most MHA's, within a standard error.
+
+    The error is that of the difference, seed by seed.
+    """
+    for name in sorted((name for name in losses if name.startswith(kind)), key=lambda name: sizes[name]):
+        more, error = common.mean_and_error([a - b for a, b in zip(losses[name], losses["MHA"])])
+        if more <= error:
+            return name
+    return None
+
+
+def answers(losses: dict[str, list[float]], sizes: dict[str, int]) -> list[str]:
+    """What the figures say of the prediction."""
+    found = []
+    for kind in ("MLA", "GQA", "MQA"):
+        name = smallest_as_good(losses, sizes, kind)
+        if name is None:
+            found.append(f"No {kind} here has MHA's loss within one standard error.")
+        else:
+            share = sizes[name] / sizes["MHA"]
+            found.append(
+                f"{name}, has MHA's loss or less within one standard error, with {share:.3f} of its bytes."
+            )
+    return found
+
+
+def draw(losses: dict[str, list[float]], sizes: dict[str, int], given: argparse.Namespace) -> None:
+    """Loss against bytes a token."""
+    figure, axis = common.plt.subplots(figsize=(6, 3.6))
+    of_mla = [name for name in losses if name.startswith("MLA")]
+    for kind, names in (("MLA", of_mla), ("MHA, GQA, MQA", [name for name in losses if name in GROUPS])):
+        means, errors = zip(*(common.mean_and_error(losses[name]) for name in names))
+        axis.errorbar([sizes[name] for name in names], means, errors, marker="o", ms=4, capsize=2, label=kind)
+        for name, mean in zip(names, means):
+            label = name.replace("MLA, ", "")
+            axis.annotate(label, (sizes[name], mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("bytes of cache a token, fp32")
+    axis.set_ylabel("held-out loss, nats a byte")
+    axis.legend(frameon=False)
+    common.tidy(axis)
+    common.save(figure, "cache", given)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train with each attention, count its cache, time its decoding."""
+    given = common.options(__doc__, 600, arguments)
+    configs = models(common.base(given))
+    if given.quick:
+        configs = {
+            name: configs[name] for name in ("MHA", "GQA, 2 groups", "MQA", "MLA, rank 8", "MLA, rank 24")
+        }
+    sizes = {name: bytes_per_token(config) for name, config in configs.items()}
+    seconds = decode_seconds(configs, *((64, 2) if given.quick else (CONTEXT, 20)))
+    rows = common.train_all(configs, given)
+    losses = common.last(rows)
+    table = [
+        [
+            "",
+            "parameters",
+            "bytes a token",
+            "of MHA's",
+            "million tokens a GiB",
+            "ms a decoding step",
+            "held-out loss",
+        ]
+    ]
+    for name, config in configs.items():
+        share, tokens = sizes[name] / sizes["MHA"], 2**30 / sizes[name] / 1e6
+        cells = f"{count.total_parameters(config.model):,}", str(sizes[name]), f"{share:.3f}", f"{tokens:.2f}"
+        table.append([name, *cells, f"{1e3 * seconds[name]:.2f}", common.shown(losses[name], 4)])
+    common.write("cache", given, {
+        "answer": answers(losses, sizes),
+        "table": table,
+        "bytes_per_token": sizes,
+        "decoding": {"batch": BATCH, "context": CONTEXT, "seconds": seconds},
+        "trainings": rows,
+    })  # fmt: skip
+    draw(losses, sizes, given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Are many small experts better than a few large ones?
+
+lm experiment fineness [--quick]  ->  experiments/results/fineness.json and .png
+
+Claim: at equal parameters and equal work a shared expert helps, and so does each halving of the experts:
+2 of 16, 1 shared + 1 of 15, 1 + 3 of 31, 1 + 7 of 63 (DeepSeekMoE, arXiv 2401.06066 figure 3). Prediction:
+the same order.
+"""
+
+import itertools
+from typing import Any
+
+from lm.config import Config
+
+from . import common
+from .gate_scale import gate_scale
+
+
+def models(config: Config) -> dict[str, Config]:
+    """The coarsest first; all have the parameters of the config's experts, all and at work."""
+    moe = config.model.moe
+    at_work = (moe.top_k + moe.num_shared_experts) * moe.hidden_dim
+    number = (moe.num_experts + moe.num_shared_experts) * moe.hidden_dim * 2 // at_work  # halves of a token's
+    found = {f"2 of {number}": split(config, number, 2, 0, at_work // 2)}
+    for times in (1, 2, 4):
+        experts, top_k = number * times - 1, 2 * times - 1
+        found[f"1 shared, {top_k} of {experts}"] = split(config, experts, top_k, 1, at_work // 2 // times)
+    return found
+
+
+def split(config: Config, num_experts: int, top_k: int, shared: int, hidden_dim: int) -> Config:
+    """With so many experts, the weights of those chosen scaled so that their sum has the size of one."""
+    sizes: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "hidden_dim": hidden_dim}
+    if top_k == 1:  # a weight divided by itself leaves the router without a gradient
+        more = {"normalize": False, "routed_scaling_factor": 1.0}
+    else:
+        more = {
+            "normalize": True,
+            "routed_scaling_factor": round(gate_scale(num_experts, top_k, 20000, 0), 2),
+        }
+    return common.changed(config, moe={**sizes, **more, "num_shared_experts": shared})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train each."""
+    given = common.options(__doc__, 600, arguments)
+    configs = models(common.base(given))
+    rows = common.train_all(configs, given)
+    losses = common.last(rows)
+    names = list(configs)
+    steps = [common.shown(common.paired(rows, coarse, fine), 4) for coarse, fine in itertools.pairwise(names)]
+    common.write("fineness", given, {
+        "answer": [
+            f"A shared expert in the place of a routed one brings {steps[0]}, halving the experts once "
+            f"{steps[1]}, and once more {steps[2]}.",
+        ],
+        "table": [
+            ["", "parameters", "active", "held-out loss"],
+            *(
+                [name, *(f"{size:,}" for size in common.sizes(config.model).values()), common.shown(losses[name])]
+                for name, config in configs.items()
+            ),
+        ],
+        "trainings": rows,
+    })  # fmt: skip
+    figure, axis = common.plt.subplots(figsize=(5, 2))
+    common.points(axis, losses, "held-out loss, nats a byte")
+    common.save(figure, "fineness", given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How do Llama's, Mixtral's and Qwen's styles do beside DeepSeek's?
+
+lm experiment rivals [--quick]  ->  experiments/results/rivals.json and .png
+
+Claim: at equal parameters at work the DeepSeek style, MLA and many experts of which one is shared, has the
+lowest loss and the smallest cache (DeepSeek-V2, arXiv 2405.04434 section 2; DeepSeekMoE, arXiv 2401.06066).
+Prediction: MoEs are ahead of the dense Llama, the toy in DeepSeek's style ahead of the other MoEs.
+
+The presets toy, toy-llama, toy-mixtral and toy-qwen, trained alike; each balances as its model did.
+"""
+
+import dataclasses
+
+from lm import count
+from lm.config import Config
+
+from . import common
+
+PRESETS = {"DeepSeek": "toy", "Llama": "toy-llama", "Mixtral": "toy-mixtral", "Qwen": "toy-qwen"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the four."""
+    given = common.options(__doc__, 800, arguments)
+    text = common.base(given).data
+    configs = {
+        f"{style} style": dataclasses.replace(
+            common.changed(Config.preset(preset), train={"dtype": "float32"}), data=text
+        )
+        for style, preset in PRESETS.items()
+    }
+    seconds = common.step_seconds(configs, 2 if given.quick else 10)
+    rows = common.train_all(configs, given)
+    losses = common.last(rows)
+    order = sorted(losses, key=lambda name: common.mean_and_error(losses[name])[0])
+    table = [
+        ["", "parameters", "active", "numbers cached a token", "ms a step", "held-out loss"],
+        *(
+            [
+                name,
+                *(f"{size:,}" for size in common.sizes(one.model).values()),
+                f"{count.cache_elements_per_token(one.model)}",
+                f"{1e3 * seconds[name]:.0f}",
+                common.shown(losses[name]),
+            ]
+            for name, one in configs.items()
+        ),
+    ]
+    ahead = common.shown(common.paired(rows, order[1], order[0]), 4)
+    answer = f"From the lowest loss to the highest: {', '.join(order)}; the first is ahead by {ahead}."
+    common.write(
+        "rivals", given, {"answer": [answer], "table": table, "step_seconds": seconds, "trainings": rows}
+    )
+    figure, axis = common.plt.subplots(figsize=(5, 2))
+    common.points(axis, losses, "held-out loss, nats a byte")
+    common.save(figure, "rivals", given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Why does MLA turn only a few of each head's dims?
+
+lm experiment rope [--quick]  ->  experiments/results/rope.json and .png
+
+Claim: a key that is turned after it was expanded cannot be absorbed, so that the cache would have to hold
+every head's key; a few dims that carry position beside the latent suffice (DeepSeek-V2, arXiv 2405.04434
+section 2.1.3). Prediction: with all dims turned the absorbed form gives other numbers than the expanded one;
+with none turned the loss is worse; with 16 of 48 dims it is that of all 48.
+"""
+
+import torch
+from torch import Tensor
+
+from lm.config import Config
+from lm.model import Transformer
+from mla import MultiheadLatentAttention, RotaryEmbedding
+from mla.attention import softmax_attention
+
+from . import common
+
+
+class NothingTurns(MultiheadLatentAttention):
+    """MLA without position: a token knows where it stands only from what it may see."""
+
+    def rotate(self, q_rope: Tensor, k_rope: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return q_rope, k_rope
+
+
+class AllTurns(MultiheadLatentAttention):
+    """MLA with each head's whole query and key turned, those made from the latent too.
+
+    Only `expanded` is right: between W_UQ and W_UK stands a rotation, another one for each pair of positions.
+    """
+
+    def expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """As MLA's, for a text from its start."""
+        kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1))  # (batch, time, heads, nope + value)
+        k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        positions = torch.arange(latent.shape[1], device=latent.device)
+        rope = RotaryEmbedding(self.qk_nope_head_dim)
+        q_nope, k_nope = rope(q_nope, positions), rope(k_nope, positions)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        key = torch.cat((k_nope, k_rope.unsqueeze(2).expand_as(q_rope)), dim=-1)
+        return softmax_attention(query, key, value, self.scale, visible)
+
+
+KINDS = {
+    "16 of 48 dims turn": "mla",
+    "none turns": "experiments.rope:NothingTurns",
+    "all turn": "experiments.rope:AllTurns",
+}
+
+
+@torch.no_grad()
+def absorbed_is_off(model: Transformer, config: Config) -> dict[str, float]:
+    """How far the absorbed form is from the expanded one, of the expanded one's size, at most over layers."""
+    tokens = common.validation(config)[0][:-1].unsqueeze(0)
+    hidden = model.embedding(tokens)
+    positions = torch.arange(tokens.shape[1])
+    off = 0.0
+    for block in model.blocks:
+        attention = block.attention
+        x = block.attention_norm(hidden)
+        q_nope, q_rope = attention.query(x)
+        latent, k_rope = attention.compress(x)
+        q_rope, k_rope = attention.rotate(q_rope, k_rope, positions)
+        right = attention.expanded(q_nope, q_rope, latent, k_rope, None)
+        absorbed = attention.absorbed(q_nope, q_rope, torch.cat((latent, k_rope), dim=-1), None)
+        off = max(off, float((absorbed - right).norm() / right.norm()))
+        hidden, _ = block(hidden, tokens, None, None, None)
+    return {"absorbed_is_off": off}
+
+
+def numbers_kept(config: Config) -> dict[str, int]:
+    """Numbers a token and layer that a cache holds, if the key is kept as it was used."""
+    a = config.model.attention
+    heads = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    return {name: a.qk_rope_head_dim + (heads if name == "all turn" else a.kv_lora_rank) for name in KINDS}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train with each kind, and absorb each."""
+    given = common.options(__doc__, 600, arguments)
+    config = common.base(given)
+    if not given.quick:
+        config = common.changed(config, attention={"qk_nope_head_dim": 32, "qk_rope_head_dim": 16})
+    configs = {name: common.changed(config, attention={"kind": kind}) for name, kind in KINDS.items()}
+    rows = common.train_all(configs, given, measure=absorbed_is_off)
+    losses, off, kept = common.last(rows), common.last(rows, "absorbed_is_off"), numbers_kept(config)
+    few, none, every = KINDS
+    hurt, rest = (common.shown(common.paired(rows, *pair), 4) for pair in ((none, few), (few, every)))
+    common.write("rope", given, {
+        "answer": [
+            f"Absorbed, attention with all dims turned is off by {min(off[every]):.0%} or more of its size; with "
+            f"{few} by {max(off[few]):.0e} at most, which is rounding.",
+            f"With none turned the loss is {hurt} higher than with {few}; with these it is {rest} higher than "
+            "with all.",
+        ],
+        "table": [
+            ["", "held-out loss", "absorbed is off by", "numbers cached a token and layer"],
+            *([name, common.shown(losses[name]), f"{max(off[name]):.1e}", str(kept[name])] for name in KINDS),
+        ],
+        "trainings": rows,
+    })  # fmt: skip
+    figure, axis = common.plt.subplots(figsize=(5, 1.8))
+    common.points(axis, losses, "held-out loss, nats a byte")
+    common.save(figure, "rope", given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Do experts specialise, and are DeepSeekMoE's harder to replace?
+
+lm experiment specialization [--quick]  ->  experiments/results/specialization.json and .png
+
+Claim: with the best experts of each token disabled, a DeepSeekMoE loses more than a GShard of the same loss:
+its experts are less redundant (DeepSeekMoE, arXiv 2401.06066 section 4.5, figure 4). Prediction: experts take
+verse, Python source and sums unevenly, and the sign of the difference is the published one.
+
+The text is a third each: Shakespeare, the standard library of the Python that runs this, sums. With a share
+of its best experts disabled, a token gets the best of the others.
+"""
+
+import functools
+import hashlib
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm import data
+from lm.config import Config
+from lm.evaluate import evaluate
+from lm.model import Transformer
+from moe import Routing, balance
+
+from . import common
+
+DOMAINS = ("verse", "Python", "sums")
+SHARES = (0, 1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the experts, disabled
+TOKENS = 32768  # held out, of each domain and evaluation
+BLOCK = 2048  # bytes of one text before the next one
+
+
+def verse(size: int) -> bytes:
+    return (data.CORPUS / "train.txt").read_bytes()[:size]
+
+
+def python(size: int) -> bytes:
+    """Modules of the standard library, in the order of their names."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return b"".join(path.read_bytes() for path in paths)[:size]
+
+
+def sums(size: int) -> bytes:
+    """Additions of numbers of one to four digits, a line each."""
+    rng = random.Random(0)
+    lines, length = [], 0
+    while length < size:
+        a, b = (rng.randrange(10 ** rng.randint(1, 4)) for _ in range(2))
+        lines.append(f"{a}+{b}={a + b}\n".encode())
+        length += len(lines[-1])
+    return b"".join(lines)[:size]
+
+
+def texts(folder: Path, size: int) -> dict[str, Path]:
+    """The mixture to train on, and each domain's held-out tenth: files, made where they are not there."""
+    parts = dict(zip(DOMAINS, (verse(size), python(size), sums(size))))
+    shortest = min(map(len, parts.values()))
+    cut = shortest * 9 // 10
+    starts = range(0, cut - BLOCK + 1, BLOCK)
+    mixed = b"".join(part[start : start + BLOCK] for start in starts for part in parts.values())
+    held_out = {name: part[cut:shortest] for name, part in parts.items()}
+    found = {}
+    for name, text in {"mixed": mixed, **held_out}.items():
+        found[name] = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.txt"
+        if not found[name].exists():
+            found[name].write_bytes(text)
+    return found
+
+
+def models(config: Config) -> dict[str, Config]:
+    """The DeepSeekMoE, and a GShard with as many parameters, all and active."""
+    moe = config.model.moe
+    quarter = (moe.top_k + moe.num_shared_experts) // 2  # parts of one of GShard's experts
+    gshard = {
+        "router": "gshard", "num_experts": (moe.num_experts + moe.num_shared_experts) // quarter, "top_k": 2,
+        "hidden_dim": quarter * moe.hidden_dim, "num_shared_experts": 0, "routed_scaling_factor": 1.0,
+    }  # fmt: skip
+    return {"DeepSeekMoE": config, "GShard": common.changed(config, moe=gshard, train={"switch_loss": 0.01})}
+
+
+class Without(nn.Module):
+    """A trained router with each token's best experts disabled; weights are normalised over the others'."""
+
+    def __init__(self, router: Any, share: float):
+        super().__init__()
+        self.router = router
+        self.disabled = round(share * router.num_experts)
+
+    def forward(self, x: Tensor) -> Routing:
+        routing = self.router(x)
+        choice = routing.scores + getattr(self.router, "bias", 0)
+        best = choice.topk(self.disabled).indices
+        experts = choice.scatter(-1, best, float("-inf")).topk(self.router.top_k).indices
+        weights = routing.scores.gather(-1, experts)
+        scale = getattr(self.router, "routed_scaling_factor", 1.0)
+        return routing._replace(experts=experts, weights=scale * weights / weights.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def look(model: Transformer, config: Config, paths: dict[str, Path]) -> dict[str, Any]:
+    """Which expert takes how much of each domain, and the loss with ever more of the best disabled."""
+    windows = {name: data.Windows(data.open_text(paths[name]), config.train.context) for name in DOMAINS}
+    model.eval()
+    use = []
+    for name in DOMAINS:
+        tokens = torch.stack([windows[name][i][:-1] for i in range(min(len(windows[name]), TOKENS // 128))])
+        counts = [balance.tokens_per_expert(routing).double() for routing in model.trunk(tokens)[1]]
+        use.append(torch.stack(counts) / tokens.numel())  # (layers, experts)
+    shares = torch.stack(use)  # (domains, layers, experts)
+    mean = shares.mean(0)
+    top = shares.amax(0) / mean.where(mean > 0, 1) - 1
+    found: dict[str, Any] = {
+        "use": [[[round(float(x), 4) for x in layer] for layer in domain] for domain in shares],
+        "specialisation": float((top * mean).sum() / mean.sum()),  # experts count by what they do
+    }
+    routers = [block.mlp.router for block in model.blocks]
+    for share in SHARES:
+        for block, router in zip(model.blocks, routers):
+            block.mlp.router = Without(router, share)
+        losses = [
+            evaluate(model, windows[name], TOKENS, torch.float32, config.train.batch_size) for name in DOMAINS
+        ]
+        found[f"loss, {share:.4f} disabled"] = sum(losses) / len(losses)
+        found.setdefault("losses", dict(zip(DOMAINS, losses)))
+    return found
+
+
+def draw(rows: list[dict[str, Any]], given: Any) -> None:
+    """Who takes what, in one model; and what disabling costs."""
+    figure, axes = common.plt.subplots(1, 3, figsize=(14, 3.6))
+    for axis, name in zip(axes, ("DeepSeekMoE", "GShard")):
+        use = torch.tensor(next(row["use"] for row in rows if row["model"] == name))[
+            :, -1
+        ]  # (domains, experts)
+        relative = use / use.mean(0).clamp(min=1e-9)
+        order = relative.argmax(0).double().add(-relative.amax(0) / 10).argsort()
+        axis.imshow(relative[:, order], aspect="auto", vmin=0, vmax=len(DOMAINS))
+        axis.set_yticks(range(len(DOMAINS)), DOMAINS)
+        axis.set_xlabel(f"{name}: experts of the last layer")
+    for name in ("DeepSeekMoE", "GShard"):
+        values = [common.last(rows, f"loss, {share:.4f} disabled")[name] for share in SHARES]
+        means, errors = zip(*map(common.mean_and_error, values))
+        axes[2].errorbar(SHARES, means, errors, marker="o", ms=4, capsize=2, label=name)
+    axes[2].set_xlabel("share of a token's best experts, disabled")
+    axes[2].set_ylabel("held-out loss, nats a byte")
+    axes[2].legend(frameon=False)
+    common.tidy(axes[2])
+    common.save(figure, "specialization", given)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train on the mixture, see who takes what, disable the best."""
+    given = common.options(__doc__, 600, arguments)
+    given.runs.mkdir(parents=True, exist_ok=True)
+    paths = texts(given.runs, 60_000 if given.quick else 1_200_000)
+    config = common.changed(common.base(given), data={"path": str(paths["mixed"])})
+    rows = common.train_all(models(config), given, measure=functools.partial(look, paths=paths))
+    special = common.last(rows, "specialisation")
+    losses = {share: common.last(rows, f"loss, {share:.4f} disabled") for share in SHARES}
+    rise = {
+        name: [after - before for after, before in zip(losses[SHARES[1]][name], losses[0][name])]
+        for name in special
+    }
+    common.write("specialization", given, {
+        "answer": [
+            f"Disabling each token's best sixteenth of the experts costs a DeepSeekMoE "
+            f"{common.shown(rise['DeepSeekMoE'])}, a GShard {common.shown(rise['GShard'])}.",
+            f"An expert takes {1 + common.mean_and_error(special['DeepSeekMoE'])[0]:.2f} times as much of the "
+            f"text that it takes most of as of the three on average in a DeepSeekMoE, "
+            f"{1 + common.mean_and_error(special['GShard'])[0]:.2f} times in a GShard.",
+        ],
+        "table": [
+            ["share of a token's best experts disabled", *special],
+            *([f"{share:.4g}", *(common.shown(losses[share][name]) for name in special)] for share in SHARES),
+        ],
+        "python": sysconfig.get_python_version(),
+        "trainings": rows,
+    })  # fmt: skip
+    draw(rows, given)
+
+
+if __name__ == "__main__":
+    main()
