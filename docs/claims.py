@@ -25,8 +25,8 @@ HEAD = """# The claims, measured
 
 Made by `python docs/claims.py` from the result files in [experiments/results](../experiments/results), which
 hold every training with its seed, and the machine. Losses are nats a byte on four held-out plays, as mean ±
-standard error over seeds; differences are taken seed by seed, since models of one seed see the same text in the
-same order. The models are those of the preset `mini`, changed in what is compared. To repeat one:
+standard error over seeds; differences are taken seed by seed, since models of one seed see the same text in
+the same order. The models are those of the preset `mini`, changed in what is compared. To repeat one:
 `lm experiment NAME`, all: `make experiments`.
 """
 

@@ -49,29 +49,19 @@ def main(arguments: list[str] | None = None) -> None:
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
     losses = common.last(rows)
-    order = sorted(losses, key=lambda name: -common.mean_and_error(losses[name])[0])
+    order = sorted(losses, key=lambda name: -common.mean(losses[name]))
+    same = "as published" if order == list(PUBLISHED) else f"published: {', '.join(PUBLISHED)}"
     steps = [
-        f"{worse} above {better} by {common.shown(common.paired(rows, worse, better), 4)}"
+        f"{worse} is {common.shown(common.paired(rows, worse, better), 4)} above {better}"
         for worse, better in itertools.pairwise(order)
     ]
-    same = (
-        "the published one" if order == list(PUBLISHED) else f"not the published one, {', '.join(PUBLISHED)}"
-    )
-    common.write("architectures", given, {
-        "answer": [f"From the highest loss to the lowest: {', '.join(order)}: {same}.", f"{'; '.join(steps)}."],
-        "table": [
-            ["", "parameters", "active", "held-out loss", "published, of another text"],
-            *(
-                [name, *(f"{size:,}" for size in common.sizes(configs[name].model).values()),
-                 common.shown(losses[name]), f"{PUBLISHED[name]:.3f}"]
-                for name in configs
-            ),
-        ],
-        "trainings": rows,
-    })  # fmt: skip
-    figure, axis = common.plt.subplots(figsize=(5, 2.4))
-    common.points(axis, losses, "held-out loss, nats a byte")
-    common.save(figure, "architectures", given)
+    answer = [f"From the highest loss to the lowest: {', '.join(order)} ({same}).", "; ".join(steps) + "."]
+    table = [["", "parameters", "active", "held-out loss", "published, of another text"]]
+    for name, config in configs.items():
+        loss, published = common.shown(losses[name]), f"{PUBLISHED[name]:.3f}"
+        table.append([name, *common.size_cells(config), loss, published])
+    common.write("architectures", given, answer, table, rows)
+    common.draw_losses("architectures", given, losses)
 
 
 if __name__ == "__main__":

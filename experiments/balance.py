@@ -70,39 +70,25 @@ def main(arguments: list[str] | None = None) -> None:
     """Train by each method, and look at the load."""
     given = common.options(__doc__, 600, arguments)
     base = common.base(given)
-    methods = METHODS
-    if given.quick:
-        methods = {
-            name: METHODS[name] for name in ("none", AUXILIARY, "global-batch loss, 0.01, in quarters", BIAS)
-        }
-    configs = {
-        name: in_quarters(common.changed(base, train=OFF | method)) for name, method in methods.items()
-    }
+    names = ("none", AUXILIARY, "global-batch loss, 0.01, in quarters", BIAS) if given.quick else METHODS
+    configs = {name: in_quarters(common.changed(base, train=OFF | METHODS[name])) for name in names}
     rows = common.train_all(configs, given, measure=load)
     for row in rows:
         row["batch_max_violation"] = max(row["batch_max_violation"])
-    losses, worst, of_batch, dead = (
-        common.last(rows, key)
-        for key in ("held_out_loss", "max_violation", "batch_max_violation", "dead_experts")
-    )
-    more = common.shown(common.paired(rows, BIAS, AUXILIARY), 4)
-    common.write("balance", given, {
-        "answer": [
-            f"Global MaxVio of the worse layer: {common.shown(worst['none'], 2)} without any method, "
-            f"{common.shown(worst[AUXILIARY], 2)} with the Switch loss, {common.shown(worst[BIAS], 2)} with the "
-            "bias update.",
-            f"The loss with the bias update is {more} above that with the Switch loss, seed by seed.",
-        ],
-        "table": [
-            ["", "global MaxVio, worse layer", "MaxVio of a batch, worse layer", "dead experts", "held-out loss"],
-            *(
-                [name, common.shown(worst[name], 2), common.shown(of_batch[name], 2), f"{max(dead[name])}",
-                 common.shown(losses[name], 4)]
-                for name in methods
-            ),
-        ],
-        "trainings": rows,
-    })  # fmt: skip
+    keys = ("held_out_loss", "max_violation", "batch_max_violation", "dead_experts")
+    losses, worst, of_batch, dead = (common.last(rows, key) for key in keys)
+    none, auxiliary, bias = (common.shown(worst[name], 2) for name in ("none", AUXILIARY, BIAS))
+    less = common.shown(common.paired(rows, AUXILIARY, BIAS), 4)
+    answer = [
+        f"Global MaxVio of the worse layer is {none} without any method, {auxiliary} with the Switch loss of "
+        f"weight 0.01, {bias} with the bias update.",
+        f"The loss with the bias update is {less} below that with the Switch loss.",
+    ]
+    table = [["", "global MaxVio", "MaxVio of a batch", "dead experts", "held-out loss"]]
+    for name in names:
+        each = common.shown(worst[name], 2), common.shown(of_batch[name], 2), f"{max(dead[name])}"
+        table.append([name, *each, common.shown(losses[name], 4)])
+    common.write("balance", given, answer, table, rows)
     figure, axes = common.plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     common.points(axes[0], worst, "global MaxVio, worse layer")
     axes[0].set_xscale("log")

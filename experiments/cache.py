@@ -128,35 +128,22 @@ def main(arguments: list[str] | None = None) -> None:
     given = common.options(__doc__, 600, arguments)
     configs = models(common.base(given))
     if given.quick:
-        configs = {
-            name: configs[name] for name in ("MHA", "GQA, 2 groups", "MQA", "MLA, rank 8", "MLA, rank 24")
-        }
+        few = ("MHA", "GQA, 2 groups", "MQA", "MLA, rank 8", "MLA, rank 24")
+        configs = {name: configs[name] for name in few}
     sizes = {name: bytes_per_token(config) for name, config in configs.items()}
     seconds = decode_seconds(configs, *((64, 2) if given.quick else (CONTEXT, 20)))
     rows = common.train_all(configs, given)
     losses = common.last(rows)
-    table = [
-        [
-            "",
-            "parameters",
-            "bytes a token",
-            "of MHA's",
-            "million tokens a GiB",
-            "ms a decoding step",
-            "held-out loss",
-        ]
-    ]
+    head = ["", "parameters", "bytes a token", "of MHA's", "million tokens a GiB", "ms a decoding step"]
+    table = [[*head, "held-out loss"]]
     for name, config in configs.items():
-        share, tokens = sizes[name] / sizes["MHA"], 2**30 / sizes[name] / 1e6
-        cells = f"{count.total_parameters(config.model):,}", str(sizes[name]), f"{share:.3f}", f"{tokens:.2f}"
+        share, tokens = f"{sizes[name] / sizes['MHA']:.3f}", f"{2**30 / sizes[name] / 1e6:.2f}"
+        cells = f"{count.total_parameters(config.model):,}", f"{sizes[name]}", share, tokens
         table.append([name, *cells, f"{1e3 * seconds[name]:.2f}", common.shown(losses[name], 4)])
-    common.write("cache", given, {
-        "answer": answers(losses, sizes),
-        "table": table,
-        "bytes_per_token": sizes,
-        "decoding": {"batch": BATCH, "context": CONTEXT, "seconds": seconds},
-        "trainings": rows,
-    })  # fmt: skip
+    decoding = {"batch": BATCH, "context": CONTEXT, "seconds": seconds}
+    common.write(
+        "cache", given, answers(losses, sizes), table, rows, bytes_per_token=sizes, decoding=decoding
+    )
     draw(losses, sizes, given)
 
 

@@ -4,6 +4,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -118,24 +119,39 @@ def train_all(
         for share in (budgets or {}).get(name, (1,))
     ]
     with processes(given.jobs) as pool:
-        found = [pool.submit(trained, name, config, given.runs, measure) for name, config in jobs]
-        for done, future in enumerate(concurrent.futures.as_completed(found), 1):
-            row = future.result()
-            print(f"{done}/{len(jobs)} {row['model']}: loss {row['held_out_loss']:.4f}", flush=True)
-    return [future.result() for future in found]
+        found: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
+        for name, config in jobs:  # two names may mean one training
+            if key(config) not in found:
+                found[key(config)] = pool.submit(trained, config, given.runs, measure)
+                found[key(config)].add_done_callback(functools.partial(tell, name))
+        return [{"model": name, **found[key(config)].result()} for name, config in jobs]
 
 
-def processes(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Fresh processes, each for one call and with one thread."""
-    spawn = multiprocessing.get_context("spawn")
+def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
+    """A line for a training that is done."""
+    if not done.cancelled() and not done.exception():
+        row = done.result()
+        print(
+            f"{name}, {row['steps']} steps, seed {row['seed']}: loss {row['held_out_loss']:.4f}", flush=True
+        )
+
+
+def key(config: Config) -> str:
+    """The name of the folder where a training is kept."""
+    return hashlib.sha256(config.to_toml().encode()).hexdigest()[:16]
+
+
+def processes(jobs: int, calls: int | None = None) -> concurrent.futures.ProcessPoolExecutor:
+    """New processes, each with one thread, and each for so many calls; None: for any number."""
+    spawn, one = multiprocessing.get_context("spawn"), (1,)
     return concurrent.futures.ProcessPoolExecutor(
-        jobs, spawn, torch.set_num_threads, (1,), max_tasks_per_child=1
+        jobs, spawn, torch.set_num_threads, one, max_tasks_per_child=calls
     )
 
 
-def trained(name: str, config: Config, folder: Path, measure: Measure | None) -> dict[str, Any]:
+def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, Any]:
     """Train, or go on, or find it done -> what came of it, a row of a result file."""
-    run = folder / hashlib.sha256(config.to_toml().encode()).hexdigest()[:16]
+    run = folder / key(config)
     with contextlib.redirect_stdout(io.StringIO()):
         if train.train(config, run, resume=(run / "config.toml").exists()):
             raise KeyboardInterrupt
@@ -146,7 +162,6 @@ def trained(name: str, config: Config, folder: Path, measure: Measure | None) ->
     except ValueError:  # a part of one's own: nobody can count it
         flops = None
     row = {
-        "model": name,
         "seed": config.train.seed,
         "steps": config.train.steps,
         "tokens": log[-1]["tokens"],
@@ -218,16 +233,19 @@ def reach(xs: Sequence[float], losses: Sequence[float], level: float) -> float |
     return None
 
 
+mean = statistics.fmean
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error."""
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    return mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Where the mean of which these are 2 to 10 samples lies, 95 % (Student's t)."""
-    mean, error = mean_and_error(values)
+    middle, error = mean_and_error(values)
     away = STUDENT[len(values) - 2] * error
-    return mean - away, mean + away
+    return middle - away, middle + away
 
 
 def paired(rows: Iterable[dict[str, Any]], one: str, other: str, key: str = "held_out_loss") -> list[float]:
@@ -254,19 +272,41 @@ def last(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str
 
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard error, as a cell of a table."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+    middle, error = mean_and_error(values)
+    return f"{middle:.{digits}f} ± {error:.{digits}f}"
 
 
-def write(name: str, given: argparse.Namespace, found: dict[str, Any]) -> None:
-    """A result, with its machine and how it was trained, as NAME.json; its answer on the screen.
+def size_cells(config: Config) -> list[str]:
+    """Parameters, all and active, as cells of a table."""
+    return [f"{size:,}" for size in sizes(config.model).values()]
 
-    found: "answer", sentences; "table", rows of cells, the first its head; and all they were made from.
+
+def write(
+    name: str,
+    given: argparse.Namespace,
+    answer: Sequence[str],
+    table: Sequence[Sequence[str]],
+    rows: Sequence[dict[str, Any]],
+    **more: Any,
+) -> None:
+    """A result, with its machine and every training, as NAME.json; its answer on the screen.
+
+    Args:
+        answer: sentences, what was found.
+        table: rows of cells, the first its head.
     """
-    how = {"steps": given.steps, "seeds": given.seeds}
-    whole = {"machine": machine.describe(), **how, **found}
-    (given.out / f"{name}.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    print(*found["answer"], sep="\n")
+    how = {"machine": machine.describe(), "steps": given.steps, "seeds": given.seeds}
+    found = {**how, "answer": answer, "table": table, **more, "trainings": rows}
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    (given.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    print(*answer, sep="\n")
+
+
+def draw_losses(name: str, given: argparse.Namespace, losses: Mapping[str, Sequence[float]]) -> None:
+    """The picture of an experiment that compares losses alone, as NAME.png."""
+    figure, axis = plt.subplots(figsize=(5, 0.6 + 0.35 * len(losses)))
+    points(axis, losses, "held-out loss, nats a byte")
+    save(figure, name, given)
 
 
 def points(axis: Any, values: Mapping[str, Sequence[float]], label: str) -> None:

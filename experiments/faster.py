@@ -23,7 +23,8 @@ from . import common
 from .fineness import split
 
 BUDGETS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the steps
-DIMS = {64: BUDGETS, 128: BUDGETS[:2]}  # beside the model's own, for the frontier
+DIMS = {64: BUDGETS[:3]}  # beside the model's own, for the frontier
+VARIED = 1 / 4  # the budget of models that vary the MoE
 RIVALS = ("dense", "dense, as many parameters")
 NUMBERS = (8, 16, 32, 128)  # of experts
 KEYS = {"flops": "FLOPs", "seconds": "seconds"}
@@ -158,11 +159,9 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
         axis.set_ylabel("held-out loss, nats a byte")
         common.tidy(axis)
     axes[0].legend(frameon=False)
-    half = min(steps for steps in curves["MoE"] if 2 * steps >= given.steps)
-    varied = {
-        name: by_steps[half] for name, by_steps in curves.items() if half in by_steps and "dim" not in name
-    }
-    common.points(axes[2], varied, f"held-out loss after {half:,} steps")
+    at = round(given.steps * VARIED)
+    varied = {name: by_steps[at] for name, by_steps in curves.items() if at in by_steps and "dim" not in name}
+    common.points(axes[2], varied, f"held-out loss after {at:,} steps")
     for key, style in (("flops", "--"), ("seconds", "-")):
         for color, (dim, by_steps) in enumerate(found["frontier"][key].items()):
             label = f"dim {dim}, {KEYS[key]}"
@@ -184,7 +183,7 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, time, compare, draw."""
-    given = common.options(__doc__, 1200, arguments)
+    given = common.options(__doc__, 2400, arguments)
     config = common.base(given)
     moe = config.model.moe
     width = active_width(config)
@@ -194,16 +193,16 @@ def main(arguments: list[str] | None = None) -> None:
         "dense": dense(config, width),
         "dense, as many parameters": dense(config, whole),
     }
-    budgets: dict[str, Sequence[float]] = {"MoE": BUDGETS, "dense": BUDGETS, RIVALS[1]: BUDGETS[:2]}
+    budgets: dict[str, Sequence[float]] = {"MoE": BUDGETS, "dense": BUDGETS, RIVALS[1]: BUDGETS[:1]}
     dims = {config.model.dim: BUDGETS, **({} if given.quick else DIMS)}
     for dim, shares in dims.items():
         scaled = at_dim(config, dim)
         for name, one in (("MoE", scaled), ("dense", dense(scaled, active_width(scaled)))):
             configs[f"{name}, dim {dim}"], budgets[f"{name}, dim {dim}"] = one, shares
     for name, one in ({} if given.quick else varied(config)).items():
-        configs[name], budgets[name] = one, (1 / 2,)
+        configs[name], budgets[name] = one, (VARIED,)
     seconds = common.step_seconds(configs, 2 if given.quick else 10)
-    with common.processes(1) as pool:
+    with common.processes(1, calls=1) as pool:
         peaks = dict(zip(configs, pool.map(common.peak_bytes, configs.values())))
     rows = common.train_all(configs, given, budgets)
     for row in rows:
@@ -219,15 +218,13 @@ def main(arguments: list[str] | None = None) -> None:
     }
     found = {"summary": summary(rows), "frontier": {key: frontier(rows, list(dims), key) for key in KEYS}}
     losses = common.by_model(rows)
-    head = ["", "parameters", "active", "ms a step", "peak, MB", "steps", "held-out loss"]
-    table = [
-        [name, f"{m['parameters']:,}", f"{m['active']:,}", f"{m['milliseconds_a_step']:.1f}",
-         f"{m['peak_megabytes']:.0f}", f"{max(losses[name]):,}", common.shown(losses[name][max(losses[name])])]
-        for name, m in models.items()
-    ]  # fmt: skip
-    common.write("faster", given, {
-        "answer": answers(found), "table": [head, *table], **found, "models": models, "trainings": rows,
-    })  # fmt: skip
+    table = [["", "parameters", "active", "ms a step", "peak, MB", "steps", "held-out loss"]]
+    for name, one in configs.items():
+        step, peak = f"{1e3 * seconds[name]:.1f}", f"{peaks[name] / 1e6:.0f}"
+        steps = max(losses[name])
+        shown = common.shown(losses[name][steps])
+        table.append([name, *common.size_cells(one), step, peak, f"{steps:,}", shown])
+    common.write("faster", given, answers(found), table, rows, **found, models=models)
     draw(rows, found, given)
 
 

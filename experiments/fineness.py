@@ -47,25 +47,17 @@ def main(arguments: list[str] | None = None) -> None:
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
     losses = common.last(rows)
-    names = list(configs)
-    steps = [common.shown(common.paired(rows, coarse, fine), 4) for coarse, fine in itertools.pairwise(names)]
-    common.write("fineness", given, {
-        "answer": [
-            f"A shared expert in the place of a routed one brings {steps[0]}, halving the experts once "
-            f"{steps[1]}, and once more {steps[2]}.",
-        ],
-        "table": [
-            ["", "parameters", "active", "held-out loss"],
-            *(
-                [name, *(f"{size:,}" for size in common.sizes(config.model).values()), common.shown(losses[name])]
-                for name, config in configs.items()
-            ),
-        ],
-        "trainings": rows,
-    })  # fmt: skip
-    figure, axis = common.plt.subplots(figsize=(5, 2))
-    common.points(axis, losses, "held-out loss, nats a byte")
-    common.save(figure, "fineness", given)
+    shared, once, twice = (
+        common.shown(common.paired(rows, coarse, fine), 4) for coarse, fine in itertools.pairwise(configs)
+    )
+    answer = [
+        f"A shared expert in the place of a routed one lowers the loss by {shared}, halving the experts by "
+        f"{once}, halving them again by {twice}."
+    ]
+    table = [["", "parameters", "active", "held-out loss"]]
+    table += [[name, *common.size_cells(one), common.shown(losses[name])] for name, one in configs.items()]
+    common.write("fineness", given, answer, table, rows)
+    common.draw_losses("fineness", given, losses)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ PRESETS = {"DeepSeek": "toy", "Llama": "toy-llama", "Mixtral": "toy-mixtral", "Q
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the four."""
-    given = common.options(__doc__, 800, arguments)
+    given = common.options(__doc__, 600, arguments)
     text = common.base(given).data
     configs = {
         f"{style} style": dataclasses.replace(
@@ -32,28 +32,18 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = common.step_seconds(configs, 2 if given.quick else 10)
     rows = common.train_all(configs, given)
     losses = common.last(rows)
-    order = sorted(losses, key=lambda name: common.mean_and_error(losses[name])[0])
-    table = [
-        ["", "parameters", "active", "numbers cached a token", "ms a step", "held-out loss"],
-        *(
-            [
-                name,
-                *(f"{size:,}" for size in common.sizes(one.model).values()),
-                f"{count.cache_elements_per_token(one.model)}",
-                f"{1e3 * seconds[name]:.0f}",
-                common.shown(losses[name]),
-            ]
-            for name, one in configs.items()
-        ),
+    first, second, *others = sorted(losses, key=lambda name: common.mean(losses[name]))
+    ahead = common.shown(common.paired(rows, second, first), 4)
+    answer = [
+        f"From the lowest loss to the highest: {', '.join((first, second, *others))}; the first is ahead by "
+        f"{ahead}."
     ]
-    ahead = common.shown(common.paired(rows, order[1], order[0]), 4)
-    answer = f"From the lowest loss to the highest: {', '.join(order)}; the first is ahead by {ahead}."
-    common.write(
-        "rivals", given, {"answer": [answer], "table": table, "step_seconds": seconds, "trainings": rows}
-    )
-    figure, axis = common.plt.subplots(figsize=(5, 2))
-    common.points(axis, losses, "held-out loss, nats a byte")
-    common.save(figure, "rivals", given)
+    table = [["", "parameters", "active", "numbers cached a token", "ms a step", "held-out loss"]]
+    for name, config in configs.items():
+        cached, step = f"{count.cache_elements_per_token(config.model)}", f"{1e3 * seconds[name]:.0f}"
+        table.append([name, *common.size_cells(config), cached, step, common.shown(losses[name])])
+    common.write("rivals", given, answer, table, rows, step_seconds=seconds)
+    common.draw_losses("rivals", given, losses)
 
 
 if __name__ == "__main__":

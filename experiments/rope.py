@@ -91,22 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
     losses, off, kept = common.last(rows), common.last(rows, "absorbed_is_off"), numbers_kept(config)
     few, none, every = KINDS
     hurt, rest = (common.shown(common.paired(rows, *pair), 4) for pair in ((none, few), (few, every)))
-    common.write("rope", given, {
-        "answer": [
-            f"Absorbed, attention with all dims turned is off by {min(off[every]):.0%} or more of its size; with "
-            f"{few} by {max(off[few]):.0e} at most, which is rounding.",
-            f"With none turned the loss is {hurt} higher than with {few}; with these it is {rest} higher than "
-            "with all.",
-        ],
-        "table": [
-            ["", "held-out loss", "absorbed is off by", "numbers cached a token and layer"],
-            *([name, common.shown(losses[name]), f"{max(off[name]):.1e}", str(kept[name])] for name in KINDS),
-        ],
-        "trainings": rows,
-    })  # fmt: skip
-    figure, axis = common.plt.subplots(figsize=(5, 1.8))
-    common.points(axis, losses, "held-out loss, nats a byte")
-    common.save(figure, "rope", given)
+    answer = [
+        f"Absorbed, an attention with all dims turned is off by {min(off[every]):.0%} of its size or more, "
+        f"one with {few} by {max(off[few]):.0e} at most, which is rounding.",
+        f"With none turned the loss is {hurt} above that with {few}, and that {rest} above all turned.",
+    ]
+    table = [["", "held-out loss", "absorbed is off by", "numbers cached a token and layer"]]
+    table += [[name, common.shown(losses[name]), f"{max(off[name]):.1e}", f"{kept[name]}"] for name in KINDS]
+    common.write("rope", given, answer, table, rows)
+    common.draw_losses("rope", given, losses)
 
 
 if __name__ == "__main__":

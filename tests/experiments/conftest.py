@@ -1,5 +1,6 @@
 """What the tests of experiments share."""
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -9,7 +10,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def experiment(request, monkeypatch):
-    """For test_NAME.py the module experiments.NAME, as `python -m experiments.NAME` finds it."""
+def experiments(monkeypatch):
+    """The function name -> module experiments.NAME, as `lm experiment NAME` finds it."""
     monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module(f"experiments.{request.module.__name__.rpartition('test_')[2]}")
+    return lambda name: importlib.import_module(f"experiments.{name}")
+
+
+@pytest.fixture
+def experiment(request, experiments):
+    """For test_NAME.py the module experiments.NAME."""
+    return experiments(request.module.__name__.rpartition("test_")[2])
+
+
+@pytest.fixture
+def mini(experiments):
+    """What experiments' models start from at full size."""
+    return experiments("common").base(argparse.Namespace(quick=False))

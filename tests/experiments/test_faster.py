@@ -1,42 +1,79 @@
-"""What a MoE saves, from curves that are made up; and a run of the smallest."""
+"""What a MoE saves, from curves that are made up; and that models are as alike as they should be."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from lm import count
 
 
-def test_ratios_compare_what_each_seed_needs_for_the_rivals_last_loss(experiment):
+@pytest.fixture
+def rows():
+    """A MoE that needs half, and a quarter, of the FLOPs, a step of it 1.5 times the time."""
     rows = []
-    for seed, ahead in ((0, 2.0), (1, 4.0)):  # the MoE needs half, and a quarter, of the FLOPs
+    for seed, ahead in ((0, 2.0), (1, 4.0)):
         for steps in (100, 200, 400):
             for name, times, cost in (("MoE", ahead, 3.0), ("dense", 1.0, 2.0)):
                 loss = 5 - math.log(steps * times)
                 rows.append({"model": name, "seed": seed, "steps": steps, "held_out_loss": loss})
                 rows[-1] |= {"flops": 7.0 * steps, "seconds": cost * steps}
-    rows = rows[::-1]
+    return rows[::-1]
+
+
+def test_ratios_compare_what_each_seed_needs_for_the_rivals_last_loss(experiment, rows):
     assert sorted(experiment.ratios(rows, "MoE", "dense", "flops")) == pytest.approx([1 / 4, 1 / 2])
     assert sorted(experiment.ratios(rows, "MoE", "dense", "seconds")) == pytest.approx([3 / 8, 3 / 4])
     assert experiment.ratios(rows, "dense", "MoE", "flops") == []  # it never comes there
+    assert experiment.ratios(rows, "MoE", "dense", "flops", steps=200) == pytest.approx(
+        [1 / 2]
+    )  # of one seed
 
 
-@pytest.mark.long
-def test_the_experiment_runs_in_little(tmp_path):
-    command = [sys.executable, "-m", "experiments.faster", "--quick", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads((tmp_path / "faster.json").read_text())
-    models, rows = found["models"], found["trainings"]
-    assert (tmp_path / "faster.png").stat().st_size > 10_000
-    pairs = {(name, seed) for name in models for seed in (0, 1)}
-    assert {(row["model"], row["seed"]) for row in rows} == pairs
-    assert sorted({row["steps"] for row in rows if row["model"] == "dense"}) == [1, 2, 4, 8]
-    assert models["MoE"]["parameters"] == pytest.approx(
-        models["dense, as many parameters"]["parameters"], rel=0.02
-    )
-    flops = [models[name]["flops_per_token"] for name in ("MoE", "dense", "8 experts")]
-    assert max(flops) < 1.05 * min(flops)
+def test_the_summary_has_the_mean_and_its_interval(experiment, rows):
+    rivals = [{**row, "model": "dense, as many parameters"} for row in rows if row["model"] == "dense"]
+    found = experiment.summary(rows + rivals)
+    value = found["FLOPs that MoE needs for the loss of: dense"]
+    assert value["of_each_seed"] == [0.25, 0.5] and value["mean"] == 0.375
+    assert value["interval_95"] == pytest.approx([0.375 - 12.706 / 8, 0.375 + 12.706 / 8], abs=1e-3)
+    never = [{**row, "held_out_loss": 0.0} for row in rivals]
+    value = experiment.summary(rows + never)[
+        "seconds that MoE needs for the loss of: dense, as many parameters"
+    ]
+    assert value == {"of_each_seed": [], "mean": None, "interval_95": [None, None]}
+
+
+def test_the_frontier_has_the_places_where_the_curves_meet(experiment, rows):
+    named = [{**row, "model": f"{row['model']}, dim 8"} for row in rows]
+    found = experiment.frontier(named, [8, 9], "seconds")
+    assert list(found) == [8] and list(found[8]) == [200, 400]
+    assert found[8][200]["of_each_seed"] == [0.75] and found[8][400]["mean"] == 0.562
+    said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
+    assert said == ["In seconds the MoE is ahead at dim 8, 200 steps (0.75); dim 8, 400 steps (0.56)."]
+
+
+def test_what_is_compared_has_equal_width_at_work(experiment, mini):
+    width = experiment.active_width(mini)
+    flops = {}
+    rival = experiment.dense(mini, width)
+    for name, config in {"MoE": mini, "dense": rival, **experiment.varied(mini)}.items():
+        flops[name] = count.training_flops_per_token(config.model, 128)
+        if config.model.num_dense_layers == 0:
+            assert experiment.active_width(config) == width
+    assert max(flops.values()) < 1.16 * min(flops.values())  # 128 rows of a router more
+    assert flops["MoE"] < 1.08 * flops["dense"]
+    number = mini.model.moe.num_experts + mini.model.moe.num_shared_experts
+    whole = experiment.dense(mini, number * mini.model.moe.hidden_dim)
+    sizes = [count.total_parameters(config.model) for config in (mini, whole)]
+    assert max(sizes) < 1.02 * min(sizes)
+
+
+def test_at_another_dim_all_widths_are_in_proportion(experiment, mini):
+    for times in (1, 2, 4):
+        made = experiment.at_dim(mini, mini.model.dim * times)
+        assert made.model.moe.hidden_dim == mini.model.moe.hidden_dim * times
+        assert made.model.attention.v_head_dim == mini.model.attention.v_head_dim * times
+        assert made.model.init_std**2 * made.model.dim == pytest.approx(
+            mini.model.init_std**2 * mini.model.dim
+        )
+        assert count.total_parameters(made.model) >= times**1.7 * count.total_parameters(mini.model)
+    assert experiment.at_dim(mini, mini.model.dim) == mini
