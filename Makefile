@@ -2,7 +2,7 @@
 # Both make .venv first. Other options of `lm train`: make train ARGS="--preset nano".
 PYTHON ?= python3
 ARGS ?=
-.PHONY: train test long lint coverage bench tables clean
+.PHONY: train test long lint coverage bench experiments tables clean
 
 train: .venv/lm
 	.venv/bin/lm train $(ARGS)
@@ -27,10 +27,16 @@ bench: .venv/dev
 	.venv/bin/python -m benchmarks.profile
 	.venv/bin/python docs/figures.py --pictures
 
+# hours; what is trained already is taken from runs/experiments
+experiments: .venv/lm
+	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization rope rivals; do .venv/bin/lm experiment $$name || exit 1; done
+	.venv/bin/python docs/claims.py
+
 tables: .venv/dev
 	.venv/bin/python docs/equations.py
 	.venv/bin/python docs/names.py
 	.venv/bin/python docs/figures.py
+	.venv/bin/python docs/claims.py
 
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

@@ -50,19 +50,13 @@ def readme() -> Table:
         loss = f"{found['held_out_loss']:.3f} nats a byte (best n-gram {found['best_ngram_loss']:.3f})"
         what = f"`{name}`, {found['parameters'] / 1e6:.1f} M parameters: loss on four held-out plays"
         rows.append((what, f"{loss} after {minutes}", machine(found), f"`lm train --preset {name}`"))
-    found = read("experiments/results/balance.json")
-    violations = found["max_violation_by_layer_last_100_steps"]
-    pairs = zip(violations["bias update"], violations["none"])
-    shown = " / ".join(f"{a:.2f} against {b:.2f}" for a, b in pairs)
-    what = f"MaxVio with the bias update against none, each layer, last 100 of {found['steps']:,} steps"
-    rows.append((what, shown, machine(found), f"`python -m experiments.balance --steps {found['steps']}`"))
     found = read("experiments/results/gate_scale.json")
     shown = ", ".join(
         f"{row['computed']:.3f} ({row['model']}, {row['num_experts']} experts; published {row['published']})"
         for row in found["gate_scale"]
     )
     what = "the factor on the routed experts, from Gaussian logits"
-    rows.append((what, shown, machine(found), "`python -m experiments.gate_scale`"))
+    rows.append((what, shown, machine(found), "`lm experiment gate_scale`"))
     for start, what in (
         ("train step, 18M, ", "train step, {}: times as fast as transformers' DeepseekV3 (`grouped_mm`)"),
         ("decode, 18M, ", "decode, {}: times as fast as transformers' DeepseekV3 (`grouped_mm`)"),

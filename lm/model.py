@@ -40,7 +40,7 @@ from moe import (
     SwitchRouter,
 )
 
-from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, nearest
 
 ROUTERS: dict[str, type[nn.Module]] = {
     "sigmoid": SigmoidRouter,
@@ -53,6 +53,7 @@ ROUTERS: dict[str, type[nn.Module]] = {
     "mixtral": MixtralRouter,
     "random": RandomRouter,
 }
+BUILT_IN = {"model.attention.kind": ("mla", "gqa"), "model.moe.router": tuple(ROUTERS)}
 
 
 class Output(NamedTuple):
@@ -287,7 +288,8 @@ def find_class(name: str, path: str) -> type[nn.Module]:
     """The nn.Module class that "package.module:Class" names; it is imported, and nothing else is called."""
     module_name, colon, class_name = path.partition(":")
     if not colon:
-        raise ValueError(f'{name} {path!r}: expected a built-in name or "module:Class"')
+        near = nearest(path, BUILT_IN[name])
+        raise ValueError(f'{name} {path!r}: expected a built-in name or "module:Class"{near}')
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where your own file is; the path of the `lm` command begins elsewhere
     try:

@@ -203,7 +203,7 @@ class Trainer:
             with self.autocast():
                 hidden, routings = self.model.trunk(inputs, run=self.run_block)
                 main = loss.head_cross_entropy(self.model.norm(hidden), self.model.head.weight, targets)
-            here = [balance.tokens_per_expert(routing) for routing in routings]
+            here = [balance.tokens_per_expert(routing, dropped=True) for routing in routings]
             counts = [a + b for a, b in zip(counts, here)] if counts else here
             objective = main + sum(loss.balance_loss(*layer, train) for layer in zip(routings, counts))
             (objective / train.accumulation).backward()

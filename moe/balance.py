@@ -2,8 +2,9 @@
 
 Losses come without their coefficient. Each is 1 at perfect balance (z_loss: its own value), differentiable
 in the scores, and 0 with gradient 0 where there is no token. `mask` (same leading axes as the routing, True
-for a real token) keeps padding out, whatever it holds. Loads are counted from the experts actually chosen, so
-with the selection bias; the papers do not say which (V3 eq. 18 writes the top-k of the plain scores).
+for a real token) keeps padding out, whatever it holds. Losses count the experts actually chosen, so with the
+selection bias (the papers do not say which; V3 eq. 18 writes the top-k of the plain scores), and before
+anything was dropped for want of room: what is left after that looks even where it is not.
 """
 
 import torch
@@ -35,7 +36,8 @@ def switch_loss(
         tokens_per_expert: (experts,), to take the load from where this routing is a part of a global batch
             (arXiv 2501.11873): the whole's counts. The mean over equal parts is then the whole's loss.
     """
-    load, share, real = load_and_share(*as_one_sequence(routing, mask))
+    one = Routing(*(rearrange(part, "... last -> (...) last") for part in undropped(routing)))
+    load, share, real = load_and_share(one, real_tokens(routing, mask).flatten())
     if tokens_per_expert is not None:
         check_counts(tokens_per_expert, share.shape[-1:])
         load = relative_load(tokens_per_expert.to(share))
@@ -81,8 +83,8 @@ def communication_loss(
     if not 1 <= top_devices <= num_devices:
         raise ValueError(f"top_devices={top_devices} must lie in 1..{num_devices}, the number of devices")
     _, share, real = load_and_share(routing, mask)
-    sent = sent_to(as_sequences(routing.experts), num_experts, num_devices)  # (batch, time, devices)
-    sent = sent * real.unsqueeze(-1)
+    sent = sent_to(as_sequences(undropped(routing).experts), num_experts, num_devices)
+    sent = sent * real.unsqueeze(-1)  # (batch, time, devices)
     sent = sent.sum(1).to(share.dtype)  # (batch, devices)
     load = sent * num_devices / (top_devices * real.sum(1, keepdim=True)).clamp(min=1)  # V2 eq. 30
     by_device = "batch (devices experts) -> batch devices"
@@ -90,11 +92,15 @@ def communication_loss(
     return mean_over_sequences((load * device_share).sum(-1), real)  # V2 eq. 29
 
 
-def tokens_per_expert(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def tokens_per_expert(routing: Routing, mask: Tensor | None = None, dropped: bool = False) -> Tensor:
     """How many slots each expert got; a token counts once for each of its experts, an empty slot for none.
 
     routing (..., ...) -> (experts,) int64
+
+    Args:
+        dropped: count the slots that were dropped, too (`moe.capacity`): what was asked of each expert.
     """
+    routing = undropped(routing) if dropped else routing
     return count_indices(slots_from_1(routing, mask), routing.scores.shape[-1] + 1)[1:]
 
 
@@ -148,6 +154,7 @@ def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
     -> load (batch, experts), 1 when even; share (batch, experts), sums to 1; real (batch, time)
     """
     num_experts = routing.scores.shape[-1]
+    routing = undropped(routing)
     experts, scores = as_sequences(routing.experts), as_sequences(routing.scores)
     real = as_sequences(real_tokens(routing, mask).unsqueeze(-1)).squeeze(-1)
     scores = scores.where(real.unsqueeze(-1), 0)  # before the division: its gradient at NaN is NaN
@@ -182,6 +189,11 @@ def mean_over_tokens(values: Tensor, real: Tensor) -> Tensor:
     return values.where(real, 0).sum() / real.sum().clamp(min=1)
 
 
+def undropped(routing: Routing) -> Routing:
+    """The routing with the experts that were asked for, where `moe.capacity` dropped some."""
+    return routing._replace(experts=getattr(routing, "asked", routing.experts))
+
+
 def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
     """The mask, checked, or all True -> (...) bool"""
     shape = routing.experts.shape[:-1]
@@ -207,12 +219,6 @@ def count_indices(indices: Tensor, size: int) -> Tensor:
 def as_sequences(values: Tensor) -> Tensor:
     """(..., time, last) -> (batch, time, last); one sequence where there is no batch axis."""
     return values.flatten(0, -3) if values.ndim > 2 else values.reshape(1, -1, values.shape[-1])
-
-
-def as_one_sequence(routing: Routing, mask: Tensor | None) -> tuple[Routing, Tensor]:
-    """Merge all leading axes: the whole batch as one sequence."""
-    merged = Routing(*(rearrange(field, "... last -> (...) last") for field in routing))
-    return merged, real_tokens(routing, mask).flatten()
 
 
 def one_hot(indices: Tensor, size: int) -> Tensor:

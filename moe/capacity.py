@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balance import check_devices, sent_to
+from .balance import check_devices, sent_to, undropped
 from .router import Routing
+
+
+class DroppedRouting(Routing):
+    """A Routing of which some slots were made empty."""
+
+    asked: Tensor  # (..., top_k), the experts before that
 
 
 class Dropping(nn.Module):
@@ -17,7 +23,7 @@ class Dropping(nn.Module):
     x (..., dim) -> Routing, the router's, but experts -1 and weight 0 where dropped; the rest stays as it is
 
     Nothing is dropped in evaluation: a text is written token by token, and then there is room for all.
-    `balance` counts what is left, which looks more even than what was asked for: that is in `self.router(x)`.
+    The Routing is a `DroppedRouting`: the losses of `balance` go by what was asked for.
     """
 
     def __init__(self, router: Any):
@@ -51,9 +57,14 @@ class Dropping(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Routing:
         """mask (...) bool: True for a real token; the others take no room, and go nowhere."""
         routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
+        asked = undropped(routing).experts
         if mask is not None:
-            routing = keep_slots(routing, mask.unsqueeze(-1))
-        return keep_slots(routing, self.kept(routing, mask)) if self.drops else routing
+            routing, asked = keep_slots(routing, mask.unsqueeze(-1)), asked.where(mask.unsqueeze(-1), -1)
+        if not self.drops:
+            return routing
+        dropped = DroppedRouting(*keep_slots(routing, self.kept(routing, mask)))
+        dropped.asked = asked
+        return dropped
 
     def kept(self, routing: Routing, mask: Tensor | None) -> Tensor:
         """-> (..., top_k) bool, the slots there is room for"""
@@ -118,9 +129,7 @@ class DeviceDropping(Dropping):
             all tokens are one sequence.
     """
 
-    def __init__(
-        self, router: Any, num_devices: int, capacity_factor: float = 1.0, exempt: float = 0.1
-    ):
+    def __init__(self, router: Any, num_devices: int, capacity_factor: float = 1.0, exempt: float = 0.1):
         super().__init__(router)
         check_factor(capacity_factor)
         if num_devices < 1 or self.num_experts % num_devices:
@@ -174,7 +183,7 @@ def first_of(groups: Tensor, priority: Tensor, num_groups: int, capacity: int) -
     counts = group.new_zeros(num_groups + 1).scatter_add_(0, group, torch.ones_like(group))
     begins = (counts.cumsum(0) - counts).gather(0, group.gather(0, order))
     place = torch.arange(len(group), device=group.device) - begins  # within the group
-    return torch.empty_like(place).scatter(0, order, place).view_as(groups) < capacity
+    return place.gather(0, order.argsort()).view_as(groups) < capacity  # back in the order of the slots
 
 
 def keep_slots(routing: Routing, kept: Tensor) -> Routing:

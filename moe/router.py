@@ -47,9 +47,7 @@ class SoftmaxRouter(nn.Module):
         routed_scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_sizes(
-            dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor
-        )
+        check_sizes(dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor)
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k
@@ -102,9 +100,7 @@ class SigmoidRouter(nn.Module):
         routed_scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_sizes(
-            dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor
-        )
+        check_sizes(dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor)
         self.dim = dim
         self.num_experts = num_experts
         self.top_k = top_k

@@ -26,6 +26,11 @@ def test_names_page_is_current():
     assert (ROOT / "docs" / "names.md").read_text() == script("names").page()
 
 
+def test_claims_page_and_the_claims_of_the_readme_are_current():
+    assert (ROOT / "docs" / "claims.md").read_text() == script("claims").page()
+    assert (ROOT / "README.md").read_text() == script("claims").readme()
+
+
 def test_equations_page_finds_the_line_of_a_tag(tmp_path):
     file = tmp_path / "part.py"
     method = '    def f(self):\n        """V3 eq. 9"""\n        return 1  # V3 eq. 5, 7-8; why\n'
@@ -49,7 +54,8 @@ def test_python_on_the_page_runs(page, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-PAGES = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "docs/equations.md", "docs/checkpoints.md")
+DOCS = ("docs/equations.md", "docs/checkpoints.md", "docs/claims.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", *DOCS)
 
 
 @pytest.mark.parametrize("page", PAGES)

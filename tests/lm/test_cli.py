@@ -1,3 +1,4 @@
+import ast
 import json
 import math
 import os
@@ -92,6 +93,29 @@ def test_help_of_train_names_the_presets_and_every_section(capsys):
 def test_a_command_that_is_none_is_one_line(capsys):
     assert cli.main(["tran"]) == 2
     assert capsys.readouterr().err.startswith("lm: no command 'tran'; there are train, generate")
+
+
+def test_experiments_are_listed_with_their_questions(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["experiment"]) == 0
+    listed = capsys.readouterr().out
+    for path in (ROOT / "experiments").glob("*.py"):
+        if path.stem != "common":
+            question = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+            assert f"  {path.stem} " in listed and question in listed
+    assert cli.main(["experiment", "balanse"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lm experiment: no experiment 'balanse' (did you mean 'balance'?)")
+    assert cli.main(["experiment", "common"]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["experiment", "balance", "--seeds", "1"])
+    assert stopped.value.code == 2 and "--seeds 1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_experiments_are_not_looked_for_elsewhere(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["experiment", "balance"]) == 2
+    assert capsys.readouterr().err.strip().endswith("no experiments here; run this in the project's folder")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lm import answers, cli, machine, talk, train
 from lm.engine import Engine
 from lm.model import Block
 from lm.train import Trainer, run_block
+from moe import Capacity, SoftmaxRouter
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 KINDS = [(kind, router) for kind in ("mla", "gqa") for router in ("sigmoid", "softmax")]
@@ -244,3 +245,12 @@ def test_the_commands_hand_compile_on(trained_once, monkeypatch, command):
         ending = ["--port", "0"] if command == "serve" else []
         assert cli.main([command, str(trained_once), *ending, *flags]) == 2
     assert asked == [False, True]
+
+
+@compiler
+def test_compiled_code_drops_what_plain_code_drops():
+    router = Capacity(SoftmaxRouter(16, 8, 2), 0.5)
+    x = torch.randn(2, 32, 16)
+    plain, compiled = router(x), torch.compile(router)(x)
+    assert int((plain.experts < 0).sum()) > 40
+    assert torch.equal(compiled.experts, plain.experts) and torch.equal(compiled.asked, plain.asked)

@@ -6,6 +6,7 @@ import torch
 import lm
 from lm import count, train
 from lm.model import ROUTERS
+from lm.runs import read_metrics
 from moe import Capacity
 
 TOP_K = {"switch": 1, "hash": 1}
@@ -88,7 +89,7 @@ def test_every_built_in_router_can_be_counted():
         ("noisy", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5 must be 1: router 'noisy'"),
         ("expert_choice", {"capacity_factor": 1.0}, "model.moe.capacity_factor must be 0"),
         ("random", {"arguments": {"seed": 1}}, "model.moe.router RandomRouter: .* 'seed'"),
-        ("swich", {}, "model.moe.router 'swich': expected a built-in name"),
+        ("swich", {}, "did you mean 'switch'"),
     ],
 )  # fmt: skip
 def test_a_config_that_does_not_fit_a_router_is_refused(tiny, name, moe, said):
@@ -103,3 +104,14 @@ def test_arguments_reach_a_built_in_router(tiny):
     ]
     assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
     assert len(tables[0]) == tiny().model.vocab_size
+
+
+def test_training_sees_the_load_that_was_asked_for_and_not_what_room_left_of_it(tiny, tmp_path, quick):
+    seen = {}
+    for room in (0.0, 0.3):
+        config = with_router(tiny, "sigmoid", capacity_factor=room, train={**QUIET, "log_every": 1})
+        run = tmp_path / str(room)
+        train.train(config, run)
+        seen[room] = read_metrics(run)[0]["max_violations"][0], lm.load(run).routers()[0].bias.abs().max()
+    assert seen[0.3][0] == seen[0.0][0] > 0.5  # of the first layer at the first step, before anything differs
+    assert seen[0.3][1] > 0

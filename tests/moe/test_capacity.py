@@ -255,7 +255,7 @@ def test_devices_are_counted_once_and_empty_slots_not_at_all():
         (lambda r: Capacity(r, 0.0), "capacity_factor=0.0 must be positive and finite"),
         (lambda r: Capacity(r, -1.0), "capacity_factor=-1.0 must be positive and finite"),
         (lambda r: Capacity(r, math.inf), "capacity_factor=inf must be positive and finite"),
-        (lambda r: Capacity(r, priority="rank"), "priority='rank' must be \"choice\" or \"score\""),
+        (lambda r: Capacity(r, priority="rank"), 'priority=\'rank\' must be "choice" or "score"'),
         (lambda r: DeviceDropping(r, 3), "num_devices=3 does not divide num_experts=8"),
         (lambda r: DeviceDropping(r, 0), "num_devices=0 does not divide num_experts=8"),
         (lambda r: DeviceDropping(r, 2, 0.0), "capacity_factor=0.0 must be positive and finite"),
@@ -266,3 +266,29 @@ def test_devices_are_counted_once_and_empty_slots_not_at_all():
 def test_numbers_that_do_not_fit_are_refused(build, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         build(SoftmaxRouter(4, 8, 2))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda r: Capacity(r, 0.5), lambda r: Capacity(DeviceDropping(r, 2, 0.5), 0.8)]
+)
+def test_balance_losses_go_by_what_was_asked_for(wrap):
+    inner = SoftmaxRouter(5, 8, 2).double()
+    router = wrap(inner)
+    x = torch.randn(3, 11, 5, dtype=torch.float64)
+    mask = torch.rand(3, 11) < 0.7
+    whole, routing = inner(x), router(x)
+    left, asked = balance.tokens_per_expert(routing), balance.tokens_per_expert(routing, dropped=True)
+    assert int(left.sum()) < int(asked.sum()) == 66
+    assert torch.equal(asked, balance.tokens_per_expert(whole))
+    for loss in (
+        lambda r, m: balance.sequence_loss(r, m),
+        lambda r, m: balance.switch_loss(r, m),
+        lambda r, m: balance.device_loss(r, 4, m),
+        lambda r, m: balance.communication_loss(r, 4, 2, m),
+    ):
+        torch.testing.assert_close(loss(routing, None), loss(whole, None))
+        torch.testing.assert_close(loss(routing, mask), loss(whole, mask))
+        torch.testing.assert_close(loss(router(x, mask=mask), mask), loss(whole, mask))
+    assert torch.equal(
+        balance.tokens_per_expert(router(x, mask=mask), dropped=True), balance.tokens_per_expert(whole, mask)
+    )
