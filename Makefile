@@ -29,7 +29,7 @@ bench: .venv/dev
 
 # hours; what is trained already is taken from runs/experiments
 experiments: .venv/lm
-	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization rope rivals; do .venv/bin/lm experiment $$name || exit 1; done
+	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization expert_choice rope rivals; do .venv/bin/lm experiment $$name || exit 1; done
 	.venv/bin/python docs/claims.py
 
 tables: .venv/dev

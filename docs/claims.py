@@ -18,8 +18,10 @@ ORDER = (
     "fineness",
     "architectures",
     "specialization",
+    "expert_choice",
     "rope",
     "rivals",
+    "convert",
 )
 HEAD = """# The claims, measured
 

@@ -1,24 +1,22 @@
 """What does a trained model lose when its attention becomes MLA, or its MLPs experts? What brings it back?
 
-lm experiment convert [--quick]  ->  experiments/results/convert.json
+lm experiment convert [--quick]  ->  experiments/results/convert.json and .png
 
-Claims. TransMLA (arXiv 2502.07864): grouped-query attention is an MLA, and one with a smaller cache comes
-back after little training. Sparse upcycling (arXiv 2212.05055, in shards: 2410.07524): experts made from an
-MLP begin where it stood, and go on to a lower loss than the MLP trained as long. The toys with GQA and with
-dense MLPs are trained, converted, and trained on a little, beside the same model left as it was.
+Claims: grouped-query attention is an MLA, and one with a smaller cache comes back after little training
+(TransMLA, arXiv 2502.07864); experts made from an MLP begin where it stood, and go on to a lower loss than
+the MLP trained as long (sparse upcycling, arXiv 2212.05055, in shards 2410.07524). Prediction: at full rank,
+and for every split into experts, nothing is lost; a smaller cache loses something, and most of it comes back.
 
-The first holds, if half the numbers go to turning pairs; where too few turn, most is lost. Of the second the
-start holds; after 100 steps whole copies are ahead by less, and shards behind by less, than 0.005: one seed,
-too short to tell.
+The toys with GQA and with dense MLPs are trained, converted, and trained on a little, beside the same model
+left as it was.
 """
 
-import argparse
 import copy
-import dataclasses
-import json
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +30,10 @@ from moe import upcycle
 from . import common
 
 MLA = {  # kv_lora_rank and qk_rope_head_dim (None: all), from a sample of inputs or from the weights alone
-    "mla, exact": (None, None, True),
-    "mla, half the cache": (32, 32, True),
-    "mla, half the cache, no sample": (32, 32, False),
-    "mla, half the cache, less that turns": (48, 16, True),
+    "MLA, exact": (None, None, True),
+    "MLA, half the cache": (32, 32, True),
+    "MLA, half the cache, no sample": (32, 32, False),
+    "MLA, half the cache, less that turns": (48, 16, True),
 }
 MOE = {
     "8 whole copies, top 2": {"num_experts": 8, "top_k": 2},
@@ -43,6 +41,7 @@ MOE = {
         "num_experts": 16, "top_k": 2, "num_shards": 3, "num_shared_shards": 1, "grouped": False,
     },
 }  # fmt: skip
+LEFT = {"toy-gqa": "GQA, left as it was", "toy-dense": "MLPs, left as they were"}
 
 
 @torch.no_grad()
@@ -62,59 +61,93 @@ def mlps_to_moe(model: Transformer, options: dict) -> None:
         block.mlp = upcycle(block.mlp, **options, generator=generator)
 
 
-def measure(preset: str, makes: dict[str, Callable], steps: int, repair: int) -> dict:
-    """Train, convert in each way, train on -> the losses of each: before, after, repaired."""
-    config = Config.preset(preset)
-    train = dataclasses.replace(config.train, steps=steps, eval_tokens=16384, dtype="float32")
-    config = dataclasses.replace(config, train=train)
-    again = dataclasses.replace(train, seed=1, steps=repair, learning_rate=1e-3, warmup=max(1, repair // 10))
-    torch.manual_seed(0)
+def ways(preset: str, seed: int) -> dict[str, Callable[[nn.Module], None]]:
+    """How a model of the preset is made over."""
+    if preset == "toy-dense":
+        return {name: functools.partial(mlps_to_moe, options=options) for name, options in MOE.items()}
+    text = data.load(Config.preset(preset).data, 256)[0]
+    tokens = torch.stack([data.Windows(text, 128, seed + 1).train(index)[:-1] for index in range(16)])
+    return {
+        name: functools.partial(attentions_to_mla, tokens=tokens, rank=rank, rope=rope, sampled=sampled)
+        for name, (rank, rope, sampled) in MLA.items()
+    }
+
+
+def measure(preset: str, seed: int, steps: int, repair: int) -> list[dict[str, Any]]:
+    """Train, convert in each way, train on -> a row each: the losses before, after, repaired."""
+    settings = {"steps": steps, "seed": seed, "eval_tokens": 16384, "dtype": "float32"}
+    config = common.changed(Config.preset(preset), train=settings)
+    on = {"seed": seed + 1, "steps": repair, "learning_rate": 1e-3, "warmup": max(1, repair // 10)}
+    again = common.changed(config, train=on)
+    torch.manual_seed(seed)
     model = Transformer(config.model)
-    model.initialize(torch.Generator().manual_seed(0))
-    found = {}
+    model.initialize(torch.Generator().manual_seed(seed))
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         first = common.trainer(config, model, Path(folder))
         for step in range(1, steps + 1):
             first.step(step)
-        before = first.evaluate(train.eval_tokens)
-        for name, make in {"left as it was": lambda _: None, **makes}.items():
+        before = first.evaluate(config.train.eval_tokens)
+        for name, make in {LEFT[preset]: lambda _: None, **ways(preset, seed)}.items():
             made = copy.deepcopy(model)
             make(made)
-            second = common.trainer(dataclasses.replace(config, train=again), made, Path(folder))
-            after = second.evaluate(train.eval_tokens)
+            second = common.trainer(again, made, Path(folder))
+            after = second.evaluate(config.train.eval_tokens)
             for step in range(1, repair + 1):
                 second.step(step)
-            losses = {"before": before, "after": after, "repaired": second.evaluate(train.eval_tokens)}
+            losses = {"before": before, "after": after, "repaired": second.evaluate(config.train.eval_tokens)}
             sizes = {"parameters": sum(parameter.numel() for parameter in made.parameters())}
             sizes["cache_bytes_per_token"] = sum(cache.nbytes for cache in made.new_caches(1, 1))
-            found[name] = {key: round(value, 5) for key, value in losses.items()} | sizes
-            print(name, found[name], flush=True)
-    return found
+            kept = {key: round(value, 5) for key, value in losses.items()}
+            rows.append({"model": name, "seed": seed, "steps": steps, **kept, **sizes})
+    return rows
+
+
+def answers(rows: list[dict[str, Any]]) -> list[str]:
+    """What the figures say of the claims."""
+    lost, ahead = {}, {}
+    for names, left in ((MLA, LEFT["toy-gqa"]), (MOE, LEFT["toy-dense"])):
+        for name in names:
+            found = of(rows, name)
+            lost[name] = common.shown([row["after"] - row["before"] for row in found])
+            pairs = zip(of(rows, left), found)
+            ahead[name] = common.shown([whole["repaired"] - row["repaired"] for whole, row in pairs])
+    exact, half, *_ = MLA
+    return [
+        f"Made over at full rank, GQA loses {lost[exact]}; with half the cache {lost[half]}, and after a short "
+        f"training it is {ahead[half]} ahead of the model left as it was.",
+        *(f"As {name}, an MLP loses {lost[name]}, and is then {ahead[name]} ahead." for name in MOE),
+    ]
+
+
+def of(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows of one model, in the order of the seeds."""
+    return sorted((row for row in rows if row["model"] == name), key=lambda row: row["seed"])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Both models, every way."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    quick = parser.parse_args(arguments).quick
-    steps, repair = (10, 5) if quick else (400, 100)
-    texts = data.load(Config.preset("toy-gqa").data, 256)
-    tokens = torch.stack([data.Windows(texts[0], 128, seed=2).train(i)[:-1] for i in range(16)])
-    to: dict[str, Callable[[nn.Module], None]] = {}
-    for name, (rank, rope, sampled) in MLA.items():
-        to[name] = lambda model, a=(rank, rope, sampled): attentions_to_mla(model, tokens, *a)
-    ex = {name: lambda model, options=options: mlps_to_moe(model, options) for name, options in MOE.items()}
-    found = {
-        "steps": steps,
-        "repair_steps": repair,
-        "held_out_loss": {
-            "gqa": measure("toy-gqa", to, steps, repair),
-            "dense": measure("toy-dense", ex, steps, repair),
-        },
-    }
-    if not quick:
-        common.write("convert", found, common.RESULTS)
-    print(json.dumps(found, indent=1))
+    given = common.options(__doc__, 400, arguments)
+    jobs = [
+        (preset, seed, given.steps, max(4, given.steps // 4))
+        for seed in range(given.seeds)
+        for preset in LEFT
+    ]
+    with common.processes(given.jobs) as pool:
+        rows = [row for part in pool.map(measure, *zip(*jobs)) for row in part]
+    names = [LEFT["toy-gqa"], *MLA, LEFT["toy-dense"], *MOE]
+    table = [["", "parameters", "cache, bytes a token", "loss before", "after", "repaired"]]
+    for name in names:
+        found = of(rows, name)
+        sizes = f"{found[0]['parameters']:,}", f"{found[0]['cache_bytes_per_token']}"
+        stages = (common.shown([row[stage] for row in found]) for stage in ("before", "after", "repaired"))
+        table.append([name, *sizes, *stages])
+    common.write("convert", given, answers(rows), table, rows)
+    figure, axes = common.plt.subplots(1, 2, figsize=(10, 3), sharey=True)
+    for axis, stage in zip(axes, ("after", "repaired")):
+        values = {name: [row[stage] for row in of(rows, name)] for name in names}
+        common.points(axis, values, f"held-out loss, {stage}")
+    common.save(figure, "convert", given)
 
 
 if __name__ == "__main__":

@@ -34,18 +34,32 @@ def test_the_logits_of_a_model_made_over_are_the_same(experiment, dtype, toleran
             else:
                 experiment.attentions_to_mla(made, tokens, *options)
             off = (made(tokens).logits - want).abs().max()
-            assert (off > 1e-3) == (preset == "toy-gqa" and name != "mla, exact")
+            assert (off > 1e-3) == (preset == "toy-gqa" and name != "MLA, exact")
             if off <= 1e-3:
                 assert off < tolerance
 
 
 def test_the_kept_result_says_what_is_claimed(experiment):
-    found = json.loads((EXPERIMENTS / "results" / "convert.json").read_text())["held_out_loss"]
-    gqa, dense = found["gqa"], found["dense"]
-    assert list(gqa) == ["left as it was", *experiment.MLA]
-    assert list(dense) == ["left as it was", *experiment.MOE]
-    for row in (gqa["mla, exact"], *dense.values()):
-        assert abs(row["after"] - row["before"]) < 1e-4
-    half = gqa["mla, half the cache"]
-    assert half["cache_bytes_per_token"] * 2 == gqa["left as it was"]["cache_bytes_per_token"]
-    assert half["after"] < gqa["mla, half the cache, no sample"]["after"]
+    rows = json.loads((EXPERIMENTS / "results" / "convert.json").read_text())["trainings"]
+    exact, half, unsampled, _ = experiment.MLA
+    for name in (exact, *experiment.MOE, *experiment.LEFT.values()):
+        assert all(abs(row["after"] - row["before"]) < 1e-4 for row in experiment.of(rows, name))
+    whole = experiment.of(rows, experiment.LEFT["toy-gqa"])
+    for row, other, left in zip(
+        experiment.of(rows, half), experiment.of(rows, unsampled), whole, strict=True
+    ):
+        assert row["cache_bytes_per_token"] * 2 == left["cache_bytes_per_token"]
+        assert row["after"] < other["after"]
+
+
+def test_answers_take_differences_seed_by_seed(experiment):
+    rows = []
+    for seed in (1, 0):
+        for name in (*experiment.LEFT.values(), *experiment.MLA, *experiment.MOE):
+            left = name in experiment.LEFT.values()
+            row = {"before": 2.0 + seed, "after": 2.0 + seed + (0 if left else 0.5), "repaired": 1.5 + seed}
+            rows.append(
+                {"model": name, "seed": seed, **row, "repaired": row["repaired"] - (0 if left else 0.25)}
+            )
+    said = experiment.answers(rows)
+    assert len(said) == 3 and all("0.500 ± 0.000" in line and "0.250 ± 0.000 ahead" in line for line in said)

@@ -1,0 +1,72 @@
+"""What does expert choice know of the future?
+
+lm experiment expert_choice [--quick]  ->  experiments/results/expert_choice.json and .png
+
+Claim: experts that choose their tokens look at future ones, too, so that a language model trained with them
+is too good on paper (said of Expert Choice, arXiv 2202.09368, by arXiv 2408.15664 section 5). Prediction: its
+loss over whole texts is below what it is where each token is foretold from what stands before it alone; that
+of a router whose tokens choose is the same both ways.
+
+Three losses on the same held-out bytes: of many windows in one call, of each window in a call of its own, and
+of each byte in a call with nothing but what stands before it, as when writing.
+"""
+
+import torch
+
+from lm import loss
+from lm.config import Config
+from lm.model import Transformer
+
+from . import common
+
+WINDOWS = 16
+WAYS = ("many texts in a call", "one text in a call", "nothing of what follows")
+
+
+@torch.no_grad()
+def losses(model: Transformer, config: Config) -> dict[str, float]:
+    """The held-out loss of the second half of some windows, read in each of the ways."""
+    windows = common.validation(config)
+    step = len(windows) // WINDOWS
+    batch = torch.stack([windows[index * step] for index in range(WINDOWS)])
+    tokens, half = batch[:, :-1], config.train.context // 2
+    targets = batch[:, half + 1 :]
+    model.eval()
+    together = model(tokens).logits[:, half:]
+    apart = torch.cat([model(text.unsqueeze(0)).logits[:, half:] for text in tokens])
+    last = [
+        torch.stack([model(text[: stop + 1].unsqueeze(0)).logits[0, -1] for stop in range(half, len(text))])
+        for text in tokens
+    ]
+    each = (together, apart, torch.stack(last))
+    return {name: float(loss.cross_entropy(logits, targets)) for name, logits in zip(WAYS, each)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train both kinds, read in each way."""
+    given = common.options(__doc__, 600, arguments)
+    config = common.base(given)
+    choice = {"router": "expert_choice", "routed_scaling_factor": 1.0}
+    configs = {
+        "tokens choose": config,
+        "experts choose": common.changed(config, moe=choice, train={"sequence_loss": 0.0}),
+    }
+    rows = common.train_all(configs, given, measure=losses)
+    found = {f"{name}, {way}": common.last(rows, way)[name] for name in configs for way in WAYS}
+    rises = {}
+    for name in configs:
+        before, _, after = (found[f"{name}, {way}"] for way in WAYS)
+        rises[name] = common.shown([alone - whole for alone, whole in zip(after, before)], 4)
+    answer = [
+        f"Where nothing of what follows is read the loss rises by {rises['experts choose']} where experts "
+        f"choose, by {rises['tokens choose']} where tokens do."
+    ]
+    table = [["", *WAYS]]
+    for name in configs:
+        table.append([name, *(common.shown(found[f"{name}, {way}"]) for way in WAYS)])
+    common.write("expert_choice", given, answer, table, rows)
+    common.draw_losses("expert_choice", given, found)
+
+
+if __name__ == "__main__":
+    main()
