@@ -114,8 +114,8 @@ def answers(rows: list[dict[str, Any]]) -> list[str]:
             ahead[name] = common.shown([whole["repaired"] - row["repaired"] for whole, row in pairs])
     exact, half, *_ = MLA
     return [
-        f"Made over at full rank, GQA loses {lost[exact]}; with half the cache {lost[half]}, and after a short "
-        f"training it is {ahead[half]} ahead of the model left as it was.",
+        f"Made over at full rank, GQA loses {lost[exact]}; with half the cache {lost[half]}, and after a "
+        f"short training it is {ahead[half]} ahead of the model left as it was.",
         *(f"As {name}, an MLP loses {lost[name]}, and is then {ahead[name]} ahead." for name in MOE),
     ]
 
@@ -128,11 +128,8 @@ def of(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     """Both models, every way."""
     given = common.options(__doc__, 400, arguments)
-    jobs = [
-        (preset, seed, given.steps, max(4, given.steps // 4))
-        for seed in range(given.seeds)
-        for preset in LEFT
-    ]
+    repair = max(4, given.steps // 4)
+    jobs = [(preset, seed, given.steps, repair) for seed in range(given.seeds) for preset in LEFT]
     with common.processes(given.jobs) as pool:
         rows = [row for part in pool.map(measure, *zip(*jobs)) for row in part]
     names = [LEFT["toy-gqa"], *MLA, LEFT["toy-dense"], *MOE]
