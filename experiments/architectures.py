@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, config in configs.items():
         loss, published = common.shown(losses[name]), f"{PUBLISHED[name]:.3f}"
         table.append([name, *common.size_cells(config), loss, published])
-    common.write("architectures", given, answer, table, rows)
+    common.write("architectures", given, answer, table, rows, configs)
     common.draw_losses("architectures", given, losses)
 
 

@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         each = common.shown(worst[name], 2), common.shown(of_batch[name], 2), f"{max(dead[name])}"
         table.append([name, *each, common.shown(losses[name], 4)])
-    common.write("balance", given, answer, table, rows)
+    common.write("balance", given, answer, table, rows, configs)
     figure, axes = common.plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     common.points(axes[0], worst, "global MaxVio, worse layer")
     axes[0].set_xscale("log")

@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.append([name, *cells, f"{1e3 * seconds[name]:.2f}", common.shown(losses[name], 4)])
     decoding = {"batch": BATCH, "context": CONTEXT, "seconds": seconds}
     common.write(
-        "cache", given, answers(losses, sizes), table, rows, bytes_per_token=sizes, decoding=decoding
+        "cache", given, answers(losses, sizes), table, rows, configs, bytes_per_token=sizes, decoding=decoding
     )
     draw(losses, sizes, given)
 

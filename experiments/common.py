@@ -287,19 +287,28 @@ def write(
     answer: Sequence[str],
     table: Sequence[Sequence[str]],
     rows: Sequence[dict[str, Any]],
+    configs: Mapping[str, Config],
     **more: Any,
 ) -> None:
-    """A result, with its machine and every training, as NAME.json; its answer on the screen.
+    """A result, with its machine, every config and every training, as NAME.json; its answer on the screen.
 
     Args:
         answer: sentences, what was found.
         table: rows of cells, the first its head.
     """
     how = {"machine": machine.describe(), "steps": given.steps, "seeds": given.seeds}
-    found = {**how, "answer": answer, "table": table, **more, "trainings": rows}
+    differ = {name: differences(config) for name, config in configs.items()}
+    found = {**how, "answer": answer, "table": table, **more, "differ_from_mini": differ, "trainings": rows}
     text = json.dumps(found, indent=1, ensure_ascii=False)
     (given.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(*answer, sep="\n")
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """What a config has other than the preset mini, by dotted names; of files the name alone."""
+    mini, here = (runs.flat(dataclasses.asdict(one), "") for one in (Config.preset("mini"), config))
+    found = {name.lstrip("."): value for name, value in here.items() if mini[name] != value}
+    return {name: Path(value).name if name.startswith("data.") else value for name, value in found.items()}
 
 
 def draw_losses(name: str, given: argparse.Namespace, losses: Mapping[str, Sequence[float]]) -> None:

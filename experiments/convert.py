@@ -139,7 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
         sizes = f"{found[0]['parameters']:,}", f"{found[0]['cache_bytes_per_token']}"
         stages = (common.shown([row[stage] for row in found]) for stage in ("before", "after", "repaired"))
         table.append([name, *sizes, *stages])
-    common.write("convert", given, answers(rows), table, rows)
+    configs = {left: Config.preset(preset) for preset, left in LEFT.items()}
+    common.write("convert", given, answers(rows), table, rows, configs)
     figure, axes = common.plt.subplots(1, 2, figsize=(10, 3), sharey=True)
     for axis, stage in zip(axes, ("after", "repaired")):
         values = {name: [row[stage] for row in of(rows, name)] for name in names}

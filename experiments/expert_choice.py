@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = [["", *WAYS]]
     for name in configs:
         table.append([name, *(common.shown(found[f"{name}, {way}"]) for way in WAYS)])
-    common.write("expert_choice", given, answer, table, rows)
+    common.write("expert_choice", given, answer, table, rows, configs)
     common.draw_losses("expert_choice", given, found)
 
 

@@ -23,6 +23,7 @@ from . import common
 from .fineness import split
 
 BUDGETS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the steps
+LEAST = BUDGETS[:1]
 DIMS = {64: BUDGETS[:3]}  # beside the model's own, for the frontier
 VARIED = 1 / 4  # the budget of models that vary the MoE
 RIVALS = ("dense", "dense, as many parameters")
@@ -109,12 +110,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def frontier(
-    rows: list[dict[str, Any]], dims: Sequence[int], key: str
+    rows: list[dict[str, Any]], pairs: dict[int, tuple[str, str]], key: str
 ) -> dict[int, dict[int, dict[str, Any]]]:
-    """{dim: {steps of the dense model: what the MoE needs}}, where its curve meets the dense one's loss."""
+    """{dim: {steps of the dense model: what the MoE needs}}, where its curve meets the dense one's loss.
+
+    pairs: of each dim, the names of the MoE and of the dense model
+    """
     found: dict[int, dict[int, dict[str, Any]]] = {}
-    for dim in dims:
-        moe, rival = f"MoE, dim {dim}", f"dense, dim {dim}"
+    for dim, (moe, rival) in pairs.items():
         for steps in sorted({row["steps"] for row in rows if row["model"] == rival}):
             values = ratios(rows, moe, rival, key, steps)
             if values:
@@ -146,39 +149,49 @@ def answers(found: dict[str, Any]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
-    """Loss against FLOPs and seconds; what was varied; the frontier."""
-    figure, axes = common.plt.subplots(1, 4, figsize=(20, 4))
+    """Loss against tokens, FLOPs, seconds and memory; what was varied; the frontier."""
+    figure, axes = common.plt.subplots(2, 3, figsize=(15, 8))
     curves = common.by_model(rows)
-    for axis, key in zip(axes, KEYS):
+    for axis, (key, label) in zip(axes.flat, {"tokens": "tokens", **KEYS}.items()):
         for name in ("MoE", *RIVALS):
-            points = [common.mean_and_error(losses) for losses in curves[name].values()]
+            losses = [common.mean_and_error(values) for values in curves[name].values()]
             at = [values[0] for values in common.by_model(rows, key)[name].values()]
-            axis.errorbar(at, *zip(*points), marker="o", ms=3, capsize=2, label=name)
+            axis.errorbar(at, *zip(*losses), marker="o", ms=3, capsize=2, label=name)
         axis.set_xscale("log")
-        axis.set_xlabel(f"{KEYS[key]} of training")
+        axis.set_xlabel(f"{label} of training")
         axis.set_ylabel("held-out loss, nats a byte")
-        common.tidy(axis)
-    axes[0].legend(frameon=False)
+    axes[0, 0].legend(frameon=False)
+    at = round(given.steps * LEAST[0])
+    for name in ("MoE", *RIVALS):
+        mean, error = common.mean_and_error(curves[name][at])
+        megabytes = found["models"][name]["peak_megabytes"]
+        axes[1, 0].errorbar(megabytes, mean, error, marker="o", capsize=2, label=name)
+    axes[1, 0].set_xlabel(f"peak memory of a step, MB (loss after {at:,} steps)")
+    axes[1, 0].set_ylabel("held-out loss, nats a byte")
     at = round(given.steps * VARIED)
     varied = {name: by_steps[at] for name, by_steps in curves.items() if at in by_steps and "dim" not in name}
-    common.points(axes[2], varied, f"held-out loss after {at:,} steps")
-    for key, style in (("flops", "--"), ("seconds", "-")):
-        for color, (dim, by_steps) in enumerate(found["frontier"][key].items()):
-            label = f"dim {dim}, {KEYS[key]}"
-            means = [value["mean"] for value in by_steps.values()]
-            errors = [common.mean_and_error(v["of_each_seed"])[1] if len(v["of_each_seed"]) > 1 else 0
-                      for v in by_steps.values()]  # fmt: skip
-            axes[3].errorbar(
-                list(by_steps), means, errors, marker="o", ms=3, ls=style, color=f"C{color}", label=label
-            )
-    axes[3].axhline(1, color="black", lw=0.8)
-    axes[3].set_xscale("log")
-    axes[3].set_xlabel("steps of the dense model")
-    axes[3].set_ylabel("what the MoE needs, of what the dense one needs")
-    axes[3].legend(frameon=False, fontsize=7)
-    common.tidy(axes[3])
+    common.points(axes[1, 1], varied, f"held-out loss after {at:,} steps")
+    draw_frontier(axes[1, 2], found["frontier"])
+    for axis in axes.flat:
+        common.tidy(axis)
     figure.tight_layout()
     common.save(figure, "faster", given)
+
+
+def draw_frontier(axis: Any, found: dict[str, dict[int, dict[int, dict[str, Any]]]]) -> None:
+    """What the MoE needs, over steps of the dense model, a line for each dim; 1 is as much."""
+    for key, style in (("flops", "--"), ("seconds", "-")):
+        for number, (dim, by_steps) in enumerate(found[key].items()):
+            spread = [value["of_each_seed"] for value in by_steps.values()]
+            errors = [common.mean_and_error(values)[1] if len(values) > 1 else 0 for values in spread]
+            means = [value["mean"] for value in by_steps.values()]
+            how = {"marker": "o", "ms": 3, "ls": style, "color": f"C{number}", "capsize": 2}
+            axis.errorbar(list(by_steps), means, errors, label=f"dim {dim}, {KEYS[key]}", **how)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("steps of the dense model")
+    axis.set_ylabel("what the MoE needs of it for the same loss")
+    axis.legend(frameon=False, fontsize=8)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,18 +206,19 @@ def main(arguments: list[str] | None = None) -> None:
         "dense": dense(config, width),
         "dense, as many parameters": dense(config, whole),
     }
-    budgets: dict[str, Sequence[float]] = {"MoE": BUDGETS, "dense": BUDGETS, RIVALS[1]: BUDGETS[:1]}
-    dims = {config.model.dim: BUDGETS, **({} if given.quick else DIMS)}
-    for dim, shares in dims.items():
+    shares: dict[str, Sequence[float]] = {"MoE": BUDGETS, "dense": BUDGETS, RIVALS[1]: LEAST}
+    pairs = {config.model.dim: ("MoE", "dense")}
+    for dim, of_dim in ({} if given.quick else DIMS).items():
         scaled = at_dim(config, dim)
-        for name, one in (("MoE", scaled), ("dense", dense(scaled, active_width(scaled)))):
-            configs[f"{name}, dim {dim}"], budgets[f"{name}, dim {dim}"] = one, shares
+        pairs[dim] = f"MoE, dim {dim}", f"dense, dim {dim}"
+        for name, one in zip(pairs[dim], (scaled, dense(scaled, active_width(scaled)))):
+            configs[name], shares[name] = one, of_dim
     for name, one in ({} if given.quick else varied(config)).items():
-        configs[name], budgets[name] = one, (VARIED,)
+        configs[name], shares[name] = one, (VARIED,)
     seconds = common.step_seconds(configs, 2 if given.quick else 10)
     with common.processes(1, calls=1) as pool:
         peaks = dict(zip(configs, pool.map(common.peak_bytes, configs.values())))
-    rows = common.train_all(configs, given, budgets)
+    rows = common.train_all(configs, given, shares)
     for row in rows:
         row["seconds"] = round(row["steps"] * seconds[row["model"]], 2)
     models = {
@@ -216,7 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for name, one in configs.items()
     }
-    found = {"summary": summary(rows), "frontier": {key: frontier(rows, list(dims), key) for key in KEYS}}
+    fronts = {key: frontier(rows, pairs, key) for key in KEYS}
+    found = {"summary": summary(rows), "frontier": fronts, "models": models}
     losses = common.by_model(rows)
     table = [["", "parameters", "active", "ms a step", "peak, MB", "steps", "held-out loss"]]
     for name, one in configs.items():
@@ -224,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps = max(losses[name])
         shown = common.shown(losses[name][steps])
         table.append([name, *common.size_cells(one), step, peak, f"{steps:,}", shown])
-    common.write("faster", given, answers(found), table, rows, **found, models=models)
+    common.write("faster", given, answers(found), table, rows, configs, **found)
     draw(rows, found, given)
 
 

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     table = [["", "parameters", "active", "held-out loss"]]
     table += [[name, *common.size_cells(one), common.shown(losses[name])] for name, one in configs.items()]
-    common.write("fineness", given, answer, table, rows)
+    common.write("fineness", given, answer, table, rows, configs)
     common.draw_losses("fineness", given, losses)
 
 

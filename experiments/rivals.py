@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, config in configs.items():
         cached, step = f"{count.cache_elements_per_token(config.model)}", f"{1e3 * seconds[name]:.0f}"
         table.append([name, *common.size_cells(config), cached, step, common.shown(losses[name])])
-    common.write("rivals", given, answer, table, rows, step_seconds=seconds)
+    common.write("rivals", given, answer, table, rows, configs, step_seconds=seconds)
     common.draw_losses("rivals", given, losses)
 
 

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     table = [["", "held-out loss", "absorbed is off by", "numbers cached a token and layer"]]
     table += [[name, common.shown(losses[name]), f"{max(off[name]):.1e}", f"{kept[name]}"] for name in KINDS]
-    common.write("rope", given, answer, table, rows)
+    common.write("rope", given, answer, table, rows, configs)
     common.draw_losses("rope", given, losses)
 
 

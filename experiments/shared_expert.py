@@ -59,7 +59,8 @@ def losses(model: Transformer, config: Config) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     """Train, and leave something out."""
     given = common.options(__doc__, 600, arguments)
-    rows = common.train_all({"DeepSeekMoE": common.base(given)}, given, measure=losses)
+    configs = {"DeepSeekMoE": common.base(given)}
+    rows = common.train_all(configs, given, measure=losses)
     values = {name: [row[name] for row in rows] for name in CHANGES}
     whole, less, _, _, swapped = (common.mean(values[name]) for name in CHANGES)
     answer = [
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{swapped:.3f} (published: from 1.808 to 2.414); with one routed expert less, to {less:.3f}."
     ]
     table = [["", "held-out loss"], *([name, common.shown(values[name])] for name in CHANGES)]
-    common.write("shared_expert", given, answer, table, rows)
+    common.write("shared_expert", given, answer, table, rows, configs)
     common.draw_losses("shared_expert", given, values)
 
 

@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     given.runs.mkdir(parents=True, exist_ok=True)
     paths = texts(given.runs, 60_000 if given.quick else 1_200_000)
     config = common.changed(common.base(given), data={"path": str(paths["mixed"])})
-    rows = common.train_all(models(config), given, measure=functools.partial(look, paths=paths))
+    configs = models(config)
+    rows = common.train_all(configs, given, measure=functools.partial(look, paths=paths))
     special = common.last(rows, "specialisation")
     losses = {share: common.last(rows, f"loss, {share:.4f} disabled") for share in SHARES}
     deepseek, gshard = (
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = [["share of a token's best experts disabled", *special]]
     for share in SHARES:
         table.append([f"{share:.4g}", *(common.shown(losses[share][name]) for name in special)])
-    common.write("specialization", given, answer, table, rows, python=sysconfig.get_python_version())
+    common.write("specialization", given, answer, table, rows, configs, python=sysconfig.get_python_version())
     draw(rows, given)
 
 

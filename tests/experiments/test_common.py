@@ -83,8 +83,10 @@ def test_each_budget_and_seed_is_trained_and_kept(experiment, experiments, given
     assert experiment.train_all(configs, given, {"a": (1 / 4, 1)}, measure=measure) == rows
     assert before == {path: path.stat().st_mtime_ns for path in before}
     capsys.readouterr()
-    experiment.write("some", given, ["It is so."], [["head"], ["cell"]], rows, more=1)
+    experiment.write("some", given, ["It is so."], [["head"], ["cell"]], rows, configs, more=1)
     found = json.loads((given.out / "some.json").read_text())
+    assert found["differ_from_mini"]["b"]["model.moe.top_k"] == 1
+    assert found["differ_from_mini"]["a"]["data.path"] == "short.txt"
     assert found["trainings"] == rows and found["answer"] == ["It is so."] and found["more"] == 1
     assert (found["steps"], found["seeds"]) == (8, 2) and found["machine"]["cores"]
     assert capsys.readouterr().out == "It is so.\n"

@@ -43,8 +43,7 @@ def test_the_summary_has_the_mean_and_its_interval(experiment, rows):
 
 
 def test_the_frontier_has_the_places_where_the_curves_meet(experiment, rows):
-    named = [{**row, "model": f"{row['model']}, dim 8"} for row in rows]
-    found = experiment.frontier(named, [8, 9], "seconds")
+    found = experiment.frontier(rows, {8: ("MoE", "dense"), 9: ("none", "no other")}, "seconds")
     assert list(found) == [8] and list(found[8]) == [200, 400]
     assert found[8][200]["of_each_seed"] == [0.75] and found[8][400]["mean"] == 0.562
     said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
