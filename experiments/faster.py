@@ -28,6 +28,7 @@ DIMS = {64: BUDGETS[:3]}  # beside the model's own, for the frontier
 VARIED = 1 / 4  # the budget of models that vary the MoE
 RIVALS = ("dense", "dense, as many parameters")
 NUMBERS = (8, 16, 32, 128)  # of experts
+NAMES = ("a dense model of equal width at work", "a dense model of as many parameters")  # of these rivals
 KEYS = {"flops": "FLOPs", "seconds": "seconds"}
 
 
@@ -101,12 +102,8 @@ def described(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How much less a MoE needs."""
-    return {
-        f"{shown} that MoE needs for the loss of: {rival}": described(ratios(rows, "MoE", rival, key))
-        for rival in RIVALS
-        for key, shown in KEYS.items()
-    }
+    """How much a MoE needs for the last loss of each rival, as shares of its FLOPs and its seconds."""
+    return {rival: {key: described(ratios(rows, "MoE", rival, key)) for key in KEYS} for rival in RIVALS}
 
 
 def frontier(
@@ -127,25 +124,32 @@ def frontier(
 
 def answers(found: dict[str, Any]) -> list[str]:
     """What the figures say."""
-    said = []
-    for name, value in found["summary"].items():
-        low, high = value["interval_95"]
-        what = f"{name}: "
-        if value["mean"] is None:
-            said.append(f"{what}its curve does not meet that loss.")
-        else:
-            span = "" if low is None else f" ({low:.2f} to {high:.2f}, 95 %)"
-            said.append(f"{what}{value['mean']:.2f}{span}, {len(value['of_each_seed'])} seeds.")
-    below = [
-        f"dim {dim}, {steps:,} steps ({value['mean']:.2f})"
-        for dim, by_steps in found["frontier"]["seconds"].items()
-        for steps, value in by_steps.items()
-        if value["mean"] < 1
+    said = [
+        f"For the loss that {rival} ends with, the MoE needs {share(values['flops'])} of its FLOPs and "
+        f"{share(values['seconds'])} of its seconds."
+        for rival, values in zip(NAMES, found["summary"].values())
     ]
-    said.append(
-        f"In seconds the MoE is ahead at {'; '.join(below)}." if below else "In seconds it is never ahead."
+    ahead, behind = (
+        [
+            f"dim {dim}, {steps:,} steps ({value['mean']:.2f})"
+            for dim, by_steps in found["frontier"]["seconds"].items()
+            for steps, value in by_steps.items()
+            if (value["mean"] < 1) == is_ahead
+        ]
+        for is_ahead in (True, False)
     )
+    for word, places in (("ahead", ahead), ("behind", behind)):
+        if places:
+            said.append(f"In seconds the MoE is {word} at {'; '.join(places)}.")
     return said
+
+
+def share(value: dict[str, Any]) -> str:
+    """A ratio with its interval, in words."""
+    if value["mean"] is None:
+        return "an unknown share (the curves do not meet)"
+    low, high = value["interval_95"]
+    return f"{value['mean']:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
 
 
 def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:

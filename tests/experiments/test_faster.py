@@ -31,15 +31,19 @@ def test_ratios_compare_what_each_seed_needs_for_the_rivals_last_loss(experiment
 
 def test_the_summary_has_the_mean_and_its_interval(experiment, rows):
     rivals = [{**row, "model": "dense, as many parameters"} for row in rows if row["model"] == "dense"]
-    found = experiment.summary(rows + rivals)
-    value = found["FLOPs that MoE needs for the loss of: dense"]
+    value = experiment.summary(rows + rivals)["dense"]["flops"]
     assert value["of_each_seed"] == [0.25, 0.5] and value["mean"] == 0.375
     assert value["interval_95"] == pytest.approx([0.375 - 12.706 / 8, 0.375 + 12.706 / 8], abs=1e-3)
     never = [{**row, "held_out_loss": 0.0} for row in rivals]
-    value = experiment.summary(rows + never)[
-        "seconds that MoE needs for the loss of: dense, as many parameters"
-    ]
-    assert value == {"of_each_seed": [], "mean": None, "interval_95": [None, None]}
+    found = experiment.summary(rows + never)
+    assert found["dense, as many parameters"]["seconds"] == {
+        "of_each_seed": [], "mean": None, "interval_95": [None, None],
+    }  # fmt: skip
+    said = experiment.answers({"summary": found, "frontier": {"seconds": {}}})
+    assert said[0].endswith(
+        "needs 0.38 (-1.21 to 1.96) of its FLOPs and 0.56 (-1.82 to 2.94) of its seconds."
+    )
+    assert "an unknown share" in said[1] and len(said) == 2
 
 
 def test_the_frontier_has_the_places_where_the_curves_meet(experiment, rows):
@@ -48,6 +52,9 @@ def test_the_frontier_has_the_places_where_the_curves_meet(experiment, rows):
     assert found[8][200]["of_each_seed"] == [0.75] and found[8][400]["mean"] == 0.562
     said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
     assert said == ["In seconds the MoE is ahead at dim 8, 200 steps (0.75); dim 8, 400 steps (0.56)."]
+    found[8][200]["mean"] = 1.5
+    said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
+    assert said[1:] == ["In seconds the MoE is behind at dim 8, 200 steps (1.50)."]
 
 
 def test_what_is_compared_has_equal_width_at_work(experiment, mini):
