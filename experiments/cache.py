@@ -7,7 +7,7 @@ MHA's it is better than MHA, while GQA and MQA are worse (DeepSeek-V2, arXiv 240
 Prediction: at equal parameters there is a rank at which MLA's loss is MHA's within one standard error, with
 at most 0.15 of its bytes, and with fewer than GQA needs for the same.
 
-Dense models, 8 heads of 8; what an attention has less in weights, its MLP has more.
+8 heads of 8; the first layer has a dense MLP, and what an attention has less in weights that has more.
 """
 
 import argparse
@@ -31,24 +31,24 @@ BATCH, CONTEXT = 8, 2048  # of the timed decoding
 
 def models(config: Config) -> dict[str, Config]:
     """Each attention in the model, all with MHA's parameters."""
-    dense = common.changed(config, model={"num_dense_layers": config.model.num_layers, "hidden_dim": 128})
+    base = common.changed(config, model={"num_dense_layers": 1, "hidden_dim": 128})
     heads = {"num_heads": HEADS, "head_dim": 8, "q_lora_rank": 0}
     latent = {"qk_nope_head_dim": 8, "qk_rope_head_dim": ROPE, "v_head_dim": 8}
     found = {
-        name: common.changed(dense, attention={"kind": "gqa", "num_kv_heads": groups, **heads})
+        name: common.changed(base, attention={"kind": "gqa", "num_kv_heads": groups, **heads})
         for name, groups in GROUPS.items()
     }
     for rank in RANKS:
         sizes = {"kind": "mla", "kv_lora_rank": rank, **heads, **latent}
-        found[f"MLA, rank {rank}"] = common.changed(dense, attention=sizes)
+        found[f"MLA, rank {rank}"] = common.changed(base, attention=sizes)
     goal = count.total_parameters(found["MHA"].model)
     return {name: filled_up(one, goal) for name, one in found.items()}
 
 
 def filled_up(config: Config, parameters: int) -> Config:
-    """The model with its MLPs as wide as brings it nearest to so many parameters."""
+    """The model with its dense MLP as wide as brings it nearest to so many parameters."""
     model = config.model
-    a_column = 3 * model.dim * model.num_layers
+    a_column = 3 * model.dim * model.num_dense_layers
     wider = round((parameters - count.total_parameters(model)) / a_column)
     return common.changed(config, model={"hidden_dim": model.hidden_dim + wider})
 

@@ -68,6 +68,10 @@ def varied(config: Config) -> dict[str, Config]:
     found["twice as many of half the width"] = halves
     found["no shared expert"] = split(config, number, top_k, 0, moe.hidden_dim)
     for name, one in (("MoE", config), ("dense", dense(config, active_width(config)))):
+        for times, rate in ((0.5, "half"), (2, "twice")):
+            learning_rate = config.train.learning_rate * times
+            other = common.changed(one, train={"learning_rate": learning_rate})
+            found[f"{name}, {rate} the learning rate"] = other
         found[f"{name}, quarter of the batch"] = common.changed(one, train={"batch_size": batch // 4})
     return found
 
