@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import torch
 
 from lm import checkpoint, count, data, machine, runs, train
@@ -208,12 +210,22 @@ def step_seconds(configs: Mapping[str, Config], rounds: int) -> dict[str, float]
 
 def peak_bytes(config: Config) -> int:
     """What three steps of a training add to this process's memory, at most; to be called in a fresh one."""
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    idle = peak_resident()
     with tempfile.TemporaryDirectory() as folder:
         one = new_trainer(config, folder)
         for _ in range(3):
             one.step(1)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * 1024
+    return peak_resident() - idle
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process ever held."""
+    status = Path(
+        "/proc/self/status"
+    )  # unlike getrusage it says nothing of the process that started this one
+    if status.exists():
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -326,6 +338,14 @@ def points(axis: Any, values: Mapping[str, Sequence[float]], label: str) -> None
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel(label)
     tidy(axis)
+
+
+def log_axis(axis: Any, ticks: Sequence[float] | None = None) -> None:
+    """A logarithmic x axis with these numbers on it, or with powers of ten."""
+    axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    if ticks is not None:
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
 def tidy(axis: Any) -> None:

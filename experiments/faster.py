@@ -22,9 +22,9 @@ from lm.config import Config
 from . import common
 from .fineness import split
 
-BUDGETS = (1 / 8, 1 / 4, 1 / 2, 1)  # of the steps
-LEAST = BUDGETS[:1]
-DIMS = {64: BUDGETS[:3]}  # beside the model's own, for the frontier
+BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the steps
+LEAST = (1 / 8,)  # for the rival of as many parameters, which is slow
+DIMS = {64: BUDGETS[:4]}  # beside the model's own, for the frontier
 VARIED = 1 / 4  # the budget of models that vary the MoE
 RIVALS = ("dense", "dense, as many parameters")
 NUMBERS = (8, 16, 32, 128)  # of experts
@@ -165,7 +165,7 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
             losses = [common.mean_and_error(values) for values in curves[name].values()]
             at = [values[0] for values in common.by_model(rows, key)[name].values()]
             axis.errorbar(at, *zip(*losses), marker="o", ms=3, capsize=2, label=name)
-        axis.set_xscale("log")
+        common.log_axis(axis)
         axis.set_xlabel(f"{label} of training")
         axis.set_ylabel("held-out loss, nats a byte")
     axes[0, 0].legend(frameon=False)
@@ -196,7 +196,7 @@ def draw_frontier(axis: Any, found: dict[str, dict[int, dict[int, dict[str, Any]
             how = {"marker": "o", "ms": 3, "ls": style, "color": f"C{number}", "capsize": 2}
             axis.errorbar(list(by_steps), means, errors, label=f"dim {dim}, {KEYS[key]}", **how)
     axis.axhline(1, color="black", lw=0.8)
-    axis.set_xscale("log")
+    common.log_axis(axis, sorted({steps for of_dim in found["flops"].values() for steps in of_dim}))
     axis.set_xlabel("steps of the dense model")
     axis.set_ylabel("what the MoE needs of it for the same loss")
     axis.legend(frameon=False, fontsize=8)

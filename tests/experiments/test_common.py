@@ -121,3 +121,11 @@ def test_seconds_are_those_of_the_quickest_step_after_the_first(experiment, monk
 
     monkeypatch.setattr(experiment, "new_trainer", lambda config, folder: Trainer())
     assert experiment.step_seconds({"a": None, "b": None}, 2) == {"a": 3, "b": 1.5}
+
+
+def test_peak_memory_grows_with_the_batch(experiment, given):
+    base = experiment.base(given)
+    small, large = (experiment.changed(base, train={"batch_size": size}) for size in (2, 512))
+    with experiment.processes(1, calls=1) as pool:
+        first, second = pool.map(experiment.peak_bytes, (small, large))
+    assert 0 < first < second / 2 and second > 512 * 64 * 4 * 256  # the logits alone
