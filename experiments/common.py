@@ -12,11 +12,12 @@ import math
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).parent.parent / "runs" / "experiments"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 freedoms
 QUICK_STEPS = 8
+STOPPED: list[int] = []  # in a worker: what ended its last training, after which it begins no other
 Measure = Callable[[Transformer, Config], dict[str, Any]]
 
 
@@ -143,20 +145,45 @@ def key(config: Config) -> str:
     return hashlib.sha256(config.to_toml().encode()).hexdigest()[:16]
 
 
-def processes(jobs: int, calls: int | None = None) -> concurrent.futures.ProcessPoolExecutor:
-    """New processes, each with one thread, and each for so many calls; None: for any number."""
-    spawn, one = multiprocessing.get_context("spawn"), (1,)
-    return concurrent.futures.ProcessPoolExecutor(
-        jobs, spawn, torch.set_num_threads, one, max_tasks_per_child=calls
-    )
+@contextlib.contextmanager
+def processes(jobs: int, calls: int | None = None) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """New processes, each with one thread, and each for so many calls; None: for any number.
+
+    They end with the block, also where Ctrl-C or SIGTERM ends it: then after a last step, which is saved.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            jobs, spawn, stand_alone, max_tasks_per_child=calls
+        ) as pool:
+            try:
+                yield pool
+            except BaseException:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stand_alone() -> None:
+    """Begin a worker: one thread, and out of reach of Ctrl-C, which the process that began it passes on."""
+    torch.set_num_threads(1)
+    os.setpgrp()
 
 
 def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, Any]:
     """Train, or go on, or find it done -> what came of it, a row of a result file."""
+    if STOPPED:
+        raise KeyboardInterrupt
     run = folder / key(config)
     with contextlib.redirect_stdout(io.StringIO()):
-        if train.train(config, run, resume=(run / "config.toml").exists()):
-            raise KeyboardInterrupt
+        status = train.train(config, run, resume=(run / "config.toml").exists())
+    if status:  # stopped by a signal, and saved
+        STOPPED.append(status)
+        raise KeyboardInterrupt
     log = runs.read_metrics(run)
     late = [row["max_violations"] for row in log if row["step"] > config.train.steps * 3 / 4]
     try:

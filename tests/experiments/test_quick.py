@@ -1,8 +1,11 @@
 """Every experiment that trains runs from end to end in little, as a user starts it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,25 @@ def test_a_kept_result_has_at_least_three_seeds_and_the_sentences_of_its_page():
         assert len(seeds) == len(models) * kept["seeds"] and kept["seeds"] >= 3
         page = (ROOT / "docs" / "claims.md").read_text()
         assert all(sentence in page for sentence in kept["answer"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_processes_and_what_was_trained_is_gone_on_with(number, tmp_path):
+    options = ["--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seeds", "2", "--jobs", "2"]
+    command = [*COMMAND, "shared_expert", *options, "--steps", "2000"]
+    begun = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "runs").glob("*/metrics.jsonl"))) < 2:  # both are training
+        assert begun.poll() is None and time.monotonic() < deadline, begun.communicate()[0]
+        time.sleep(0.1)
+    time.sleep(1)
+    children = Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.killpg(begun.pid, number)  # as a terminal does with Ctrl-C
+    assert begun.wait(60) == 128 + number
+    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert len(list((tmp_path / "runs").glob("*/checkpoints/*/model.safetensors"))) == 2
+    assert not list(tmp_path.glob("*.json"))
