@@ -7,7 +7,7 @@ MHA's it is better than MHA, while GQA and MQA are worse (DeepSeek-V2, arXiv 240
 Prediction: at equal parameters there is a rank at which MLA's loss is MHA's within one standard error, with
 at most 0.15 of its bytes, and with fewer than GQA needs for the same.
 
-8 heads of 8; the first layer has a dense MLP, and what an attention has less in weights that has more.
+8 heads of 16; the first layer has a dense MLP, and what an attention has less in weights that has more.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from . import common
 
 HEADS = 8
 GROUPS = {"MHA": 8, "GQA, 4 groups": 4, "GQA, 2 groups": 2, "MQA": 1}
-RANKS = (4, 8, 12, 16, 24)
-ROPE = 4  # dims of MLA's shared key
+RANKS = (8, 16, 24, 30)
+ROPE = 8  # dims of MLA's shared key
 BATCH, CONTEXT = 8, 2048  # of the timed decoding
 
 
 def models(config: Config) -> dict[str, Config]:
     """Each attention in the model, all with MHA's parameters."""
-    base = common.changed(config, model={"num_dense_layers": 1, "hidden_dim": 128})
-    heads = {"num_heads": HEADS, "head_dim": 8, "q_lora_rank": 0}
-    latent = {"qk_nope_head_dim": 8, "qk_rope_head_dim": ROPE, "v_head_dim": 8}
+    base = common.changed(config, model={"num_dense_layers": 1, "hidden_dim": 256})
+    heads = {"num_heads": HEADS, "head_dim": 16, "q_lora_rank": 0}
+    latent = {"qk_nope_head_dim": 16, "qk_rope_head_dim": ROPE, "v_head_dim": 16}
     found = {
         name: common.changed(base, attention={"kind": "gqa", "num_kv_heads": groups, **heads})
         for name, groups in GROUPS.items()
@@ -125,10 +125,10 @@ def draw(losses: dict[str, list[float]], sizes: dict[str, int], given: argparse.
 
 def main(arguments: list[str] | None = None) -> None:
     """Train with each attention, count its cache, time its decoding."""
-    given = common.options(__doc__, 600, arguments)
+    given = common.options(__doc__, 1200, arguments)
     configs = models(common.base(given))
     if given.quick:
-        few = ("MHA", "GQA, 2 groups", "MQA", "MLA, rank 8", "MLA, rank 24")
+        few = ("MHA", "GQA, 2 groups", "MQA", "MLA, rank 8", "MLA, rank 16")
         configs = {name: configs[name] for name in few}
     sizes = {name: bytes_per_token(config) for name, config in configs.items()}
     seconds = decode_seconds(configs, *((64, 2) if given.quick else (CONTEXT, 20)))
