@@ -10,19 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
-ORDER = (
-    "faster",
-    "cache",
-    "balance",
-    "shared_expert",
-    "fineness",
-    "architectures",
-    "specialization",
-    "expert_choice",
-    "rope",
-    "rivals",
-    "convert",
-)
+ORDER = ("shared_expert", "fineness", "architectures", "specialization")
 HEAD = """# The claims, measured
 
 Made by `python docs/claims.py` from the result files in [experiments/results](../experiments/results), which
