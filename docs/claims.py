@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
-ORDER = ("shared_expert", "fineness", "architectures", "specialization")
+ORDER = ("shared_expert", "fineness", "architectures", "specialization", "rope")
 HEAD = """# The claims, measured
 
 Made by `python docs/claims.py` from the result files in [experiments/results](../experiments/results), which
