@@ -5,6 +5,9 @@ lm experiment fineness [--quick]  ->  experiments/results/fineness.json and .png
 Claim: at equal parameters and equal work a shared expert helps, and so does each halving of the experts:
 2 of 16, 1 shared + 1 of 15, 1 + 3 of 31, 1 + 7 of 63 (DeepSeekMoE, arXiv 2401.06066 figure 3). Prediction:
 the same order.
+
+The one expert of 31 counts as its sigmoid says, the others are normalised: one weight divided by itself would
+leave its router without a gradient.
 """
 
 import itertools
@@ -48,11 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows = common.train_all(configs, given)
     losses = common.last(rows)
     shared, once, twice = (
-        common.shown(common.paired(rows, coarse, fine), 4) for coarse, fine in itertools.pairwise(configs)
+        common.shown(common.paired(rows, fine, coarse), 4) for coarse, fine in itertools.pairwise(configs)
     )
     answer = [
-        f"A shared expert in the place of a routed one lowers the loss by {shared}, halving the experts by "
-        f"{once}, halving them again by {twice}."
+        f"The loss changes by {shared} with a shared expert in the place of a routed one, by {once} with "
+        f"experts of half the width, by {twice} with experts of a quarter."
     ]
     table = [["", "parameters", "active", "held-out loss"]]
     table += [[name, *common.size_cells(one), common.shown(losses[name])] for name, one in configs.items()]
