@@ -45,7 +45,7 @@ def options(
 ) -> argparse.Namespace:
     """The options of an experiment -> .steps, .seeds, .jobs, .quick, .out, .runs"""
     shown = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=shown)
+    parser = argparse.ArgumentParser("lm experiment", description=description, formatter_class=shown)
     parser.add_argument("--steps", type=int, default=steps, help=f"of the longest training; {steps}")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each model, 2 to 10; 3")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once, on a core each")
@@ -58,7 +58,12 @@ def options(
     for name, least, most in (("steps", 8, 10**9), ("seeds", 2, 10), ("jobs", 1, 10**4)):
         if not least <= getattr(given, name) <= most:
             parser.error(f"--{name} {getattr(given, name)}: a whole number {least}..{most} is needed")
-    given.out.mkdir(parents=True, exist_ok=True)
+    for name in ("out", "runs"):
+        folder = getattr(given, name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--{name} {folder}: cannot be made: {error.strerror}")
     return given
 
 
@@ -66,7 +71,6 @@ def base(given: argparse.Namespace) -> Config:
     """Where an experiment's models start from: the preset mini; to be quick, nano on a short text."""
     if not given.quick:
         return Config.preset("mini")
-    given.runs.mkdir(parents=True, exist_ok=True)
     text = given.runs / "short.txt"
     if not text.exists():
         text.write_bytes((data.CORPUS / "validation.txt").read_bytes()[:40_000])

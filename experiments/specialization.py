@@ -158,7 +158,6 @@ def draw(rows: list[dict[str, Any]], given: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Train on the mixture, see who takes what, disable the best."""
     given = common.options(__doc__, 600, arguments)
-    given.runs.mkdir(parents=True, exist_ok=True)
     paths = texts(given.runs, 60_000 if given.quick else 1_200_000)
     config = common.changed(common.base(given), data={"path": str(paths["mixed"])})
     configs = models(config)

@@ -104,9 +104,24 @@ def test_the_kept_training_is_the_model(experiment, given):
 @pytest.mark.parametrize("wrong", [["--steps", "7"], ["--seeds", "1"], ["--seeds", "11"], ["--jobs", "0"]])
 def test_numbers_that_cannot_be_are_refused_in_a_line(experiment, wrong, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        experiment.options("text", 100, [*wrong, "--out", str(tmp_path)])
+        experiment.options("text", 100, [*wrong, "--out", str(tmp_path), "--runs", str(tmp_path)])
     assert stopped.value.code == 2
     assert " ".join(wrong) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--out", "--runs"])
+def test_a_folder_that_cannot_be_made_is_refused_in_a_line(experiment, option, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    given = {
+        "--out": str(tmp_path / "out"),
+        "--runs": str(tmp_path / "runs"),
+        option: str(tmp_path / "file" / "a"),
+    }
+    with pytest.raises(SystemExit) as stopped:
+        experiment.options("text", 100, [word for pair in given.items() for word in pair])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"lm experiment: error: {option} {given[option]}: cannot be made: ")
 
 
 def test_seconds_are_those_of_the_quickest_step_after_the_first(experiment, monkeypatch):
