@@ -341,9 +341,11 @@ def write(
     """
     how = {"machine": machine.describe(), "steps": given.steps, "seeds": given.seeds}
     differ = {name: differences(config) for name, config in configs.items()}
-    found = {**how, "answer": answer, "table": table, **more, "differ_from_mini": differ, "trainings": rows}
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    (given.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    found = {**how, "answer": answer, "table": table, **more, "differ_from_mini": differ}
+    head = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(row) for row in rows)  # a training each
+    text = f'{head},\n "trainings": [\n  {lines}\n ]\n}}\n'
+    (given.out / f"{name}.json").write_text(text, encoding="utf-8")
     print(*answer, sep="\n")
 
 

@@ -7,10 +7,10 @@ Claim: at equal parameters and equal work a shared expert helps, and so does eac
 the same order.
 
 The one expert of 31 counts as its sigmoid says, the others are normalised: one weight divided by itself would
-leave its router without a gradient.
+leave its router without a gradient. To tell that from the sharing itself there are two more models: the lone
+expert weighted by the paper's softmax over all, and experts of half the width with none shared.
 """
 
-import itertools
 from typing import Any
 
 from lm.config import Config
@@ -18,9 +18,11 @@ from lm.config import Config
 from . import common
 from .gate_scale import gate_scale
 
+BY_LOSS = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "switch_loss": 0.01}
+
 
 def models(config: Config) -> dict[str, Config]:
-    """The coarsest first; all have the parameters of the config's experts, all and at work."""
+    """The four of the claim, the two beside them: parameters, all and at work, are those of the config."""
     moe = config.model.moe
     at_work = (moe.top_k + moe.num_shared_experts) * moe.hidden_dim
     number = (moe.num_experts + moe.num_shared_experts) * moe.hidden_dim * 2 // at_work  # halves of a token's
@@ -28,7 +30,11 @@ def models(config: Config) -> dict[str, Config]:
     for times in (1, 2, 4):
         experts, top_k = number * times - 1, 2 * times - 1
         found[f"1 shared, {top_k} of {experts}"] = split(config, experts, top_k, 1, at_work // 2 // times)
-    return found
+    lone = f"1 shared, 1 of {number - 1}"
+    return found | {
+        f"{lone}, softmax": common.changed(found[lone], moe={"router": "softmax"}, train=BY_LOSS),
+        f"4 of {2 * number}": split(config, 2 * number, 4, 0, at_work // 4),
+    }
 
 
 def split(config: Config, num_experts: int, top_k: int, shared: int, hidden_dim: int) -> Config:
@@ -50,12 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
     losses = common.last(rows)
-    shared, once, twice = (
-        common.shown(common.paired(rows, fine, coarse), 4) for coarse, fine in itertools.pairwise(configs)
+    coarse, shared, half, quarter, softmax, unshared = configs
+    pairs = (shared, coarse), (half, shared), (quarter, half), (softmax, coarse), (half, unshared)
+    by_sharing, once, twice, by_softmax, among_halves = (
+        common.shown(common.paired(rows, *pair), 4) for pair in pairs
     )
     answer = [
-        f"The loss changes by {shared} with a shared expert in the place of a routed one, by {once} with "
-        f"experts of half the width, by {twice} with experts of a quarter."
+        f"The loss changes by {by_sharing} with a shared expert in the place of a routed one, by {once} with "
+        f"experts of half the width, by {twice} with experts of a quarter.",
+        f"The shared expert changes it by {by_softmax} where a softmax over all weighs the lone routed one, "
+        f"and by {among_halves} among experts of half the width, where all weights are normalised.",
     ]
     table = [["", "parameters", "active", "held-out loss"]]
     table += [[name, *common.size_cells(one), common.shown(losses[name])] for name, one in configs.items()]

@@ -26,13 +26,19 @@ def test_five_architectures_have_the_papers_sizes(experiments, mini):
 
 def test_experts_are_split_at_equal_parameters_and_work(experiments, mini):
     made = experiments("fineness").models(mini)
-    assert list(made) == ["2 of 32", "1 shared, 1 of 31", "1 shared, 3 of 63", "1 shared, 7 of 127"]
+    assert list(made) == [
+        *("2 of 32", "1 shared, 1 of 31", "1 shared, 3 of 63", "1 shared, 7 of 127"),
+        *("1 shared, 1 of 31, softmax", "4 of 64"),
+    ]
     for config in made.values():
         moe = config.model.moe
         assert (moe.num_experts + moe.num_shared_experts) * moe.hidden_dim == 64 * 32
         assert (moe.top_k + moe.num_shared_experts) * moe.hidden_dim == 4 * 32
         assert moe.normalize == (moe.top_k > 1)  # normalised, one weight has no gradient
     assert made["1 shared, 3 of 63"] == mini
+    softmax = made["1 shared, 1 of 31, softmax"]
+    assert (softmax.model.moe.router, softmax.train.bias_update_rate) == ("softmax", 0)
+    assert softmax.train.switch_loss > 0
 
 
 def test_rivals_have_the_toys_parameters_at_work_and_its_training(experiments):
