@@ -23,6 +23,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} "
             "must agree in all but the vocabulary"
         )
+    check_targets(targets, logits.shape[-1])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.flatten(), reduction="none")
     return -losses.view_as(targets)
@@ -36,6 +37,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -
     losses = -token_log_probs(logits, targets)
     if mask is None:
         return losses.mean()
+    check_mask(mask, targets)
     return losses.where(mask, 0).sum() / mask.sum().clamp(min=1)
 
 
@@ -44,12 +46,32 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Te
 
     hidden (..., dim) after the final norm, weight (vocab, dim), targets (...) int64 -> (), nats a token
     """
+    if mask is not None:  # what is not counted may be no number, and would make the gradients none
+        check_mask(mask, targets)
+        hidden = hidden.where(mask.unsqueeze(-1), 0)
     tokens_at_once = max(1, CHUNK // (4 * len(weight)))
     if targets.numel() <= tokens_at_once or hidden.shape[:-1] != targets.shape:
         return cross_entropy(F.linear(hidden, weight), targets, mask)
+    check_targets(targets, len(weight))
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return Chunked.apply(hidden, weight, targets, counted, tokens_at_once, wants)
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a target outside the vocabulary; a GPU is not asked, that would make it wait."""
+    if targets.is_cpu and targets.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in targets.aminmax())
+        if low < 0 or high >= vocab_size:  # torch would take -100 for one that is foretold
+            wrong = low if low < 0 else high
+            raise ValueError(f"target {wrong} is not in 0..{vocab_size - 1}; leave tokens out by a mask")
+
+
+def check_mask(mask: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless mask says of each target whether it counts."""
+    if mask.dtype != torch.bool or mask.shape != targets.shape:
+        found, wanted = f"{mask.dtype} {tuple(mask.shape)}", f"torch.bool {tuple(targets.shape)}"
+        raise ValueError(f"mask is {found}; expected {wanted}, True where a target counts")
 
 
 class Chunked(torch.autograd.Function):
@@ -69,7 +91,7 @@ class Chunked(torch.autograd.Function):
         d_rows = torch.empty_like(rows)
         d_weight = torch.zeros_like(weight if wants else weight[:0], dtype=share.dtype)
         parts = (t.split(size) for t in (rows, targets.flatten(), share, d_rows))
-        for row, target, part, d_row in zip(*parts):
+        for row, target, part, d_row in zip(*parts, strict=True):
             with torch.autocast(kind, enabled=False):
                 log_probs = F.linear(row, narrow).to(share.dtype).log_softmax(-1)  # (size, vocab)
                 at = target.unsqueeze(-1)

@@ -86,7 +86,6 @@ class Block(nn.Module):
         y, routing = self.mlp(normed, tokens) if isinstance(self.mlp, MoE) else (self.mlp(normed), None)
         return x + y, routing
 
-
     def step(self, x: Tensor, tokens: Tensor, pool: Tensor, plan: Plan) -> Tensor:
         """`forward` for a step of many texts, x (filled, dim) -> the same; see `Transformer.step`."""
         attention: Any = self.attention
@@ -258,6 +257,8 @@ def build_router(config: MoEConfig, sizes: dict[str, Any]) -> nn.Module:
     """The router that a config names, with limited room if capacity_factor says so."""
     kind = ROUTERS.get(config.router, config.router)
     known = inspect.signature(ROUTERS.get(config.router, SoftmaxRouter)).parameters
+    if not config.normalize and kind in (NoisyTopKRouter, GShardRouter, MixtralRouter):
+        raise ValueError(f"model.moe.normalize must be true: router {config.router!r} always does")
     for name in ("num_groups", "routed_scaling_factor"):
         if name not in known and sizes[name] != 1:
             raise ValueError(f"model.moe.{name} {sizes[name]} must be 1: router {config.router!r} has none")

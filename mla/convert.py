@@ -74,8 +74,8 @@ def to_mla(
         ValueError: gqa has a bias on query, key and value, a qk norm, or no RotaryEmbedding; a size or x
             does not fit.
     """
-    kv_heads, head_dim = gqa.num_kv_heads, gqa.head_dim
     rope = check_supported(gqa)
+    kv_heads, head_dim = gqa.num_kv_heads, gqa.head_dim
     kv_lora_rank, qk_rope_head_dim = sizes_of(gqa, kv_lora_rank, qk_rope_head_dim)
     root, distance = inputs(gqa, x)  # (dim, dim)
     query, key = by_pair(gqa.q.weight, rope, gqa.num_heads), by_pair(gqa.k.weight, rope, kv_heads)
@@ -99,7 +99,7 @@ def to_mla(
     up = torch.cat([part.unflatten(0, (kv_heads, -1)) for part in (up_key, up_value)], dim=1)
     up = up.repeat_interleave(gqa.num_heads // kv_heads, dim=0)  # (heads, nope + value, latent)
     mla.kv_b.weight.copy_(F.pad(up.flatten(0, 1), (1, 0)))
-    keep_length(mla, constant(down, gqa.q.weight.dtype))
+    keep_length(mla, constant(down, root, gqa.q.weight.dtype))
     mla.out.load_state_dict(gqa.out.state_dict())
     return mla.to(gqa.q.weight)
 
@@ -166,10 +166,11 @@ def keep_length(mla: MultiheadLatentAttention, size: float) -> None:
     mla.kv_norm.weight[0] = 0
 
 
-def constant(down: Tensor, dtype: torch.dtype) -> float:
+def constant(down: Tensor, root: Tensor, dtype: torch.dtype) -> float:
     """A power of two beside which the square of any usual latent down @ x is lost in rounding."""
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # kv_norm computes at least in fp32
-    usual = float(down.norm()) * down.shape[1] ** 0.5 + 1e-6  # far above the latent of x of mean square 1
+    # far above the latent of an x of mean square 1, and of all of a sample together
+    usual = max(float(down.norm()) * down.shape[1] ** 0.5, float((down @ root).norm())) + 1e-6
     return 2.0 ** min(math.ceil(math.log2(usual / eps**0.5)), int(math.log2(torch.finfo(dtype).max)))
 
 
@@ -181,6 +182,8 @@ def inputs(gqa: GroupedQueryAttention, x: Tensor | None) -> tuple[Tensor, int]:
     if x.ndim != 3 or x.shape[-1] != gqa.dim or not x.numel():
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, dim={gqa.dim})")
     rows = x.double().cpu().flatten(0, 1)
+    if not rows.isfinite().all() or not rows.any():
+        raise ValueError("x holds infinities, NaN or nothing but zeros; expected inputs that gqa meets")
     # a sample of few tokens says nothing about most directions: a little of each decides among those
     rows = torch.cat((rows, 1e-4 * rows.norm() / gqa.dim**0.5 * every))
     return torch.linalg.qr(rows, mode="r").R.T, x.shape[1]
@@ -210,6 +213,9 @@ def sizes_of(
     """The MLA's kv_lora_rank and qk_rope_head_dim, or ValueError."""
     width = gqa.num_kv_heads * gqa.head_dim
     rope = width if qk_rope_head_dim is None else qk_rope_head_dim
+    for name, size in (("kv_lora_rank", kv_lora_rank), ("qk_rope_head_dim", rope)):
+        if not isinstance(size, int | None):
+            raise ValueError(f"{name}={size!r} must be a whole number")
     if rope not in range(2, width + 1, 2):
         raise ValueError(f"qk_rope_head_dim={rope} must be even and in 2..{width}, the width of all keys")
     full = 1 + min(gqa.dim, 2 * width - rope)
@@ -221,6 +227,8 @@ def sizes_of(
 
 def check_supported(gqa: GroupedQueryAttention) -> RotaryEmbedding:
     """Raise ValueError for what MLA has no place for -> the rotary embedding"""
+    if not isinstance(gqa, GroupedQueryAttention):
+        raise ValueError(f"gqa={type(gqa).__name__} must be a GroupedQueryAttention")
     if gqa.q.bias is not None:
         raise ValueError("qkv_bias=True cannot be kept: MLA's query has no bias")
     if not isinstance(gqa.q_norm, nn.Identity):

@@ -135,7 +135,7 @@ def update_bias_(
             section 4.3). Counted in means, as MaxVio, so that a rate suits any batch size; the sum stays put.
     """
     bias = getattr(router, "bias", None)
-    if bias is None:
+    if bias is None or isinstance(bias, nn.Parameter):
         raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has")
     check_counts(tokens_per_expert, bias.shape)
     if not 0 <= rate < float("inf"):
@@ -156,6 +156,7 @@ def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
     num_experts = routing.scores.shape[-1]
     routing = undropped(routing)
     experts, scores = as_sequences(routing.experts), as_sequences(routing.scores)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     real = as_sequences(real_tokens(routing, mask).unsqueeze(-1)).squeeze(-1)
     scores = scores.where(real.unsqueeze(-1), 0)  # before the division: its gradient at NaN is NaN
     chosen = one_hot(experts, num_experts).sum(2) * real.unsqueeze(-1)  # (batch, time, experts)

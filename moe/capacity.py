@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balance import check_devices, sent_to, undropped
+from .balance import check_devices, real_tokens, sent_to, undropped
 from .router import Routing
 
 
@@ -15,6 +15,11 @@ class DroppedRouting(Routing):
     """A Routing of which some slots were made empty."""
 
     asked: Tensor  # (..., top_k), the experts before that
+
+    def _replace(self, /, **changes: Tensor) -> "DroppedRouting":
+        changed = super()._replace(**changes)
+        changed.asked = self.asked
+        return changed
 
 
 class Dropping(nn.Module):
@@ -32,7 +37,8 @@ class Dropping(nn.Module):
             raise ValueError(f"{type(router).__name__} has no num_experts; a router with room has")
         self.router = router
         self.num_experts = router.num_experts
-        self.needs_tokens = "tokens" in inspect.signature(router.forward).parameters
+        wanted = inspect.signature(router.forward).parameters
+        self.needs_tokens, self.needs_mask = "tokens" in wanted, "mask" in wanted
 
     @property
     def dim(self) -> int:
@@ -55,14 +61,25 @@ class Dropping(nn.Module):
         return self.training
 
     def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Routing:
-        """mask (...) bool: True for a real token; the others take no room, and go nowhere."""
-        routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
+        """mask (...) bool: True for a real token; the others take no room, and go nowhere.
+
+        Raises:
+            ValueError: the mask does not fit, or the router chooses among all tokens and knows no mask.
+        """
+        if mask is not None and getattr(self.router, "mixes_tokens", False) and not self.needs_mask:
+            kind = type(self.router).__name__
+            raise ValueError(
+                f"mask: {kind} chooses among all tokens of a call, padding too; leave it out of x"
+            )
+        given = {"tokens": tokens} if self.needs_tokens else {}
+        routing = self.router(x, **given, **({"mask": mask} if self.needs_mask else {}))
         asked = undropped(routing).experts
         if mask is not None:
-            routing, asked = keep_slots(routing, mask.unsqueeze(-1)), asked.where(mask.unsqueeze(-1), -1)
-        if not self.drops:
-            return routing
-        dropped = DroppedRouting(*keep_slots(routing, self.kept(routing, mask)))
+            real = real_tokens(routing, mask).unsqueeze(-1)
+            routing, asked = keep_slots(routing, real), asked.where(real, -1)
+        if self.drops:
+            routing = keep_slots(routing, self.kept(routing, mask))
+        dropped = DroppedRouting(*routing)
         dropped.asked = asked
         return dropped
 
@@ -78,8 +95,9 @@ class Capacity(Dropping):
 
     Args:
         priority: "choice": first every token's best expert, then every token's second best, ...; among them
-            the earlier token. "score": the highest score first, wherever the token stands (V-MoE,
-            arXiv 2106.05974).
+            the earlier token. "score": the slot of highest score first, wherever the token stands and
+            whichever of its choices it is (as V2 section 2.2.4 drops by device; V-MoE, arXiv 2106.05974,
+            sorts tokens so, and places all first choices before any second).
         drop_in_eval: in evaluation, too. A token's output then depends on its batch, and is another when
             decoding.
     """
@@ -162,8 +180,8 @@ def devices_visited(routing: Routing, num_devices: int) -> Tensor:
 
 
 def room(slots: int, places: int, factor: float) -> int:
-    """An equal share of the slots, times factor, rounded up, and no more than there are."""
-    return min(slots, math.ceil(slots * factor / places - 1e-9))  # 10 * 1.1 is a hair more than 11
+    """An equal share of the slots, times factor, rounded up: at least 1, and no more than there are."""
+    return min(slots, max(1, math.ceil(slots * factor / places - 1e-9)))  # 10 * 1.1 is a hair above 11
 
 
 def affinities(routing: Routing) -> Tensor:
@@ -194,5 +212,5 @@ def keep_slots(routing: Routing, kept: Tensor) -> Routing:
 
 def check_factor(capacity_factor: float) -> None:
     """Raise ValueError unless there is room for something."""
-    if not 0 < capacity_factor < float("inf"):
-        raise ValueError(f"capacity_factor={capacity_factor} must be positive and finite")
+    if not isinstance(capacity_factor, int | float) or not 0 < capacity_factor < float("inf"):
+        raise ValueError(f"capacity_factor={capacity_factor!r} must be positive and finite")

@@ -31,7 +31,7 @@ def upcycle(
     The hidden features are cut into shards, whose outputs sum to the MLP's; expert c x shards + s is copy c
     of shard s. All shards of a copy have the same row in the router, so a token uses all of them or none,
     each at the same weight. Over the chosen copies of one shard, normalised weights sum to 1/shards: to 1
-    after routed_scaling_factor.
+    after routed_scaling_factor, unless all chosen scores are near the router's 1e-20 (logits below -40).
 
     Copies are alike, and become different because each learns from the tokens that chose it. The router has
     a gradient from the start if several shards are routed, since their outputs differ. With whole copies
@@ -59,6 +59,8 @@ def upcycle(
     """
     if not isinstance(mlp, SwiGLU):
         raise ValueError(f"mlp={type(mlp).__name__} must be a moe.SwiGLU")
+    if router not in (SigmoidRouter, SoftmaxRouter):
+        raise ValueError(f"router={router!r} must be SigmoidRouter or SoftmaxRouter, which can normalise")
     dim, hidden_dim = mlp.gate_up.in_features, mlp.down.in_features
     check_numbers(hidden_dim, num_experts, top_k, num_shards, num_shared_shards)
     if not 0 < router_std < math.inf or not 0 <= noise < math.inf:

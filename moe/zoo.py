@@ -33,6 +33,8 @@ class NoisyTopKRouter(Gate):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538): each expert's noise has a learned width.
 
     x (..., dim) -> Routing, its logits with the noise
+
+    With top_k=1 the weight is always 1, and nothing of the loss reaches the gate.
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int):
@@ -53,7 +55,8 @@ class MixtralRouter(Gate):
 
     x (..., dim) -> Routing
 
-    The same as softmax over all, then normalised over the chosen: `SoftmaxRouter(normalize=True)`.
+    The same as softmax over all, then normalised over the chosen: `SoftmaxRouter(normalize=True)`. With
+    top_k=1 the weight is always 1, and nothing of the loss reaches the gate.
     """
 
     def forward(self, x: Tensor) -> Routing:
@@ -85,7 +88,8 @@ class GShardRouter(Gate):
 
     x (..., dim) -> Routing; a second expert that is left out is an empty slot
 
-    The algorithm's capacity is `Capacity(router, capacity_factor)`.
+    The algorithm's capacity is `Capacity(router, capacity_factor)`, but for two things: there a second expert
+    that is left out takes a place all the same (line 22), and its loss counts first choices alone (line 13).
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 2):
@@ -154,6 +158,8 @@ class HashRouter(nn.Module):
         check_sizes(1, num_experts, top_k, 1, 1, 1, 1.0)
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} must be at least 1")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} must be a whole number: the table is made from it again")
         self.num_experts = num_experts
         self.top_k = top_k
         draw = random.Random(seed).random  # unlike torch's, its numbers are promised to stay what they are
@@ -165,6 +171,13 @@ class HashRouter(nn.Module):
         if tokens is None or tokens.shape != x.shape[:-1]:
             found = None if tokens is None else tuple(tokens.shape)
             raise ValueError(f"tokens is {found}; expected the ids that x came from, {tuple(x.shape[:-1])}")
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens are {tokens.dtype}; expected whole numbers, ids of the vocabulary")
+        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in tokens.aminmax())
+            if low < 0 or high >= len(self.table):
+                wrong, last = low if low < 0 else high, len(self.table) - 1
+                raise ValueError(f"token {wrong} is not in 0..{last}, the vocabulary of the table")
         experts = self.table.index_select(0, tokens.flatten()).view(*tokens.shape, 1)
         weights = torch.ones_like(experts, dtype=torch.promote_types(x.dtype, torch.float32))
         scores = F.one_hot(experts.squeeze(-1), self.num_experts).to(weights.dtype)  # (..., experts)
@@ -211,6 +224,9 @@ class SoftMoE(nn.Module):
         super().__init__()
         if slots_per_expert < 1:
             raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1")
+        for name in ("num_experts", "dim"):
+            if not isinstance(getattr(experts, name, None), int):
+                raise ValueError(f"{type(experts).__name__} has no {name}; experts have")
         self.experts = experts
         self.num_experts = experts.num_experts
         self.slots_per_expert = slots_per_expert
@@ -220,11 +236,11 @@ class SoftMoE(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
         """tokens: not needed; there because MoE takes them."""
-        if x.ndim != 3:
-            raise ValueError(f"x is {tuple(x.shape)}; expected (batch, time, dim={self.weight.shape[1]})")
+        if x.ndim != 3 or x.shape[-1] != self.weight.shape[1] or not x.is_floating_point():
+            wanted = f"floating-point (batch, time, dim={self.weight.shape[1]})"
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {wanted}")
         # both of length 1 (section 2.3): logits that grow with dim would leave one token a slot
-        weight = self.scale * F.normalize(self.weight, dim=-1)
-        logits = router_logits(F.normalize(x, dim=-1), weight)  # (batch, time, slots)
+        logits = router_logits(of_length_1(x), self.scale * of_length_1(self.weight))  # (batch, time, slots)
         dispatch = logits.softmax(1).to(x.dtype)  # Soft MoE eq. 1: over the tokens
         combine = logits.softmax(2)  # Soft MoE eq. 2: over the slots of all experts
         rows = einsum(dispatch, x, "batch time slots, batch time dim -> batch slots dim")  # Soft MoE eq. 1
@@ -242,6 +258,12 @@ class SoftMoE(nn.Module):
         slots = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2]).unsqueeze(-1)
         ones = torch.ones_like(slots, dtype=rows.dtype)
         return Routing(slots // self.slots_per_expert, ones, ones, ones)
+
+
+def of_length_1(x: Tensor) -> Tensor:
+    """x (..., dim) -> the same in fp32 or better, each row of length 1; a row of zeros stays what it is"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def check_top_k(router: nn.Module, top_k: int, fits: int) -> None:

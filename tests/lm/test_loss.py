@@ -173,6 +173,60 @@ def test_a_hidden_token_that_is_no_number_does_not_reach_the_loss():
     torch.testing.assert_close(value, want)
 
 
+@pytest.mark.parametrize("chunk", [4 * 11 * 4, 2**20])
+@pytest.mark.parametrize("bad", [1e38, float("inf"), float("nan")])
+def test_nor_does_it_reach_a_gradient(monkeypatch, chunk, bad):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    hidden, weight = torch.randn(9, 5), torch.randn(11, 5, requires_grad=True)
+    targets, mask = torch.arange(9), torch.arange(9) != 2
+    found = []
+    for rows, of, keep in ((hidden.clone(), targets, mask), (hidden[mask], targets[mask], None)):
+        if keep is not None:
+            rows[2] = bad
+        rows.requires_grad_()
+        head_cross_entropy(rows, weight, of, keep).backward()
+        found.append((weight.grad, rows.grad if keep is None else rows.grad[mask]))
+        if keep is not None:
+            assert not rows.grad[2].any()
+        weight.grad = None
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("chunk", [4 * 11 * 4, 2**20])
+@pytest.mark.parametrize("mask", [torch.ones(8) > 0, torch.ones(4, 1) > 0, torch.ones(4, 8)])
+def test_a_mask_that_does_not_fit_is_refused(monkeypatch, chunk, mask):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    hidden, weight, targets = torch.randn(4, 8, 5), torch.randn(11, 5), torch.zeros(4, 8, dtype=torch.int64)
+    for refused in (
+        lambda: head_cross_entropy(hidden, weight, targets, mask),
+        lambda: cross_entropy(hidden @ weight.T, targets, mask),
+    ):
+        with pytest.raises(ValueError, match=r"^mask is .*; expected torch.bool \(4, 8\)"):
+            refused()
+
+
+@pytest.mark.parametrize("target", [-100, -1, 11])
+@pytest.mark.parametrize("chunk", [4 * 11 * 4, 2**20])
+def test_a_target_outside_the_vocabulary_is_refused(monkeypatch, chunk, target):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    targets = torch.zeros(9, dtype=torch.int64)
+    targets[3] = target
+    with pytest.raises(ValueError, match=rf"^target {target} is not in 0\.\.10"):
+        head_cross_entropy(torch.randn(9, 5), torch.randn(11, 5), targets)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_many_chunks_of_bf16_add_their_gradients_in_fp32():
+    hidden = torch.randn(4000, 5).bfloat16()
+    targets, found = torch.randint(11, (4000,)), []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.zeros(11, 5, dtype=dtype, requires_grad=True)
+        head_cross_entropy(hidden.to(dtype), weight, targets).backward()
+        found.append(weight.grad.float())
+    assert (found[0] - found[1]).norm() < 0.01 * found[1].norm()  # summed in bf16 it is off by a tenth
+
+
 @pytest.mark.usefixtures("chunked")
 def test_a_gradient_of_the_gradient_of_chunks_is_an_error():
     hidden = torch.randn(9, 5, requires_grad=True)

@@ -5,7 +5,7 @@ import torch
 
 import lm
 from lm import count, train
-from lm.model import ROUTERS
+from lm.model import ROUTERS, Transformer
 from lm.runs import read_metrics
 from moe import Capacity
 
@@ -84,6 +84,7 @@ def test_every_built_in_router_can_be_counted():
     "name, moe, said",
     [
         ("switch", {"top_k": 2}, "top_k=2 must be 1 for SwitchRouter"),
+        ("mixtral", {"normalize": False}, "model.moe.normalize must be true: router 'mixtral' always does"),
         ("gshard", {"top_k": 1}, "top_k=1 must be 2 for GShardRouter"),
         ("mixtral", {"num_groups": 2, "top_groups": 2}, "model.moe.num_groups 2 must be 1: router 'mixtral'"),
         ("noisy", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 2.5 must be 1: router 'noisy'"),
@@ -115,3 +116,10 @@ def test_training_sees_the_load_that_was_asked_for_and_not_what_room_left_of_it(
         seen[room] = read_metrics(run)[0]["max_violations"][0], lm.load(run).routers()[0].bias.abs().max()
     assert seen[0.3][0] == seen[0.0][0] > 0.5  # of the first layer at the first step, before anything differs
     assert seen[0.3][1] > 0
+
+
+def test_a_config_says_how_much_room_there_is(tiny):
+    room = Transformer(with_router(tiny, "sigmoid", capacity_factor=1.7).model).routers()[0]
+    assert room.capacity_factor == 1.7 and room.priority == "choice"
+    choice = Transformer(with_router(tiny, "expert_choice", top_k=3).model).routers()[0]
+    assert choice.capacity_factor == 3

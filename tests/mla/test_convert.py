@@ -300,11 +300,42 @@ def test_relative_error_is_of_norms():
         ({}, {"x": torch.zeros(4, DIM)}, r"x has shape \(4, 50\); expected \(batch, time, dim=50\)"),
         ({}, {"x": torch.zeros(1, 4, 7)}, r"x has shape \(1, 4, 7\)"),
         ({}, {"x": torch.zeros(0, 4, DIM)}, r"x has shape \(0, 4, 50\)"),
+        ({}, {"x": torch.zeros(1, 4, DIM)}, "nothing but zeros"),
+        ({}, {"x": torch.full((1, 4, DIM), math.nan)}, "x holds infinities, NaN"),
+        ({}, {"kv_lora_rank": 8.5}, "kv_lora_rank=8.5 must be a whole number"),
+        ({}, {"qk_rope_head_dim": 8.0}, "qk_rope_head_dim=8.0 must be a whole number"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, arguments, message):
     with pytest.raises(ValueError, match=message):
         to_mla(make(2, **options), **arguments)
+
+
+def test_what_is_no_grouped_query_attention_is_refused():
+    with pytest.raises(ValueError, match=r"^gqa=Linear must be a GroupedQueryAttention"):
+        to_mla(nn.Linear(3, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e4])
+def test_inputs_of_any_size_are_converted_exactly_where_a_sample_shows_them(size):
+    gqa, x = make(2, dtype=torch.float32), size * some_x(torch.float32)
+    assert relative_error(gqa, to_mla(gqa, x=x), x) < 3e-6
+
+
+@torch.no_grad()
+def test_which_pairs_turn_is_chosen_by_what_the_sample_asks_of_them():
+    """Two pairs in a key: one that the weights favour, one that the sample alone brings to life."""
+    gqa = make(1, dim=4)
+    for linear in (gqa.q, gqa.k):
+        weight = torch.zeros(linear.out_features // HEAD_DIM, HEAD_DIM // 2, 2, 4, dtype=torch.float64)
+        weight[:, 0, :, 0], weight[:, 1, :, 1] = 3, 1
+        linear.weight.copy_(weight.flatten(0, 2))
+    x = some_x(dim=4)
+    x[..., 0] *= 1e-3
+    assert to_mla(gqa, None, 2).rope.pairs.tolist() == [0]
+    assert to_mla(gqa, None, 2, x).rope.pairs.tolist() == [1]
+    assert to_mla(gqa, None, 2, x.flip(-1)).rope.pairs.tolist() == [0]
 
 
 def test_an_embedding_whose_pairs_are_unknown_is_refused():

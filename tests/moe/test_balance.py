@@ -304,6 +304,7 @@ def test_rate_0_leaves_the_bias_alone():
         (router(), [1, 2, 3, 4], math.inf, r"rate=inf"),
         (SoftmaxRouter(3, 4, 2), [1, 2, 3, 4], 0.1, r"SoftmaxRouter has no selection bias"),
         (nn.Linear(3, 4, bias=False), [1, 2, 3, 4], 0.1, r"Linear has no selection bias"),
+        (nn.Linear(3, 4), [1, 2, 3, 4], 0.1, r"Linear has no selection bias"),  # that one learns by gradients
     ],
 )
 def test_bias_update_refuses_what_does_not_fit(target, load, rate, message):
@@ -338,3 +339,9 @@ def test_devices_that_do_not_divide_the_experts_are_refused(num_devices):
     for top_devices in (0, 4):
         with pytest.raises(ValueError, match=rf"top_devices={top_devices} must lie in 1..3"):
             balance.communication_loss(uneven(), 3, top_devices)
+
+
+def test_scores_in_half_precision_that_are_all_zero_give_a_number():
+    scores = torch.zeros(1, 3, 4, dtype=torch.float16)
+    routing = Routing(torch.zeros(1, 3, 1, dtype=torch.int64), scores[..., :1], scores, scores)
+    assert balance.sequence_loss(routing) == 0

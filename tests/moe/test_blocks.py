@@ -38,6 +38,7 @@ def test_of_all_intermediates_only_gate_and_up_are_kept():
 def test_in_bf16_no_copy_of_the_weights_is_kept():
     layer, x = Experts(NUM_EXPERTS, 16, 8), torch.randn(TOKENS, 16, requires_grad=True).bfloat16()
     experts, weights, kept = torch.randint(NUM_EXPERTS, (TOKENS, 2)), torch.rand(TOKENS, 2), {}
+
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor

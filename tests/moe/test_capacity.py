@@ -9,6 +9,7 @@ from torch import nn
 from moe import (
     Capacity,
     DeviceDropping,
+    ExpertChoiceRouter,
     Experts,
     GShardRouter,
     HashRouter,
@@ -261,6 +262,13 @@ def test_devices_are_counted_once_and_empty_slots_not_at_all():
         (lambda r: DeviceDropping(r, 2, 0.0), "capacity_factor=0.0 must be positive and finite"),
         (lambda r: DeviceDropping(r, 2, exempt=1.5), "exempt=1.5 must lie in 0..1"),
         (lambda r: Capacity(nn.Linear(4, 8)), "Linear has no num_experts"),
+        (lambda r: Capacity(r, "1.5"), "capacity_factor='1.5' must be positive and finite"),
+        (lambda r: Capacity(r)(torch.randn(2, 3, 4), mask=torch.ones(3) > 0), r"mask is torch.bool \(3,\)"),
+        (lambda r: Capacity(r)(torch.randn(2, 4), mask=torch.ones(2)), "mask is torch.float32"),
+        (
+            lambda r: Capacity(ExpertChoiceRouter(4, 8))(torch.randn(2, 4), mask=torch.ones(2) > 0),
+            "mask: ExpertChoiceRouter chooses among all tokens",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(build, said):
@@ -292,3 +300,43 @@ def test_balance_losses_go_by_what_was_asked_for(wrap):
     assert torch.equal(
         balance.tokens_per_expert(router(x, mask=mask), dropped=True), balance.tokens_per_expert(whole, mask)
     )
+
+
+def test_padding_takes_no_room_in_a_router_within_either():
+    inner = Fixed([[0], [0], [1], [1]], [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.3, 0.7]])
+    mask = torch.tensor([False, True, True, False])
+    for router in (
+        Capacity(DeviceDropping(inner, 2, 0.5, exempt=0.0), 10.0),
+        DeviceDropping(Capacity(inner, 0.5), 2, 10.0, exempt=0.0),
+    ):
+        assert kept(router, torch.zeros(4, 1), mask=mask) == [[-1], [0], [1], [-1]]
+
+
+def test_what_was_asked_for_is_known_in_evaluation_and_after_a_change():
+    inner = Capacity(Fixed(EXPERTS, SCORES), 0.3, drop_in_eval=True)
+    router = Capacity(inner).eval()
+    mask = torch.ones(5, dtype=torch.bool)
+    for routing in (router(X), router(X, mask=mask), router(X)._replace(weights=torch.ones(5, 2))):
+        assert int(balance.tokens_per_expert(routing).sum()) == 3
+        assert int(balance.tokens_per_expert(routing, dropped=True).sum()) == 9
+
+
+def test_who_mixes_tokens_says_so():
+    """`MoE.step` must not fill a batch up before such a router."""
+    plain, choice = SoftmaxRouter(4, 8, 2), ExpertChoiceRouter(4, 8)
+    assert not Capacity(plain).mixes_tokens and not DeviceDropping(plain, 2).mixes_tokens
+    assert Capacity(plain, drop_in_eval=True).mixes_tokens and Capacity(choice).mixes_tokens
+    assert DeviceDropping(choice, 2).mixes_tokens
+    layer = MoE(Capacity(plain, 0.4, drop_in_eval=True), Experts(8, 4, 3)).eval()
+    x = torch.randn(16, 4)
+    y, routing = layer.step(x, 5)
+    alone, expected = layer(x[:5])
+    assert torch.equal(routing.experts, expected.experts)
+    torch.testing.assert_close(y[:5], alone)
+
+
+def test_the_least_room_is_one():
+    assert kept(Capacity(Fixed([[0], [0]], [[0.9, 0.1], [0.8, 0.2]]), 1e-12), torch.zeros(2, 1)) == [
+        [0],
+        [-1],
+    ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe import MoE, SigmoidRouter, SoftmaxRouter, SwiGLU, upcycle
+from moe import MixtralRouter, MoE, SigmoidRouter, SoftmaxRouter, SwiGLU, upcycle
 
 DIM, HIDDEN = 13, 24
 # num_experts, top_k, num_shards, num_shared_shards
@@ -190,6 +190,7 @@ def test_dtype_stays_and_the_mlp_is_neither_changed_nor_shared():
         ({"num_shards": 4, "top_k": 2}, "top_k=2 must be a multiple of 4, .* and at most num_experts=8"),
         ({"num_shards": 4, "top_k": 12}, "top_k=12 must be a multiple of 4, .* and at most num_experts=8"),
         ({"top_k": 0}, "top_k=0 must be"),
+        ({"router": MixtralRouter}, "router=.*MixtralRouter.* must be SigmoidRouter or SoftmaxRouter"),
         ({"top_k": 1}, "top_k=1 would leave the router without a gradient"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor=0.0 must be positive"),
         ({"router_std": 0.0}, "router_std=0.0 must be above 0"),

@@ -321,8 +321,8 @@ def test_soft_moe_equals_a_loop_over_its_equations(slots):
     layer, x = soft_moe(slots), torch.randn(2, 7, DIM, dtype=torch.float64)
     y, routing = layer(x)
     for sequence, outputs, weights in zip(x, y, routing.weights):
-        slots_of = [p / p.norm() for p in layer.weight.detach()]
-        logits = [[float(2.5 * (u / u.norm()) @ p) for p in slots_of] for u in sequence]
+        slots_of = [p / (p @ p + 1e-6).sqrt() for p in layer.weight.detach()]
+        logits = [[float(2.5 * (u / (u @ u + 1e-6).sqrt()) @ p) for p in slots_of] for u in sequence]
         dispatch = [softmax(column) for column in zip(*logits)]  # of each slot, over the tokens
         combine = [softmax(row) for row in logits]  # of each token, over the slots
         mixed = [sum(d * u for d, u in zip(column, sequence)) for column in dispatch]
@@ -399,10 +399,46 @@ def test_soft_moe_runs_in_half_precision():
         (lambda: HashRouter(6, 0), "vocab_size=0 must be at least 1"),
         (lambda: RandomRouter(6, 7), "top_k=7 must lie in 1..6"),
         (lambda: SoftMoE(Experts(2, 3, 4), 0), "slots_per_expert=0 must be at least 1"),
-        (lambda: SoftMoE(Experts(2, 3, 4))(torch.randn(5, 3)), r"x is \(5, 3\); expected \(batch"),
+        (lambda: SoftMoE(nn.Linear(3, 3)), "Linear has no num_experts"),
+        (lambda: SoftMoE(Experts(2, 3, 4))(torch.randn(5, 3)), r"x is torch.float32 \(5, 3\); expected"),
+        (lambda: SoftMoE(Experts(2, 3, 4))(torch.zeros(1, 5, 3, dtype=torch.int64)), "x is torch.int64"),
+        (lambda: SoftMoE(Experts(2, 3, 4))(torch.randn(1, 5, 4)), r"x is torch.float32 \(1, 5, 4\)"),
+        (lambda: HashRouter(6, 40, seed=None), "seed=None must be a whole number"),
+        (lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.tensor([1, 40])), r"token 40 is not in 0\.\.39"),
+        (lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.tensor([1, -1])), r"token -1 is not in 0\.\.39"),
+        (lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.ones(2)), "tokens are torch.float32"),
+        (lambda: ExpertChoiceRouter(4, 8, None), "capacity_factor=None must be positive"),
     ],
 )  # fmt: skip
 def test_numbers_that_do_not_fit_are_refused(build, said):
     with pytest.raises(ValueError, match=f"^{said}") as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+def test_what_learned_routers_start_from():
+    assert not NoisyTopKRouter(DIM, NUM_EXPERTS, TOP_K).noise_weight.any()  # the paper's: noise of one width
+    assert SoftMoE(Experts(NUM_EXPERTS, DIM, 3)).scale == 1  # at 0 every token would go everywhere alike
+    wide = MixtralRouter(400, 300, 2).weight.detach()
+    assert float(wide.std()) == pytest.approx(400**-0.5, rel=0.02)  # logits of size 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_soft_moe_takes_a_token_of_zeros_and_one_that_is_huge(dtype):
+    layer = SoftMoE(Experts(NUM_EXPERTS, DIM, 3)).to(dtype)
+    x = torch.randn(1, 5, DIM).to(dtype)
+    x[0, 1] = 0
+    assert layer(x)[0].isfinite().all()
+    x[0, 2] = 3e4  # the experts overflow in fp16, the logits do not
+    x.requires_grad_()
+    logits = layer(x)[1].logits
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    logits.sum().backward()
+    assert x.grad.abs().max() < 1e5
+
+
+@pytest.mark.parametrize("kind", [NoisyTopKRouter, MixtralRouter])
+def test_a_gate_that_normalises_one_choice_has_no_gradient(kind):
+    router = kind(DIM, NUM_EXPERTS, 1)
+    router(torch.randn(9, DIM)).weights.square().sum().backward()
+    assert not router.weight.grad.any()
