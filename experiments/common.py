@@ -1,7 +1,7 @@
 """What experiments share: trainings over several seeds, kept; timings in turns; what the curves say."""
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
@@ -16,7 +16,9 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,22 @@ def options(
     parser = argparse.ArgumentParser("lm experiment", description=description, formatter_class=shown)
     parser.add_argument("--steps", type=int, default=steps, help=f"of the longest training; {steps}")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each model, 2 to 10; 3")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once, on a core each")
+    cores = os.cpu_count()
+    parser.add_argument("--jobs", type=int, default=cores, help=f"trainings at once, on a core each; {cores}")
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny models: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result and its picture")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where trainings are kept, to be taken again")
+    parser.add_argument("--out", type=Path, help="folder for the result and its picture; experiments/results")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=RUNS,
+        help="where trainings are kept, to be taken again by their config;\n"
+        "another folder, or an empty one, after a change of code; runs/experiments",
+    )
     given = parser.parse_args(arguments)
     if given.quick:
         given.steps, given.seeds = QUICK_STEPS, 2
+    if given.out is None:  # what means nothing must not take the place of a result
+        given.out = given.runs / "quick" if given.quick else RESULTS
     for name, least, most in (("steps", 8, 10**9), ("seeds", 2, 10), ("jobs", 1, 10**4)):
         if not least <= getattr(given, name) <= most:
             parser.error(f"--{name} {getattr(given, name)}: a whole number {least}..{most} is needed")
@@ -62,8 +73,9 @@ def options(
         folder = getattr(given, name)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            parser.error(f"--{name} {folder}: cannot be made: {error.strerror}")
+            parser.error(f"--{name} {folder}: cannot be written to: {error.strerror}")
     return given
 
 
@@ -132,16 +144,16 @@ def train_all(
             if key(config) not in found:
                 found[key(config)] = pool.submit(trained, config, given.runs, measure)
                 found[key(config)].add_done_callback(functools.partial(tell, name))
-        return [{"model": name, **found[key(config)].result()} for name, config in jobs]
+        rows = [{"model": name, **found[key(config)].result()} for name, config in jobs]
+    return [{key: value for key, value in row.items() if key != "kept"} for row in rows]
 
 
 def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
     """A line for a training that is done."""
     if not done.cancelled() and not done.exception():
         row = done.result()
-        print(
-            f"{name}, {row['steps']} steps, seed {row['seed']}: loss {row['held_out_loss']:.4f}", flush=True
-        )
+        said = f"{name}, {row['steps']} steps, seed {row['seed']}: loss {row['held_out_loss']:.4f}"
+        print(said + (f" (kept since {row['kept']})" if "kept" in row else ""), flush=True)
 
 
 def key(config: Config) -> str:
@@ -153,29 +165,49 @@ def key(config: Config) -> str:
 def processes(jobs: int, calls: int | None = None) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """New processes, each with one thread, and each for so many calls; None: for any number.
 
-    They end with the block, also where Ctrl-C or SIGTERM ends it: then after a last step, which is saved.
+    They end with the block, also where Ctrl-C, SIGTERM or a closed terminal ends it: then after a last step,
+    which is saved.
     """
     spawn = multiprocessing.get_context("spawn")
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in ends]
     try:
         with concurrent.futures.ProcessPoolExecutor(
             jobs, spawn, stand_alone, max_tasks_per_child=calls
         ) as pool:
             try:
                 yield pool
-            except BaseException:
+            except BaseException as error:
                 for child in multiprocessing.active_children():
                     child.terminate()
                 pool.shutdown(cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    print("stopped; what is trained is kept, and the same command goes on", file=sys.stderr)
+                if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                    said = "a training was killed: out of memory? the same command goes on, and --jobs 1"
+                    raise RuntimeError(f"{said} needs less") from None
                 raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(ends, before):
+            signal.signal(number, handler)
 
 
 def stand_alone() -> None:
-    """Begin a worker: one thread, and out of reach of Ctrl-C, which the process that began it passes on."""
+    """Begin a worker: one thread, and out of reach of Ctrl-C, which the process that began it passes on.
+
+    When that one is no more, the worker ends, too, as if told to.
+    """
     torch.set_num_threads(1)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     os.setpgrp()
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, Any]:
@@ -183,12 +215,19 @@ def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, 
     if STOPPED:
         raise KeyboardInterrupt
     run = folder / key(config)
+    kept = run / "config.toml"
+    if kept.exists() and kept.read_text("utf-8") != config.to_toml():
+        raise ValueError(f"{run}: holds another training than its name says; remove it to train again")
+    since = checkpoint.newest_checkpoint(run).stat().st_mtime if kept.exists() else None
     with contextlib.redirect_stdout(io.StringIO()):
-        status = train.train(config, run, resume=(run / "config.toml").exists())
+        status = train.train(config, run, resume=kept.exists())
     if status:  # stopped by a signal, and saved
         STOPPED.append(status)
         raise KeyboardInterrupt
     log = runs.read_metrics(run)
+    if not log or log[-1]["step"] != config.train.steps or "val_loss" not in log[-1]:
+        missing = f"has no row of step {config.train.steps} with val_loss"
+        raise ValueError(f"{run / 'metrics.jsonl'}: {missing}; remove {run} to train again")
     late = [row["max_violations"] for row in log if row["step"] > config.train.steps * 3 / 4]
     try:
         flops = log[-1]["tokens"] * count.training_flops_per_token(config.model, config.train.context)
@@ -204,6 +243,7 @@ def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, 
             round(statistics.fmean(layer), 4) for layer in zip(*late)
         ],  # of the last quarter
     }
+    row |= {"kept": time.strftime("%Y-%m-%d %H:%M", time.localtime(since))} if since else {}
     return row | (measure(checkpoint.load(run, trust_code=True), config) if measure else {})
 
 
@@ -313,6 +353,13 @@ def last(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str
     return {name: by_steps[max(by_steps)] for name, by_steps in by_model(rows, key).items()}
 
 
+def as_claimed(*claims: Sequence[float]) -> str:
+    """Claims as a number for each seed, above 0 where it holds -> yes, no, or seeds differ"""
+    if all(value > 0 for claim in claims for value in claim):
+        return "yes"
+    return "no" if any(all(value <= 0 for value in claim) for claim in claims) else "seeds differ"
+
+
 def shown(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard error, as a cell of a table."""
     middle, error = mean_and_error(values)
@@ -327,6 +374,7 @@ def size_cells(config: Config) -> list[str]:
 def write(
     name: str,
     given: argparse.Namespace,
+    claimed: str,
     answer: Sequence[str],
     table: Sequence[Sequence[str]],
     rows: Sequence[dict[str, Any]],
@@ -336,17 +384,25 @@ def write(
     """A result, with its machine, every config and every training, as NAME.json; its answer on the screen.
 
     Args:
+        claimed: whether what is claimed was found, from `as_claimed`.
         answer: sentences, what was found.
         table: rows of cells, the first its head.
     """
     how = {"machine": machine.describe(), "steps": given.steps, "seeds": given.seeds}
     differ = {name: differences(config) for name, config in configs.items()}
-    found = {**how, "answer": answer, "table": table, **more, "differ_from_mini": differ}
+    found = {
+        **how,
+        "as_claimed": claimed,
+        "answer": answer,
+        "table": table,
+        **more,
+        "differ_from_mini": differ,
+    }
     head = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
     lines = ",\n  ".join(json.dumps(row) for row in rows)  # a training each
     text = f'{head},\n "trainings": [\n  {lines}\n ]\n}}\n'
     (given.out / f"{name}.json").write_text(text, encoding="utf-8")
-    print(*answer, sep="\n")
+    print(f"As claimed: {claimed}.", *answer, sep="\n")
 
 
 def differences(config: Config) -> dict[str, Any]:

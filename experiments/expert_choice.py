@@ -64,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     table = [["", *WAYS]]
     for name in configs:
         table.append([name, *(common.shown(found[f"{name}, {way}"]) for way in WAYS)])
-    common.write("expert_choice", given, answer, table, rows, configs)
+    before, after = (found[f"experts choose, {way}"] for way in (WAYS[0], WAYS[-1]))
+    claimed = common.as_claimed([alone - whole for alone, whole in zip(after, before)])
+    common.write("expert_choice", given, claimed, answer, table, rows, configs)
     common.draw_losses("expert_choice", given, found)
 
 

@@ -37,7 +37,10 @@ def gate_scale(num_experts: int, top_k: int, samples: int, seed: int) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Each model's factor, beside the published one."""
-    argparse.ArgumentParser(prog="lm experiment gate_scale", description=__doc__).parse_args(arguments)
+    shown = argparse.RawTextHelpFormatter
+    argparse.ArgumentParser(
+        "lm experiment gate_scale", description=__doc__, formatter_class=shown
+    ).parse_args(arguments)
     rows = []
     for preset, num_experts in CASES:
         moe = Config.preset(preset).model.moe

@@ -19,6 +19,8 @@ def summary(run: Path) -> dict:
     config = Config.load(run / "config.toml")
     state = checkpoint.read_state(checkpoint.newest_checkpoint(run))
     rows = read_metrics(run)
+    if not rows or "val_loss" not in rows[-1]:
+        raise ValueError(f"{run / 'metrics.jsonl'}: has no last row with val_loss; is the run done?")
     baseline = json.loads((data.CORPUS / "baselines.json").read_text())
     return {
         "machine": machine.describe(),
@@ -39,7 +41,8 @@ def summary(run: Path) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     """Each run's file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    shown = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("lm experiment training", description=__doc__, formatter_class=shown)
     parser.add_argument("runs", nargs="+", type=Path)
     for run in parser.parse_args(arguments).runs:
         found = json.dumps(summary(run), indent=1)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -267,6 +268,9 @@ def build_router(config: MoEConfig, sizes: dict[str, Any]) -> nn.Module:
             raise ValueError("model.moe.capacity_factor must be 0: the router 'expert_choice' goes by top_k")
         sizes = {**sizes, "capacity_factor": config.top_k}  # experts a token, on average
     router = build_own("model.moe.router", kind, config.arguments, sizes)
+    if config.capacity_factor and not isinstance(getattr(router, "num_experts", None), int):
+        needs = f"{config.capacity_factor} needs a router with num_experts"
+        raise ValueError(f"model.moe.capacity_factor {needs}; {config.router} has none")
     return Capacity(router, config.capacity_factor) if config.capacity_factor else router
 
 
@@ -278,6 +282,12 @@ def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dic
     """
     cls = find_class(name, kind) if isinstance(kind, str) else kind
     wanted = inspect.signature(cls).parameters
+    section = name.rpartition(".")[0]
+    for key in sorted(arguments.keys() & sizes.keys() & wanted.keys()):
+        raise ValueError(f"{section}.arguments {key}: is a number of the config; set {section}.{key}")
+    for key in ("num_groups", "routed_scaling_factor"):
+        if isinstance(kind, str) and key not in wanted and sizes.get(key, 1) != 1:
+            warnings.warn(f"{kind} takes no {key}: {section}.{key} {sizes[key]} is not heeded", stacklevel=2)
     given = {key: value for key, value in sizes.items() if key in wanted}
     try:
         return cls(**{**given, **arguments})

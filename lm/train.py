@@ -55,6 +55,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)  # a config that does not fit shows here, before anything is written
     model.initialize(torch.Generator().manual_seed(config.train.seed))
+    try_own_parts(model, config.model)
     texts = data.load(config.data, config.model.vocab_size)
     windows = data.Windows(texts[0], config.train.context, config.train.seed)
     validation = data.Windows(texts[1], config.train.context)
@@ -65,6 +66,19 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
         else:
             checkpoint.write_file(run / "config.toml", config.to_toml())
         return trainer.run_steps()
+
+
+@torch.no_grad()
+def try_own_parts(model: Transformer, config: ModelConfig) -> None:
+    """Raise ValueError for a router or attention of one's own that fails on a few tokens."""
+    own = [kind for kind in (config.moe.router, config.attention.kind) if ":" in kind]
+    if own:
+        with torch.random.fork_rng(devices=[]):  # the training's numbers stay what they are
+            try:
+                model(torch.arange(4).remainder(config.vocab_size).expand(2, -1))
+            except Exception as error:
+                said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                raise ValueError(f"{' and '.join(own)}: a first pass fails: {said}") from None
 
 
 def check_memory(config: ModelConfig) -> None:

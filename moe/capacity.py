@@ -181,6 +181,8 @@ def devices_visited(routing: Routing, num_devices: int) -> Tensor:
 
 def room(slots: int, places: int, factor: float) -> int:
     """An equal share of the slots, times factor, rounded up: at least 1, and no more than there are."""
+    if factor >= places:
+        return slots
     return min(slots, max(1, math.ceil(slots * factor / places - 1e-9)))  # 10 * 1.1 is a hair above 11
 
 

@@ -33,6 +33,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
         """tokens (...) int64: the token ids that x came from, for a router that needs them."""
         routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
+        if not isinstance(routing, Routing):
+            raise ValueError(
+                f"{type(self.router).__name__} gave a {type(routing).__name__}, not a moe.Routing"
+            )
         y = self.experts(x, routing)
         if self.shared is not None:
             y = y + self.shared(x)  # V3 eq. 12; the same input as the router, never scaled

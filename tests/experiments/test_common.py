@@ -79,17 +79,19 @@ def test_each_budget_and_seed_is_trained_and_kept(experiment, experiments, given
     assert len(list(given.runs.glob("*/config.toml"))) == 6  # one that has two names is trained once
     for row in rows:
         assert row["flops"] > 0 and len(row["batch_max_violation"]) == 2
+    assert capsys.readouterr().out.count("kept since") == 0
     before = {path: path.stat().st_mtime_ns for path in given.runs.glob("*/checkpoints/*/model.safetensors")}
     assert experiment.train_all(configs, given, {"a": (1 / 4, 1)}, measure=measure) == rows
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    capsys.readouterr()
-    experiment.write("some", given, ["It is so."], [["head"], ["cell"]], rows, configs, more=1)
+    assert capsys.readouterr().out.count("(kept since 2") == 6
+    experiment.write("some", given, "yes", ["It is so."], [["head"], ["cell"]], rows, configs, more=1)
     found = json.loads((given.out / "some.json").read_text())
     assert found["differ_from_mini"]["b"]["model.moe.top_k"] == 1
     assert found["differ_from_mini"]["a"]["data.path"] == "short.txt"
     assert found["trainings"] == rows and found["answer"] == ["It is so."] and found["more"] == 1
     assert (found["steps"], found["seeds"]) == (8, 2) and found["machine"]["cores"]
-    assert capsys.readouterr().out == "It is so.\n"
+    assert found["as_claimed"] == "yes"
+    assert capsys.readouterr().out == "As claimed: yes.\nIt is so.\n"
 
 
 def test_the_kept_training_is_the_model(experiment, given):
@@ -99,6 +101,35 @@ def test_the_kept_training_is_the_model(experiment, given):
     windows = experiment.validation(config)
     loss = evaluate(model, windows, None, torch.float32, config.train.batch_size)
     assert row["held_out_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_folder_with_another_training_or_a_cut_log_is_refused(experiment, given):
+    config = experiment.with_steps(experiment.base(given), 2, 0)
+    experiment.trained(config, given.runs, None)
+    run = given.runs / experiment.key(config)
+    log = (run / "metrics.jsonl").read_text()
+    for text in ("", log[: log.rindex("{")]):
+        (run / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"metrics.jsonl: has no row of step 2 with val_loss; remove "):
+            experiment.trained(config, given.runs, None)
+    (run / "metrics.jsonl").write_text(log)
+    other = experiment.with_steps(config, 2, 1)
+    (run / "config.toml").write_text(other.to_toml())
+    with pytest.raises(ValueError, match="holds another training than its name says; remove it"):
+        experiment.trained(config, given.runs, None)
+
+
+def test_a_claim_holds_where_every_seed_says_so(experiment):
+    assert experiment.as_claimed([0.1, 0.2], [3, 1]) == "yes"
+    assert experiment.as_claimed([0.1, 0.2], [-3, 1]) == "seeds differ"
+    assert experiment.as_claimed([0.1, -0.2], [-3, -1]) == "no"
+    assert experiment.as_claimed([0.0, 0.0]) == "no"
+
+
+def test_what_means_nothing_does_not_take_the_place_of_a_result(experiment, tmp_path):
+    given = experiment.options("text", 100, ["--quick", "--runs", str(tmp_path)])
+    assert given.out == tmp_path / "quick" and given.out.is_dir()
+    assert experiment.options("text", 100, ["--runs", str(tmp_path)]).out == experiment.RESULTS
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "7"], ["--seeds", "1"], ["--seeds", "11"], ["--jobs", "0"]])
@@ -121,7 +152,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_a_line(experiment, option, c
         experiment.options("text", 100, [word for pair in given.items() for word in pair])
     assert stopped.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"lm experiment: error: {option} {given[option]}: cannot be made: ")
+    assert said.startswith(f"lm experiment: error: {option} {given[option]}: cannot be written to: ")
 
 
 def test_seconds_are_those_of_the_quickest_step_after_the_first(experiment, monkeypatch):

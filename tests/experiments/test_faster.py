@@ -6,6 +6,8 @@ import pytest
 
 from lm import count
 
+SAID = "In seconds (share, of so many seeds) the MoE is {}."
+
 
 @pytest.fixture
 def rows():
@@ -51,10 +53,10 @@ def test_the_frontier_has_the_places_where_the_curves_meet(experiment, rows):
     assert list(found) == [8] and list(found[8]) == [200, 400]
     assert found[8][200]["of_each_seed"] == [0.75] and found[8][400]["mean"] == 0.562
     said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
-    assert said == ["In seconds the MoE is ahead at dim 8, 200 steps (0.75); dim 8, 400 steps (0.56)."]
+    assert said == [SAID.format("ahead at dim 8, 200 steps (0.75, of 1); dim 8, 400 steps (0.56, of 2)")]
     found[8][200]["mean"] = 1.5
     said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
-    assert said[1:] == ["In seconds the MoE is behind at dim 8, 200 steps (1.50)."]
+    assert said[1:] == [SAID.format("behind at dim 8, 200 steps (1.50, of 1)")]
 
 
 def test_what_is_compared_has_equal_width_at_work(experiment, mini):

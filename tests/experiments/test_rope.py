@@ -44,7 +44,7 @@ def test_with_nothing_turned_the_order_of_the_past_is_unseen(experiment):
 
 
 @pytest.mark.parametrize(
-    "kind, absorbs", [("16 of 48 dims turn", True), ("none turns", True), ("all turn", False)]
+    "kind, absorbs", [("16 of 48 dims turned", True), ("none turned", True), ("all turned", False)]
 )
 def test_absorption_fails_where_made_keys_turn(experiment, experiments, mini, kind, absorbs):
     from lm.model import Transformer
@@ -59,5 +59,5 @@ def test_absorption_fails_where_made_keys_turn(experiment, experiments, mini, ki
 def test_the_cache_of_keys_that_turn_holds_every_head(experiment, mini):
     a = mini.model.attention
     kept = experiment.numbers_kept(mini)
-    assert kept["16 of 48 dims turn"] == kept["none turns"] == a.kv_lora_rank + a.qk_rope_head_dim
-    assert kept["all turn"] == a.num_heads * (a.qk_nope_head_dim + a.v_head_dim) + a.qk_rope_head_dim
+    assert kept["16 of 48 dims turned"] == kept["none turned"] == a.kv_lora_rank + a.qk_rope_head_dim
+    assert kept["all turned"] == a.num_heads * (a.qk_nope_head_dim + a.v_head_dim) + a.qk_rope_head_dim

@@ -61,8 +61,7 @@ def test_use_is_of_each_domains_tokens(experiment, experiments, mini, tmp_path, 
     mean = use.mean(0)
     assert found["specialisation"] == pytest.approx(float(use.amax(0).sum() / mean.sum()), abs=5e-3)
     assert 1 < found["specialisation"] < 3
-    assert len({found[f"loss, {share:.4f} disabled"] for share in experiment.SHARES}) == len(
-        experiment.SHARES
-    )
+    losses = {found[experiment.disabled(share)] for share in experiment.SHARES}
+    assert len(losses | {found[experiment.disabled(1 / 32, True)]}) == len(experiment.SHARES) + 1
     assert found["loss, 0.0000 disabled"] == pytest.approx(sum(found["losses"].values()) / 3)
     assert [block.mlp.router for block in model.blocks] == routers

@@ -21,7 +21,9 @@ def test_five_architectures_have_the_papers_sizes(experiments, mini):
         train = config.train
         assert (train.switch_loss > 0) == (name in ("Switch", "GShard"))
         assert config.model.moe.capacity_factor == 0
-    assert list(made) == list(experiments("architectures").PUBLISHED)
+    experiment = experiments("architectures")
+    assert list(made) == [*experiment.PUBLISHED, experiment.ASIDE]
+    assert made[experiment.ASIDE] == experiments("fineness").models(mini)["2 of 32"]
 
 
 def test_experts_are_split_at_equal_parameters_and_work(experiments, mini):

@@ -112,6 +112,29 @@ def test_experiments_are_listed_with_their_questions(capsys, monkeypatch):
     assert stopped.value.code == 2 and "--seeds 1" in capsys.readouterr().err.splitlines()[-1]
 
 
+GOOD = b'"""Is it?"""\n\n\ndef main(arguments):\n    print(arguments)\n'
+
+
+def test_an_experiment_of_ones_own_that_is_not_done_leaves_the_others_alone(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "experiments"]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "experiments").mkdir()
+    for name, text in {"bare": b"x = 1", "broken": b"x = (", "odd": b"\xff", "good": GOOD}.items():
+        (tmp_path / "experiments" / f"{name}.py").write_bytes(text)
+    assert cli.main(["experiment"]) == 0
+    said = capsys.readouterr().out
+    assert "  bare" in said and "  good            Is it?" in said
+    assert "  broken          (cannot be read" in said
+    assert cli.main(["experiment", "good", "--more"]) == 0
+    assert capsys.readouterr().out == "['--more']\n"
+    for name, reason in {"bare": "has no main", "broken": "'(' was never closed", "odd": ""}.items():
+        assert cli.main(["experiment", name]) == 2
+        assert capsys.readouterr().err.startswith(f"lm experiment: experiments/{name}.py: {reason}")
+    assert cli.main(["experiment", "--quick"]) == 2
+    assert "the experiment's name comes first" in capsys.readouterr().err
+
+
 def test_experiments_are_not_looked_for_elsewhere(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["experiment", "balance"]) == 2
@@ -443,7 +466,8 @@ def test_a_reader_that_goes_away_ends_generate_without_a_traceback(trained_once)
 
 
 def test_ctrl_c_ends_generate_without_a_traceback(trained_once, command):
-    pid = command.start("generate", trained_once, "--max-new-tokens", 10**6)
+    # the likeliest token each time: one drawn may be the end of the text at once
+    pid = command.start("generate", trained_once, "--max-new-tokens", 10**6, "--temperature", 0)
     command.wait_for(
         lambda: (command.folder / "stdout").exists() and (command.folder / "stdout").stat().st_size > 20
     )

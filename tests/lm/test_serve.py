@@ -821,7 +821,8 @@ def test_a_client_may_leave_while_it_waits(held):
     third = start(running, 2, max_tokens=5)
     permits.release(20)
     assert [each.wait().json()["choices"][0]["text"] for each in (first, third)] == ["01234"] * 2
-    assert [len(request.tokens) for request in running.served.worker.engine.requests] == [5, 0, 5]
+    written = [len(request.tokens) for request in running.served.worker.engine.requests]
+    assert written in ([5, 0, 5], [5, 5])  # left as the engine had it waiting, or before it had it
 
 
 @pytest.mark.parametrize("stream", [False, True])

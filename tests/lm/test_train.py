@@ -1009,3 +1009,31 @@ def test_the_machine_is_asked_for_the_device_first(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "pick_device", lambda name: (asked.append(name), pick(name))[1])
     train.train(tiny(train={"steps": 1}), tmp_path / "run")
     assert asked[0] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("return x", "ValueError: Odd gave a Tensor, not a moe.Routing"),
+        ("return Routing(torch.full((*x.shape[:-1], 2), 99), x[..., :2], x, x)", ": "),
+        ("raise RuntimeError('not this')", "RuntimeError: not this"),
+    ],
+)
+def test_a_router_of_ones_own_that_fails_leaves_nothing_behind(tiny, tmp_path, monkeypatch, body, said):
+    text = f"""
+import torch
+from moe import Routing
+
+
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        {body}
+"""
+    name = f"odd_router_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    ungrouped = {"num_groups": 1, "top_groups": 1, "routed_scaling_factor": 1.0}
+    config = tiny(moe={"router": f"{name}:Odd", **ungrouped})
+    with pytest.raises(ValueError, match=rf"^{name}:Odd: a first pass fails: .*{said}") as caught:
+        train.train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

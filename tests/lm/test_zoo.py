@@ -123,3 +123,21 @@ def test_a_config_says_how_much_room_there_is(tiny):
     assert room.capacity_factor == 1.7 and room.priority == "choice"
     choice = Transformer(with_router(tiny, "expert_choice", top_k=3).model).routers()[0]
     assert choice.capacity_factor == 3
+
+
+def test_a_number_of_the_config_is_no_argument(tiny):
+    wrong = with_router(tiny, "sigmoid", arguments={"top_k": 1})
+    with pytest.raises(ValueError, match=r"^model\.moe\.arguments top_k: .* set model\.moe\.top_k"):
+        Transformer(wrong.model)
+
+
+def test_a_router_of_ones_own_is_told_what_it_does_not_heed(tiny):
+    own = {"router": "torch.nn:Identity", "routed_scaling_factor": 2.5}
+    with pytest.warns(
+        UserWarning, match="takes no routed_scaling_factor: model.moe.routed_scaling_factor 2.5"
+    ):
+        Transformer(tiny(moe={"num_groups": 1, "top_groups": 1, **own}).model)
+    with pytest.raises(
+        ValueError, match=r"capacity_factor 1.5 needs a router with num_experts; torch.nn:Ide"
+    ):
+        Transformer(with_router(tiny, "torch.nn:Identity", capacity_factor=1.5).model)

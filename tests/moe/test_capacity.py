@@ -335,6 +335,10 @@ def test_who_mixes_tokens_says_so():
     torch.testing.assert_close(y[:5], alone)
 
 
+def test_room_for_more_than_there_are_is_room_for_all():
+    assert kept(Capacity(Fixed(EXPERTS, SCORES), 1e308)) == EXPERTS
+
+
 def test_the_least_room_is_one():
     assert kept(Capacity(Fixed([[0], [0]], [[0.9, 0.1], [0.8, 0.2]]), 1e-12), torch.zeros(2, 1)) == [
         [0],

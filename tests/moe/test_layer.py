@@ -193,3 +193,13 @@ def test_a_gated_shared_expert_equals_transformers_qwen2_moe():
     )
     x = torch.randn(2, 25, 32)
     torch.testing.assert_close(ours(x)[0], theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gives", [lambda x: x, lambda x: (x, x, x, x)])
+def test_a_router_that_gives_no_routing_is_refused(gives):
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return gives(x)
+
+    with pytest.raises(ValueError, match=r"^Odd gave a (Tensor|tuple), not a moe\.Routing"):
+        MoE(Odd(), Experts(4, 6, 3))(torch.randn(2, 6))
