@@ -135,6 +135,11 @@ class Experiment:
     """Measure a claim of the papers: train what it needs, compare, draw. Without a name, list them."""
 
 
+@dataclass
+class Exercise:
+    """Write a function of the package yourself, and have it checked. On a terminal, watch the next one."""
+
+
 COMMANDS: dict[str, type] = {
     "train": Train,
     "generate": Generate,
@@ -146,6 +151,7 @@ COMMANDS: dict[str, type] = {
     "import": Import,
     "export": Export,
     "experiment": Experiment,
+    "exercise": Exercise,
 }
 
 
@@ -163,6 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name in ("train", "experiment"):
             return run_train(rest) if name == "train" else run_experiment(rest)
+        if name == "exercise":
+            from . import course
+
+            return course.main(rest)
         return RUN[name](parse(COMMANDS[name], name, rest))
     except ValueError as error:
         print(f"lm {name}: {error}", file=sys.stderr)
@@ -225,19 +235,32 @@ def run_experiment(arguments: list[str]) -> int:
     import importlib
 
     folder = Path("experiments")
-    sources = {path.stem: ast.parse(path.read_text("utf-8")) for path in sorted(folder.glob("*.py"))}
-    known = {name: ast.get_docstring(tree) or "" for name, tree in sources.items() if name != "common"}
+    known: dict[str, str] = {}
+    for path in sorted(folder.glob("*.py")):
+        if path.stem != "common":
+            try:
+                known[path.stem] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+            except (SyntaxError, ValueError) as error:  # one's own, half written: no matter to the others
+                known[path.stem] = f"(cannot be read: {error})"
     if not known:
         raise ValueError(f"{folder.absolute()}: no experiments here; run this in the project's folder")
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print("usage: lm experiment NAME ... (lm experiment NAME --help tells its options)\n")
-        print("\n".join(f"  {name:16}{text.splitlines()[0]}" for name, text in known.items()))
+        print("\n".join(f"  {name:16}{(text.splitlines() or [''])[0]}" for name, text in known.items()))
         return 0
+    if name.startswith("-"):
+        raise ValueError(f"{name}: the experiment's name comes first; there are {', '.join(known)}")
     if name not in known:
         raise ValueError(f"no experiment {name!r}{nearest(name, list(known))}; there are {', '.join(known)}")
     sys.path.insert(0, os.getcwd())
-    importlib.import_module(f"experiments.{name}").main(rest)
+    try:
+        module = importlib.import_module(f"experiments.{name}")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{folder / name}.py: {error}") from None
+    if not hasattr(module, "main"):
+        raise ValueError(f"{folder / name}.py: has no main(arguments)")
+    module.main(rest)
     return 0
 
 

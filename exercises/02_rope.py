@@ -1,0 +1,104 @@
+"""Which two numbers turn together, and which way?"""
+
+import torch
+
+TARGET = "mla.rope:RotaryEmbedding.turn"
+TESTS = ("tests/mla/test_rope.py",)
+EQUATION = "RoFormer eq. 15"
+LEARN = "Two features make a plane that turns; which two is a matter of the checkpoint, and must be known."
+HINTS = (
+    "A vector (a, b) that turns by an angle: what are its new coordinates? Which two features are (a, b)?",
+    "even and odd (..., dim/2): features 2i and 2i + 1 if interleaved, else i and i + dim/2. Each pair turns by its "
+    "angle, in fp32, and goes back to where it was, in x's dtype.",
+    "to(torch.promote_types(...)), unflatten, unbind, stack, flatten, or slices 0::2 and 1::2",
+)
+MISTAKES = (
+    (
+        "if self.interleaved else",
+        "if not self.interleaved else",
+        "the pairs are those of the other layout: interleaved means features 2i and 2i + 1",
+    ),
+    (
+        "even * cos - odd * sin, even * sin + odd * cos",
+        "even * cos + odd * sin, odd * cos - even * sin",
+        "it turns the other way: (a, b) goes to (a cos - b sin, a sin + b cos)",
+    ),
+    (
+        "even * cos - odd * sin, even * sin + odd * cos",
+        "even * cos - odd * sin, odd * cos - even * sin",
+        "a sign is wrong: that is no rotation, lengths change",
+    ),
+    (
+        "dim=two)",
+        "dim=-1 if two == -2 else -2)",
+        "the turned pairs are put back in the other layout",
+    ),
+    (
+        "(-1, (-1, 2)) if self.interleaved else (-2, (2, -1))",
+        "(-1, (-1, 2))",
+        "interleaved=False is not heeded: then features i and i + dim/2 are a pair",
+    ),
+    (
+        "wide = x.to(torch.promote_types(x.dtype, torch.float32))",
+        "wide, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)",
+        "computed in the dtype of x: bf16 has no digits for an angle's sine; compute in fp32, then cast",
+    ),
+    (
+        ".to(x.dtype)",
+        "",
+        "the result stays in fp32: it goes back to the dtype of x",
+    ),
+)
+RIGHT = (
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if self.interleaved:
+        a, b = wide[..., 0::2], wide[..., 1::2]
+    else:
+        a, b = wide.chunk(2, dim=-1)
+    new_a, new_b = a * cos - b * sin, b * cos + a * sin
+    if self.interleaved:
+        return torch.stack((new_a, new_b), dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat((new_a, new_b), dim=-1).to(x.dtype)
+    """,
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if self.interleaved:
+        cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+        a, b = wide[..., 0::2], wide[..., 1::2]
+        other = torch.stack((-b, a), dim=-1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        a, b = wide.chunk(2, dim=-1)
+        other = torch.cat((-b, a), dim=-1)
+    return (wide * cos + other * sin).to(x.dtype)
+    """,
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    half = x.shape[-1] // 2
+    first = torch.arange(half, device=x.device) * (2 if self.interleaved else 1)
+    second = first + (1 if self.interleaved else half)
+    a, b = wide[..., first], wide[..., second]
+    y = torch.empty(torch.broadcast_shapes(wide.shape, (*cos.shape[:-1], 2 * half)), dtype=wide.dtype, device=x.device)
+    y[..., first] = a * cos - b * sin
+    y[..., second] = a * sin + b * cos
+    return y.to(x.dtype)
+    """,
+)
+
+
+def probe(module, generator):
+    """Both layouts, positions that do not begin at 0, and bf16."""
+    found = {}
+    for interleaved in (True, False):
+        rope = module.RotaryEmbedding(10, 50.0, interleaved)
+        x = torch.randn(3, 5, 2, 10, generator=generator, dtype=torch.float64, requires_grad=True)
+        positions = torch.tensor([3, 4, 7, 11, 12])
+        y = rope(x, positions)
+        name = "interleaved" if interleaved else "in halves"
+        found[f"y, {name}"] = y
+        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+        found[f"gradient of x, {name}"] = x.grad
+        half = torch.randn(1, 5, 10, generator=generator).bfloat16()
+        found[f"y of bf16, {name}"] = rope(half, positions + 700)
+    return found

@@ -1,0 +1,121 @@
+"""Who chooses, and who counts?"""
+
+import torch
+
+TARGET = "moe.router:SigmoidRouter.forward"
+TESTS = ("tests/moe/test_router.py",)
+WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming"
+EQUATION = "DeepSeek-V3 eq. 12-16"
+LEARN = "The selection bias decides which experts a token gets; the plain score decides how much each counts."
+HINTS = (
+    "Where may the bias appear, and where not? Read eq. 16 beside eq. 13, and section 2.1.2 on the bias.",
+    "Two tensors (..., experts): one to choose by, biased and group-limited, and one to weigh with, the plain "
+    "sigmoids. The chosen ones' weights (..., top_k) are divided by their own sum, then scaled.",
+    "router_logits, sigmoid, keep_best_groups, topk(...).indices, gather, sum(keepdim=True), Routing",
+)
+MISTAKES = (
+    (
+        "weights = scores.gather(-1, experts)",
+        "weights = (scores + self.bias).gather(-1, experts)",
+        "the weights use the biased score: the bias only chooses, eq. 13 weighs with the plain one",
+    ),
+    (
+        "keep_best_groups(scores + self.bias,",
+        "keep_best_groups(scores,",
+        "the bias is left out: it has to decide who is chosen (eq. 16)",
+    ),
+    (
+        "scores = sigmoid(logits)",
+        "scores = logits.softmax(-1)",
+        "scores come from a softmax: V3's affinities are sigmoids, each expert by itself (eq. 15)",
+    ),
+    (
+        "if self.normalize:",
+        "if False:",
+        "the chosen weights are not divided by their sum (eq. 13)",
+    ),
+    (
+        "weights.sum(-1, keepdim=True)",
+        "scores.sum(-1, keepdim=True)",
+        "the weights are divided by the sum over all experts: eq. 13 sums over the chosen ones",
+    ),
+    (
+        "if self.normalize:",
+        "if True:",
+        "normalize=False is not heeded",
+    ),
+    (
+        "weights * self.routed_scaling_factor",
+        "weights",
+        "routed_scaling_factor is left out, or divided away again",
+    ),
+    (
+        "choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)",
+        "choice = scores + self.bias",
+        "the group limit is left out: only the best groups' experts are open to a token",
+    ),
+    (
+        "keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)",
+        "keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, 1)",
+        "a group is judged by its best expert alone: V3 adds up its two best",
+    ),
+    (
+        "choice.topk(self.top_k).indices",
+        "choice.topk(self.top_k, largest=False).indices",
+        "the least wanted experts are chosen",
+    ),
+)
+RIGHT = (
+    """
+    logits = router_logits(x, self.weight)
+    scores = torch.sigmoid(logits)
+    biased = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
+    experts = biased.argsort(-1, descending=True)[..., : self.top_k]
+    weights = torch.take_along_dim(scores, experts, -1)
+    total = weights.sum(-1, keepdim=True) if self.normalize else 1.0
+    return Routing(experts, self.routed_scaling_factor * weights / total, scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = sigmoid(logits)
+    choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
+    _, experts = torch.topk(choice, self.top_k, dim=-1, sorted=False)
+    weights = scores.gather(-1, experts)
+    if self.normalize:
+        weights = torch.nn.functional.normalize(weights, p=1, dim=-1, eps=1e-20)
+    return Routing(experts=experts, weights=weights * self.routed_scaling_factor, scores=scores, logits=logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = 1 / (1 + torch.exp(-logits))
+    choice = keep_best_groups(scores + self.bias.detach(), self.num_groups, self.top_groups, self.group_best)
+    kth = choice.topk(self.top_k).values[..., -1:]
+    experts = (choice >= kth).nonzero()[:, -1].view(*x.shape[:-1], self.top_k)
+    weights = scores.gather(-1, experts) * self.routed_scaling_factor
+    if self.normalize:
+        weights = weights / scores.gather(-1, experts).sum(-1, keepdim=True)
+    return Routing(experts, weights, scores, logits)
+    """,
+)
+
+
+def probe(module, generator):
+    """Uneven biases, group limits with and without, a scale; weights in the order of the experts."""
+    found = {}
+    for kind, options in {
+        "grouped": {"num_groups": 3, "top_groups": 2, "routed_scaling_factor": 2.5},
+        "plain": {"normalize": False, "routed_scaling_factor": 0.7},
+    }.items():
+        router = module.SigmoidRouter(7, 12, 3, **options)
+        with torch.no_grad():
+            router.weight.copy_(torch.randn(12, 7, generator=generator) / 2)
+            router.bias.copy_(torch.randn(12, generator=generator) / 3)
+        x = torch.randn(3, 5, 7, generator=generator, requires_grad=True)
+        routing = router(x)
+        experts, order = routing.experts.sort(-1)
+        weights = routing.weights.gather(-1, order)
+        found |= {f"{kind}: experts": experts, f"{kind}: weights": weights}
+        found |= {f"{kind}: scores": routing.scores, f"{kind}: logits": routing.logits}
+        (weights * torch.randn(weights.shape, generator=generator)).sum().backward()
+        found |= {f"gradient of x, {kind}": x.grad, f"gradient of the weight, {kind}": router.weight.grad}
+    return found

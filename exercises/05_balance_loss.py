@@ -1,0 +1,111 @@
+"""Which factor of the balance loss counts, and which carries the gradient?"""
+
+import torch
+
+TARGET = "moe.balance:load_and_share"
+TESTS = ("tests/moe/test_balance.py",)
+WHICH = "loss and not capacity and not dropped and not autocast"
+BEGIN = "scores = scores.where("
+EQUATION = "DeepSeek-V3 eq. 17-20"
+LEARN = (
+    "f counts the chosen and has no gradient; P is the mean of normalised scores and pulls busy experts down."
+)
+HINTS = (
+    "A count has no gradient. Which of f (eq. 18) and P (eq. 20) can change a router's weights, then?",
+    "load (batch, experts): how often each was chosen in the sequence, over the mean, K T / experts. share (batch, "
+    "experts): each token's scores over their sum (eq. 19), the mean over the sequence's real tokens. Scores of "
+    "padding may be NaN: put 0 there before anything is divided.",
+    "where, one_hot(...).sum(2), sum(1), relative_load, sum(-1, keepdim=True), clamp(min=1)",
+)
+MISTAKES = (
+    (
+        "load = relative_load(count)",
+        "load = count * num_experts / real.sum(-1, keepdim=True).clamp(min=1)",
+        "top_k is not divided out: at balance the loss would be K, not 1 (eq. 18)",
+    ),
+    (
+        "normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)",
+        "normalized = scores",
+        "P is made of plain scores: sigmoids are divided by their sum over the experts first (eq. 19)",
+    ),
+    (
+        "normalized.sum(1) / total",
+        "normalized.sum(1)",
+        "P is a sum: it is the mean over the tokens of the sequence (eq. 20)",
+    ),
+    (
+        "total = real.sum(-1, keepdim=True).clamp(min=1)",
+        "total = real.shape[1]",
+        "the mean divides by all tokens: padding does not count",
+    ),
+    (
+        "chosen.sum(1)",
+        "chosen.sum((0, 1), keepdim=True).squeeze(1).expand(len(chosen), -1)",
+        "the load is that of the whole batch: this loss takes each sequence by itself",
+    ),
+    (
+        "count = chosen.sum(1).to(scores.dtype)",
+        "count = scores.sum(1)",
+        "the load is made of scores: f counts the experts that were chosen (eq. 18)",
+    ),
+    (
+        ".sum(2) * real.unsqueeze(-1)",
+        ".sum(2)",
+        "padding is counted in the load",
+    ),
+    (
+        "share = normalized.sum(1) / total",
+        "share = normalized.detach().sum(1) / total",
+        "P carries no gradient: then nothing of this loss reaches the router",
+    ),
+)
+RIGHT = (
+    """
+    weight = real.unsqueeze(-1).to(scores.dtype)
+    scores = torch.where(real.unsqueeze(-1), scores, torch.zeros_like(scores))
+    chosen = one_hot(experts, num_experts).sum(dim=-2)
+    count = torch.einsum("bte,bt->be", chosen.to(scores.dtype), real.to(scores.dtype))
+    load = count / (count.sum(-1, keepdim=True) / num_experts).clamp(min=1e-9)
+    normalized = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
+    share = (normalized * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return load, share, real
+    """,
+    """
+    scores = scores.masked_fill(~real.unsqueeze(-1), 0.0)
+    count = torch.zeros(len(scores), num_experts + 1, dtype=scores.dtype, device=scores.device)
+    where = torch.where(real.unsqueeze(-1), experts, -1).flatten(1) + 1
+    count = count.scatter_add(1, where, torch.ones_like(where, dtype=scores.dtype))[:, 1:]
+    load = relative_load(count)
+    tokens = real.sum(-1, keepdim=True)
+    p = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    share = p.sum(1) / tokens.clamp(min=1)
+    return load, share, real
+    """,
+    """
+    scores = scores.where(real.unsqueeze(-1), 0)
+    hot = one_hot(experts, num_experts) * real[..., None, None]
+    load = relative_load(hot.sum((1, 2)).to(scores.dtype))
+    p = torch.nn.functional.normalize(scores, p=1.0, dim=-1, eps=1e-20)
+    share = p.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+    return load, share, real
+    """,
+)
+
+
+def probe(module, generator):
+    """Uneven loads, an expert that nobody wants, lengths down to 1 and 0, NaN in the padding."""
+    logits = torch.randn(4, 11, 7, generator=generator)
+    logits[..., 2] += 1.5
+    logits[..., 5] -= 9
+    logits.requires_grad_()
+    scores = logits.sigmoid()
+    experts = (scores + torch.linspace(0, 0.2, 7)).topk(3).indices
+    mask = torch.arange(11) < torch.tensor([[11], [8], [1], [0]])
+    spoilt = scores.masked_fill(~mask.unsqueeze(-1), float("nan"))
+    routing = module.Routing(experts, spoilt.gather(-1, experts), spoilt, logits)
+    load, share, real = module.load_and_share(routing, mask)
+    loss = module.sequence_loss(routing, mask)
+    loss.backward()
+    whole = module.Routing(experts, scores.gather(-1, experts), scores.detach(), logits)
+    found = {"load": load, "share": share, "real": real, "loss": loss, "gradient of the logits": logits.grad}
+    return found | {"loss without padding": module.sequence_loss(whole)}

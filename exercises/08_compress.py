@@ -1,0 +1,83 @@
+"""What does MLA keep of a token?"""
+
+import torch
+
+TARGET = "mla.attention:MultiheadLatentAttention.compress"
+TESTS = ("tests/mla/test_attention.py",)
+WHICH = "compress or cache or equation or latent"
+EQUATION = "DeepSeek-V3 eq. 1, 3"
+LEARN = "One projection gives both parts of what is cached; the latent is normed, the rope key is not."
+HINTS = (
+    "Two things are cached, from one product. Which of them goes through a norm?",
+    "kv_a(x) is (batch, time, latent + rope), the latent first. The latent is normed; the rope key stays as it is, "
+    "(batch, time, rope), one for all heads.",
+    "self.kv_a, split([...], dim=-1), self.kv_norm",
+)
+MISTAKES = (
+    (
+        "return self.kv_norm(latent), k_rope",
+        "return latent, k_rope",
+        "the latent is returned before its norm: what is cached and expanded is the normed one",
+    ),
+    (
+        "latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)",
+        "k_rope, latent = self.kv_a(x).split([self.qk_rope_head_dim, self.kv_lora_rank], dim=-1)",
+        "split in the other order: the latent comes first, then the rope key",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent), k_rope * torch.rsqrt(k_rope.square().mean(-1, keepdim=True) + 1e-6)",
+        "the rope key is normed, too: only the latent is",
+    ),
+    (
+        "latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)",
+        "both = self.kv_a(x)\n"
+        "        both = both * torch.rsqrt(both.square().mean(-1, keepdim=True) + 1e-6)\n"
+        "        latent, k_rope = both.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)\n"
+        "        return latent * self.kv_norm.weight, k_rope",
+        "one norm over latent and rope key together: the norm is the latent's alone",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent), k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)",
+        "the rope key is repeated for each head: all heads share one, and it is stored once",
+    ),
+)
+RIGHT = (
+    """
+    both = self.kv_a(x)
+    latent, k_rope = both[..., : self.kv_lora_rank], both[..., self.kv_lora_rank :]
+    return self.kv_norm(latent), k_rope
+    """,
+    """
+    latent, k_rope = torch.split(self.kv_a(x), (self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+    latent = self.kv_norm(latent)
+    return latent, k_rope
+    """,
+    """
+    wide = F.linear(x, self.kv_a.weight, self.kv_a.bias)
+    k_rope = wide.narrow(-1, self.kv_lora_rank, self.qk_rope_head_dim)
+    return self.kv_norm(wide.narrow(-1, 0, self.kv_lora_rank)), k_rope
+    """,
+)
+
+
+def attention(module, generator):
+    """A small attention with sizes that are all different, and weights of its norms that are not 1."""
+    made = module.MultiheadLatentAttention(11, 3, 7, 5, 2, 4, q_lora_rank=6).double()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) / 2)
+    return made
+
+
+def probe(module, generator):
+    """Both parts, with gradients, and what a whole call makes of them."""
+    made = attention(module, generator)
+    x = torch.randn(3, 5, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    latent, k_rope = made.compress(x)
+    found = {"latent": latent, "rope key": k_rope}
+    loss = (latent * torch.randn(latent.shape, generator=generator, dtype=torch.float64)).sum()
+    (loss + k_rope.square().sum()).backward()
+    found |= {"gradient of x": x.grad, "gradient of the projection": made.kv_a.weight.grad}
+    return found | {"y": made(x)}

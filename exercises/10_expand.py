@@ -1,0 +1,101 @@
+"""Attention as the paper writes it: how are a head's key and value made of the latent?"""
+
+import torch
+
+TARGET = "mla.attention:MultiheadLatentAttention.expanded"
+TESTS = ("tests/mla/test_attention.py",)
+WHICH = "equation or transformers or expanded"
+EQUATION = "DeepSeek-V3 eq. 2, 4, 5, 9, 10"
+LEARN = "Each head's key is its own rows of W_UK times the latent beside the rope key that all heads share."
+HINTS = (
+    "kv_b gives each head a key part and a value part. How wide are they, and in which order do they lie?",
+    "kv (batch, total, heads, nope + value); the rope key (batch, total, rope) is the same for every head; query "
+    "and key are [nope, rope], the softmax scale is self.scale.",
+    "self.kv_b, unflatten or rearrange, split, unsqueeze, expand, cat, softmax_attention",
+)
+MISTAKES = (
+    (
+        "k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)",
+        "value, k_nope = kv.split([self.v_head_dim, self.qk_nope_head_dim], dim=-1)",
+        "key and value rows of kv_b are swapped: of each head's rows the key's come first",
+    ),
+    (
+        '"batch total (heads width) -> batch total heads width"',
+        '"batch total (width heads) -> batch total heads width"',
+        "kv_b's rows are taken in strides: each head's rows lie together",
+    ),
+    (
+        "self.scale, visible)",
+        "self.qk_nope_head_dim**-0.5, visible)",
+        "the scale is that of the nope width: query and key are nope + rope wide",
+    ),
+    (
+        "self.scale, visible)",
+        "self.scale, None)",
+        "the mask is left out",
+    ),
+    (
+        "query = torch.cat((q_nope, q_rope), dim=-1)",
+        "query = torch.cat((q_nope, q_rope * 0), dim=-1)",
+        "the rope scores are left out: position would be lost",
+    ),
+    (
+        "key = torch.cat((k_nope, k_rope), dim=-1)",
+        "key = torch.cat((k_nope, k_rope / self.num_heads), dim=-1)",
+        "the rope key is divided among the heads: every head has it whole",
+    ),
+    (
+        "kv = self.kv_b(latent)",
+        "kv = self.kv_b(self.kv_norm(latent))",
+        "the latent is normed again: it comes normed already",
+    ),
+)
+RIGHT = (
+    """
+    kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1))
+    k_nope, value = kv[..., : self.qk_nope_head_dim], kv[..., self.qk_nope_head_dim :]
+    k_rope = k_rope[:, :, None].repeat(1, 1, self.num_heads, 1)
+    key = torch.cat((k_nope, k_rope), -1)
+    return softmax_attention(torch.cat((q_nope, q_rope), -1), key, value, self.scale, visible)
+    """,
+    """
+    w_key, w_value = self.split_kv_b()
+    k_nope = torch.einsum("btl,hnl->bthn", latent, w_key)
+    value = torch.einsum("btl,hvl->bthv", latent, w_value)
+    shared = k_rope.unsqueeze(2).expand(*k_nope.shape[:3], k_rope.shape[-1])
+    query, key = torch.cat((q_rope, q_nope), dim=-1), torch.cat((shared, k_nope), dim=-1)
+    return softmax_attention(query, key, value, self.scale, visible)
+    """,
+    """
+    kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1))
+    k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+    scores = torch.einsum("bqhn,bkhn->bhqk", q_nope, k_nope) + torch.einsum("bqhr,bkr->bhqk", q_rope, k_rope)
+    scores = scores * self.scale
+    time, total = scores.shape[-2:]
+    if visible is None:
+        visible = torch.ones(time, total, dtype=torch.bool, device=scores.device).tril(total - time)
+    visible = visible.unsqueeze(1) if visible.ndim == 3 else visible
+    weights = scores.float().masked_fill(~visible, float("-inf")) if scores.dtype != torch.float64 else (
+        scores.masked_fill(~visible, float("-inf")))
+    return torch.einsum("bhqk,bkhv->bqhv", weights.softmax(-1).to(value.dtype), value)
+    """,
+)
+
+
+def probe(module, generator):
+    """Widths that are all different, with plain causality and with a mask."""
+    made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4).double()
+    with torch.no_grad():
+        made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator, dtype=torch.float64))
+        made.kv_norm.weight.copy_(torch.rand(13, generator=generator, dtype=torch.float64))
+    parts = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 7, 3, 5), (2, 7, 3, 2), (2, 7, 13), (2, 7, 2))
+    ]
+    visible = (torch.rand(2, 7, 7, generator=generator) < 0.6) | torch.eye(7, dtype=torch.bool)
+    y = made.expanded(*parts, None)
+    masked = made.expanded(*parts, visible)
+    found = {"causal": y, "masked": masked}
+    ((y + masked) * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+    names = ("q_nope", "q_rope", "the latent", "the rope key")
+    return found | {f"gradient of {name}": part.grad for name, part in zip(names, parts)}

@@ -1,0 +1,99 @@
+"""What must the second call know of the first?"""
+
+import torch
+
+TARGET = "mla.cache:Cache.write"
+TESTS = ("tests/mla/test_cache.py",)
+WHICH = "not paged and not Paged"
+BEGIN = "if torch.is_grad_enabled():"
+EQUATION = "DeepSeek-V2 section 2.1.2"
+LEARN = "New entries go behind what each row holds, and what comes back ends where the longest row does."
+HINTS = (
+    "Where do the new entries of a row begin that holds three tokens already? What must be known after the call?",
+    "start is each row's length, total the longest's after the call. Entries (batch, max_length, width) are filled "
+    "from start on, each row from its own; lengths grow by time; (batch, total, width) comes back. With gradients "
+    "on, backward still needs the entries as they were.",
+    "clone, slice assignment, or indices from slots(start, time, device); self.lengths",
+)
+MISTAKES = (
+    (
+        "self.lengths = [row + time for row in start]",
+        "pass",
+        "the lengths do not grow: the next call writes over this one",
+    ),
+    (
+        "self.entries[:, start[0] : total] = new",
+        "self.entries[:, :time] = new",
+        "written at position 0 again: new entries go behind what a row holds",
+    ),
+    (
+        "return self.entries[:, :total]",
+        "return self.entries",
+        "the tail of zeros comes back, too, and would get attention: return the filled part",
+    ),
+    (
+        "return self.entries[:, :total]",
+        "return new",
+        "only the new entries come back: a query needs those of all tokens so far",
+    ),
+    (
+        "if min(start) == max(start):",
+        "if True:",
+        "every row is written where the first one ends: each row has its own length",
+    ),
+    (
+        "[row + time for row in start]",
+        "[total] * len(start)",
+        "every row is said to be as long as the longest: each has its own length",
+    ),
+    (
+        "if torch.is_grad_enabled():",
+        "if False:",
+        "written in place although gradients are wanted: backward of earlier calls needs the old entries",
+    ),
+)
+RIGHT = (
+    """
+    entries = self.entries.clone() if torch.is_grad_enabled() else self.entries
+    for row in range(batch):
+        entries[row, start[row] : start[row] + time] = new[row]
+    self.entries = entries
+    self.lengths = [length + time for length in self.lengths]
+    return entries[:, :total]
+    """,
+    """
+    if torch.is_grad_enabled():
+        self.entries = self.entries.clone()
+    places = torch.tensor(start, device=new.device)[:, None] + torch.arange(time, device=new.device)
+    self.entries.scatter_(1, places[..., None].expand(new.shape), new)
+    self.lengths = [row + time for row in start]
+    return self.entries.narrow(1, 0, total)
+    """,
+    """
+    keep = self.entries.clone() if torch.is_grad_enabled() else self.entries
+    rows = torch.arange(batch, device=new.device).repeat_interleave(time)
+    columns = torch.cat([torch.arange(s, s + time, device=new.device) for s in start])
+    keep[rows, columns] = new.flatten(0, 1)
+    self.entries, self.lengths = keep, [s + time for s in start]
+    return keep[:, : max(self.lengths)]
+    """,
+)
+
+
+def probe(module, generator):
+    """Three calls, rows of unequal length, with gradients and without."""
+    found = {}
+    new = [torch.randn(2, time, 3, generator=generator, requires_grad=True) for time in (2, 1, 3)]
+    for name, enabled in (("with gradients", True), ("without", False)):
+        cache = module.Cache(2, 9, 3, torch.float32)
+        with torch.set_grad_enabled(enabled):
+            first = cache.write(new[0])
+            second = cache.write(new[1])
+            cache.truncate(torch.tensor([3, 1]))
+            third = cache.write(new[2])
+        found |= {f"first, {name}": first, f"second, {name}": second, f"third, {name}": third}
+        found[f"lengths, {name}"] = cache.length
+        if enabled:
+            sum((part.square() * (i + 1)).sum() for i, part in enumerate((first, second, third))).backward()
+            found |= {f"gradient of call {i}": part.grad for i, part in enumerate(new, 1)}
+    return found

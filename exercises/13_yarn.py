@@ -1,0 +1,88 @@
+"""How does a model trained on 4k tokens read 128k?"""
+
+import torch
+
+TARGET = "mla.rope:YaRN.slow_down"
+TESTS = ("tests/mla/test_rope.py",)
+WHICH = "(yarn or scaled or pair) and not refused and not 131072"
+EQUATION = "YaRN section 3.2"
+LEARN = "Pairs that turn often within the original context stay as they are, those that hardly turn are slowed."
+HINTS = (
+    "How many turns does a pair make in 4096 tokens? Which pairs have seen every angle in training?",
+    "(dim/2,) numbers between 1 (fast: kept) and 0 (slow: divided by factor): a ramp over the pairs' indices, from "
+    "the floor of the pair with beta_fast turns to the ceil of the one with beta_slow; both within 0..dim - 1.",
+    "self.pair_with(turns, dim, theta), math.floor, math.ceil, torch.arange, clamp(0, 1)",
+)
+MISTAKES = (
+    (
+        "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
+        "kept = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
+        "the ramp is reversed: fast pairs are kept, slow ones divided by the factor",
+    ),
+    (
+        "return turn / self.factor * (1 - kept) + turn * kept",
+        "return turn / self.factor",
+        "every pair is slowed down: that is position interpolation, YaRN keeps the fast ones",
+    ),
+    (
+        ".clamp(0, 1)",
+        "",
+        "the ramp goes on beyond 0 and 1",
+    ),
+    (
+        "math.floor(self.pair_with(self.beta_fast, dim, theta))",
+        "math.floor(self.pair_with(self.beta_slow, dim, theta))",
+        "the ramp begins at the pair of beta_slow turns: it begins at that of beta_fast, and ends there",
+    ),
+    (
+        "turn / self.factor * (1 - kept)",
+        "turn * self.factor * (1 - kept)",
+        "slow pairs are made faster: a longer context needs slower turns",
+    ),
+    (
+        "dim = 2 * len(turn)",
+        "dim = len(turn)",
+        "dim is taken to be the number of pairs: a pair is two features",
+    ),
+)
+RIGHT = (
+    """
+    dim = 2 * turn.numel()
+    low = max(0, math.floor(self.pair_with(self.beta_fast, dim, theta)))
+    high = min(dim - 1, math.ceil(self.pair_with(self.beta_slow, dim, theta)))
+    ramp = (torch.arange(dim // 2, device=turn.device, dtype=torch.float32) - low) / max(high - low, 0.001)
+    slow = ramp.clamp(min=0, max=1)
+    return torch.lerp(turn, turn / self.factor, slow)
+    """,
+    """
+    dim = 2 * len(turn)
+    low = max(math.floor(self.pair_with(self.beta_fast, dim, theta)), 0)
+    high = min(math.ceil(self.pair_with(self.beta_slow, dim, theta)), dim - 1)
+    new = []
+    for pair, speed in enumerate(turn):
+        slow = min(max((pair - low) / max(high - low, 0.001), 0.0), 1.0)
+        new.append(speed * (1 - slow) + speed / self.factor * slow)
+    return torch.stack(new)
+    """,
+    """
+    dim = 2 * len(turn)
+    edges = [self.pair_with(beta, dim, theta) for beta in (self.beta_fast, self.beta_slow)]
+    low, high = max(math.floor(edges[0]), 0), min(math.ceil(edges[1]), dim - 1)
+    index = torch.arange(len(turn), dtype=turn.dtype, device=turn.device)
+    kept = torch.clip((high - index) / (high - low) if high > low else (index <= low).to(turn), 0, 1)
+    return turn * (kept + (1 - kept) / self.factor)
+    """,
+)
+
+
+def probe(module, generator):
+    """Ramps in the middle, one that starts before the first pair, other betas."""
+    found = {}
+    for name, dim, theta, yarn in (
+        ("as in DeepSeek", 64, 10000.0, module.YaRN(40.0, 4096)),
+        ("short context", 34, 500.0, module.YaRN(4.0, 128)),
+        ("other betas", 22, 10000.0, module.YaRN(7.0, 700, beta_fast=9.0, beta_slow=2.0)),
+    ):
+        turn = theta ** (-torch.arange(0, dim, 2) / dim)
+        found[name] = yarn.slow_down(turn, theta)
+    return found

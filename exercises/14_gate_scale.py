@@ -1,0 +1,85 @@
+"""Where does 2.446 come from?"""
+
+import torch
+
+TARGET = "experiments.gate_scale:gate_scale"
+TESTS = ("tests/experiments/test_gate_scale.py",)
+EQUATION = "Moonlight, arXiv 2502.16982, appendix"
+LEARN = "Normalised weights of independent experts add up to less than one dense MLP; 1/||p|| makes up for it."
+HINTS = (
+    "If k outputs of equal size are independent, how large is their sum with weights p that sum to 1?",
+    "Rounds of at most CHUNK tokens: logits (tokens, experts) from N(0, 1) and the generator; the top_k sigmoids "
+    "over their sum are p; the answer is the mean over all samples of 1 over p's 2-norm.",
+    "torch.randn(..., generator=generator), sigmoid, topk(...).values, sum(-1, keepdim=True), norm(dim=-1)",
+)
+MISTAKES = (
+    (
+        "logits.sigmoid().topk(top_k).values",
+        "logits.softmax(-1).topk(top_k).values",
+        "a softmax over all experts: V3's affinities are sigmoids",
+    ),
+    (
+        "p = chosen / chosen.sum(-1, keepdim=True)",
+        "p = chosen",
+        "the chosen sigmoids are not divided by their sum",
+    ),
+    (
+        "(1 / p.norm(dim=-1)).double().sum()",
+        "p.norm(dim=-1).double().sum()",
+        "the norm itself: the factor makes up for it, so it is 1 over the norm",
+    ),
+    (
+        "p.norm(dim=-1)",
+        "p.norm(p=1, dim=-1)",
+        "the 1-norm, which is always 1: independent outputs add up by their squares",
+    ),
+    (
+        "logits.sigmoid().topk(top_k).values",
+        "logits.sigmoid()[:, :top_k]",
+        "any top_k experts: the chosen are those of the highest scores",
+    ),
+    (
+        "return total / samples",
+        "return total / samples / top_k",
+        "divided by top_k: a mean over the samples is enough",
+    ),
+)
+RIGHT = (
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums = []
+    for start in range(0, samples, CHUNK):
+        count = min(CHUNK, samples - start)
+        scores = torch.sigmoid(torch.randn(count, num_experts, generator=generator))
+        best = scores.sort(-1, descending=True).values[:, :top_k]
+        sums.append((best.sum(-1) / best.square().sum(-1).sqrt()).double().sum())
+    return float(sum(sums)) / samples
+    """,
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scales = []
+    for start in range(0, samples, CHUNK):
+        logits = torch.randn(min(CHUNK, samples - start), num_experts, generator=generator)
+        p = torch.nn.functional.normalize(logits.sigmoid().topk(top_k).values, p=1, dim=-1)
+        scales.append(torch.linalg.vector_norm(p, dim=-1).reciprocal())
+    return float(torch.cat(scales).double().mean())
+    """,
+    """
+    generator = torch.Generator().manual_seed(seed)
+    left, total = samples, torch.zeros((), dtype=torch.float64)
+    while left > 0:
+        now = min(CHUNK, left)
+        chosen, _ = torch.randn(now, num_experts, generator=generator).topk(top_k)
+        weights = chosen.sigmoid()
+        weights = weights / weights.sum(1, keepdim=True)
+        total += weights.pow(2).sum(1).rsqrt().double().sum()
+        left -= now
+    return (total / samples).item()
+    """,
+)
+
+
+def probe(module, generator):
+    """Moonlight's 6 of 64, and sizes that no model has."""
+    cases = {"6 of 64": (64, 6, 3000, 0), "3 of 11": (11, 3, 1700, 5), "1 of 4": (4, 1, 500, 2)}
+    return {name: torch.tensor(module.gate_scale(*case), dtype=torch.float32) for name, case in cases.items()}

@@ -1,0 +1,84 @@
+"""How is one trained MLP cut into experts that add up to it?"""
+
+import torch
+
+TARGET = "moe.upcycle:shards_of"
+TESTS = ("tests/moe/test_upcycle.py",)
+WHICH = "step or same or shard or cop"
+EQUATION = "arXiv 2410.07524 section 3; DeepSeekMoE section 3.1"
+LEARN = "An MLP is a sum over its hidden features: any cut between them is one of the sum."
+HINTS = (
+    "down(silu(gate(x)) * up(x)): over what is summed in it? Which rows and columns belong to one summand?",
+    "gate_up.weight (2 hidden, dim) holds the gate's rows, then up's; a shard has the same rows of both, gate first: "
+    "(shards, 2 width, dim). down.weight (dim, hidden): (shards, dim, width).",
+    "unflatten, transpose, flatten, or chunk, cat and stack",
+)
+MISTAKES = (
+    (
+        "gate_up = mlp.gate_up.weight.unflatten(0, (2, num_shards, -1))",
+        "gate_up = mlp.gate_up.weight.unflatten(0, (num_shards, 2, -1)).transpose(0, 1)",
+        "the rows are cut as they lie: a shard would have gates alone, and another ups alone",
+    ),
+    (
+        "down = mlp.down.weight.unflatten(1, (num_shards, -1))",
+        "down = mlp.down.weight.unflatten(1, (-1, num_shards)).transpose(1, 2)",
+        "down's columns are taken in strides: a shard's must be those of its gate and up",
+    ),
+    (
+        "gate_up.transpose(0, 1).flatten(1, 2)",
+        "gate_up.flip(0).transpose(0, 1).flatten(1, 2)",
+        "up comes before gate: each expert has the gate's rows first",
+    ),
+    (
+        "down.transpose(0, 1)",
+        "down.transpose(0, 1) / num_shards",
+        "down is divided by the number of shards: the shards are summed, not averaged",
+    ),
+    (
+        "down.transpose(0, 1)",
+        "down.transpose(0, 1).flip(0)",
+        "down's shards are in another order than the gate's",
+    ),
+    (
+        "gate_up.transpose(0, 1).flatten(1, 2)",
+        "gate_up.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
+        "gate and up rows are interleaved: all of the gate's come first",
+    ),
+)
+RIGHT = (
+    """
+    gate, up = mlp.gate_up.weight.chunk(2)
+    parts = [torch.cat(pair) for pair in zip(gate.chunk(num_shards), up.chunk(num_shards))]
+    return torch.stack(parts), torch.stack(mlp.down.weight.chunk(num_shards, dim=1))
+    """,
+    """
+    dim, hidden = mlp.down.weight.shape
+    width = hidden // num_shards
+    gate_up = mlp.gate_up.weight.view(2, num_shards, width, dim).permute(1, 0, 2, 3)
+    down = mlp.down.weight.view(dim, num_shards, width).permute(1, 0, 2)
+    return gate_up.reshape(num_shards, 2 * width, dim), down
+    """,
+    """
+    hidden = mlp.down.in_features
+    width = hidden // num_shards
+    rows = torch.arange(hidden).view(num_shards, width)
+    both = torch.cat((rows, rows + hidden), dim=1)
+    return mlp.gate_up.weight[both], mlp.down.weight[:, rows].transpose(0, 1)
+    """,
+)
+
+
+def probe(module, generator):
+    """The shards, and their outputs' sum beside the whole's."""
+    mlp = module.SwiGLU(5, 12)
+    with torch.no_grad():
+        for weight in mlp.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    found = {}
+    for shards in (3, 4):
+        gate_up, down = module.shards_of(mlp, shards)
+        found |= {f"gate_up, {shards} shards": gate_up, f"down, {shards} shards": down}
+    x = torch.randn(7, 5, generator=generator)
+    gates = [(part @ x.T).chunk(2) for part in gate_up]
+    y = sum(d @ (torch.nn.functional.silu(gate) * up) for (gate, up), d in zip(gates, down))
+    return found | {"sum of the shards": y.detach()}

@@ -1,0 +1,101 @@
+"""What if experts choose their tokens?"""
+
+import torch
+
+TARGET = "moe.zoo:ExpertChoiceRouter.forward"
+TESTS = ("tests/moe/test_zoo.py",)
+WHICH = "expert_choice and not refused"
+EQUATION = "Expert Choice (arXiv 2202.09368) eq. 1, 2"
+LEARN = "Every expert takes as many tokens: balance is perfect, but a token's experts depend on all the others."
+HINTS = (
+    "Along which axis is the softmax, and along which the top-k? Which of both axes is 'tokens'?",
+    "scores (..., experts): a softmax over the experts. Of all tokens of the call (tokens, experts) each expert takes "
+    "room(...) with its highest scores. experts (..., experts): slot e is e where e took the token, else -1.",
+    "router_logits, softmax, reshape, room, topk(..., dim=0), scatter, where",
+)
+MISTAKES = (
+    (
+        "logits.softmax(-1)",
+        "logits.reshape(-1, self.num_experts).softmax(0).view_as(logits)",
+        "the softmax goes over the tokens: each token's scores are over the experts (eq. 2)",
+    ),
+    (
+        "rows.topk(taken, dim=0)",
+        "rows.topk(taken, dim=0, largest=False)",
+        "each expert takes the tokens that want it least",
+    ),
+    (
+        "taken = room(len(rows), self.num_experts, self.capacity_factor)",
+        "taken = min(len(rows), int(self.capacity_factor))",
+        "each expert takes capacity_factor tokens: it takes tokens x capacity_factor / num_experts (eq. 1)",
+    ),
+    (
+        "scores.where(chosen, 0)",
+        "scores.where(chosen, 0) / scores.where(chosen, 0).sum(-1, keepdim=True).clamp(min=1e-9)",
+        "the weights are normalised: eq. 2 takes the scores as they are",
+    ),
+    (
+        "scores.where(chosen, 0)",
+        "scores",
+        "experts that did not take a token keep their weight",
+    ),
+    (
+        ".where(chosen, -1)",
+        ".where(chosen, 0)",
+        "an empty slot is expert 0: it is -1",
+    ),
+    (
+        "chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(0, best, True).view_as(scores)",
+        "chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(2).indices, True)",
+        "tokens choose their experts: here experts choose their tokens",
+    ),
+)
+RIGHT = (
+    """
+    logits = router_logits(x, self.weight)
+    scores = torch.softmax(logits, dim=-1)
+    by_expert = scores.reshape(-1, self.num_experts).t()
+    taken = room(by_expert.shape[1], self.num_experts, self.capacity_factor)
+    chosen = torch.zeros_like(by_expert).scatter_(1, by_expert.topk(taken).indices, 1.0)
+    chosen = chosen.t().reshape(scores.shape) > 0
+    slots = torch.arange(self.num_experts, device=x.device).expand(scores.shape)
+    return Routing(slots.masked_fill(~chosen, -1), scores.masked_fill(~chosen, 0.0), scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = logits.softmax(-1)
+    rows = scores.reshape(-1, self.num_experts)
+    taken = room(len(rows), self.num_experts, self.capacity_factor)
+    rank = rows.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    mine = (rank < taken).view_as(scores)
+    numbers = torch.arange(self.num_experts, device=x.device)
+    return Routing(torch.where(mine, numbers, -1), scores * mine, scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = logits.softmax(-1)
+    tokens = scores[..., 0].numel()
+    taken = room(tokens, self.num_experts, self.capacity_factor)
+    experts = torch.full_like(scores, -1, dtype=torch.int64).view(tokens, self.num_experts)
+    for e in range(self.num_experts):
+        experts[scores[..., e].flatten().topk(taken).indices, e] = e
+    experts = experts.view(scores.shape)
+    return Routing(experts, torch.where(experts >= 0, scores, 0.0), scores, logits)
+    """,
+)
+
+
+def probe(module, generator):
+    """Two batches of unequal shape, capacities that do not divide evenly."""
+    found = {}
+    for name, shape, factor in (("two sequences", (2, 5), 1.5), ("one row", (7,), 2.0)):
+        router = module.ExpertChoiceRouter(6, 4, factor)
+        with torch.no_grad():
+            router.weight.copy_(torch.randn(4, 6, generator=generator))
+        x = torch.randn(*shape, 6, generator=generator, requires_grad=True)
+        routing = router(x)
+        found |= {f"experts, {name}": routing.experts, f"weights, {name}": routing.weights}
+        found |= {f"scores, {name}": routing.scores}
+        (routing.weights * torch.randn(4, generator=generator)).sum().backward()
+        found |= {f"gradient of x, {name}": x.grad, f"gradient of the weight, {name}": router.weight.grad}
+    return found

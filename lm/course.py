@@ -1,0 +1,508 @@
+"""The commands of `lm exercise`: what a student and a teacher type."""
+
+import difflib
+import os
+import select
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from . import overlay, source
+from .config import nearest
+from .exercise import STAGES, Exercise
+from .homework import EXERCISES, FOLDER, Checker, Homework, first_line, origin, write_new
+
+Name = tyro.conf.Positional[str | None]
+
+
+@dataclass
+class Student:
+    """What all commands of a student's have."""
+
+    homework: Path = FOLDER  # the student's folder
+
+
+@dataclass
+class List(Student):
+    """All exercises: done, begun, hints used, minutes."""
+
+
+@dataclass
+class Start(Student):
+    """Write the student's file of an exercise: its module with one function's body missing."""
+
+    name: Name = None  # by default the next one
+
+
+@dataclass
+class Check(Student):
+    """Check an answer: what it gives, its gradients, the project's tests. Exit status 0 when all is right."""
+
+    name: Name = None  # by default the one at work
+    all: bool = False  # every exercise that has a file
+
+
+@dataclass
+class Watch(Student):
+    """Check whenever the file is saved; keys: h hint, n next, l list, s solution, r reset, q quit."""
+
+    name: Name = None  # by default the one at work
+
+
+@dataclass
+class Hint(Student):
+    """The next of three hints: a question, the idea, the calls to use."""
+
+    name: Name = None  # by default the one at work
+
+
+@dataclass
+class Solution(Student):
+    """The package's own body, and what is other in yours. That it was seen is noted."""
+
+    name: Name = None  # by default the one at work
+
+
+@dataclass
+class Grade:
+    """Grade a folder of submissions: one row for each student and exercise. Exit status 0 if all are done.
+
+    A submission is a folder with the students' files in it, or in a folder homework within it.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # this exercise; may be given again; by default all
+    seed: int = 2  # of the numbers that answers are checked with
+    json: Path | None = None  # where to write the rows, with all that was found
+    csv: Path | None = None  # where to write them as a table
+    gradescope: Path | None = None  # where to write results.json of Gradescope; for one submission
+
+
+@dataclass
+class Run:
+    """Run `lm` with every exercise that is done laid over the package: lm exercise run train --preset nano"""
+
+
+@dataclass
+class New:
+    """Begin an exercise of your own: write its file, to be filled in."""
+
+    target: tyro.conf.Positional[str]  # module:function, as moe.balance:z_loss or mla.cache:Cache.write
+    name: str = ""  # by default the function's
+
+
+@dataclass
+class SelfTest:
+    """Do exercises hold? The blank fails, ours passes, each mistake is named, other right answers pass."""
+
+    name: Name = None  # by default all
+
+
+@dataclass
+class Reset(Student):
+    """Begin anew; the old file is kept beside it as .bak1, .bak2, ..."""
+
+    name: Name = None  # by default the one at work
+
+
+def run_list(options: List) -> int:
+    """lm exercise list"""
+    print(table(Homework(options.homework)))
+    return 0
+
+
+def table(homework: Homework) -> str:
+    """A line for each exercise."""
+    lines, done = [], 0
+    for exercise in homework.exercises.values():
+        state = homework.state(exercise)
+        done += state == "done"
+        minutes = homework.noted(exercise, "minutes")
+        notes = [f"{minutes} min"] if minutes is not None else []
+        hints = homework.noted(exercise, "hints", 0)
+        notes += [f"{hints} hint{'s' * (hints > 1)}"] if hints else []
+        notes += ["solution seen"] if homework.noted(exercise, "solution") else []
+        lines.append(
+            f"{exercise.number:3}  {exercise.name:16}{state:7}{', '.join(notes):24}{exercise.equation}"
+        )
+    lines.append(
+        f"\n{done} of {len(lines)} done; lm exercise start NAME begins one, lm exercise watches the next"
+    )
+    return "\n".join(lines)
+
+
+def chosen(homework: Homework, name: str | None) -> Exercise:
+    """The exercise of that name, or the one at work."""
+    return homework.named(name) if name else homework.current()
+
+
+def run_start(options: Start) -> int:
+    """lm exercise start"""
+    homework = Homework(options.homework)
+    exercise = chosen(homework, options.name)
+    path = homework.file(exercise)
+    if path.exists() or path.is_symlink():
+        print(f"{path} is there already and stays as it is; lm exercise reset {exercise.name} begins anew")
+        return 0
+    homework.start(exercise)
+    print(introduction(exercise, path))
+    return 0
+
+
+def introduction(exercise: Exercise, path: Path) -> str:
+    """What is to be done, and where."""
+    where = f"{path}:{first_line(exercise, path)}"
+    lines = [
+        f"{exercise.name}: {exercise.learn}",
+        f"{where}  write the body of {exercise.function} ({exercise.equation})",
+        f"then: lm exercise check {exercise.name}",
+    ]
+    return "\n".join(lines)
+
+
+def run_check(options: Check) -> int:
+    """lm exercise check"""
+    homework = Homework(options.homework)
+    if options.all:
+        todo = [one for one in homework.exercises.values() if homework.file(one).exists()]
+        if not todo:
+            raise ValueError(f"{homework.folder}: nothing begun; lm exercise start NAME begins an exercise")
+    else:
+        todo = [chosen(homework, options.name)]
+        if not homework.file(todo[0]).exists():
+            raise ValueError(
+                f"{homework.file(todo[0])}: not begun; lm exercise start {todo[0].name} begins it"
+            )
+    with Checker() as checker:
+        return max(0 if check_and_show(homework, exercise, checker) else 1 for exercise in todo)
+
+
+def check_and_show(homework: Homework, exercise: Exercise, checker: Checker) -> bool:
+    """Check the student's file, say what was found, note it -> is all right?"""
+    path = homework.file(exercise)
+    try:
+        report = checker.check(exercise, path)
+    except ValueError as error:
+        print(f"{exercise.name}: {str(error).replace(str(Path.cwd()) + os.sep, '')}")
+        return False
+    good = is_done(report)
+    if good and not homework.noted(exercise, "done"):
+        started = homework.noted(exercise, "started", time.time())
+        homework.note(exercise, done=True, minutes=round((time.time() - started) / 60))
+    elif not good:
+        homework.note(exercise, done=False)
+    print(shown(exercise, path, report))
+    return good
+
+
+def is_done(report: dict[str, Any]) -> bool:
+    """Is every check of a report passed, and every test?"""
+    return (
+        bool(report["checks"]) and all(row["passed"] for row in report["checks"]) and report["tests"]["good"]
+    )
+
+
+def points(report: dict[str, Any]) -> tuple[int, int]:
+    """Checks passed, of how many; the project's tests count as one."""
+    tests = report["tests"]
+    return sum(row["passed"] for row in report["checks"]) + bool(tests and tests["good"]), len(
+        report["checks"]
+    ) + 1
+
+
+def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
+    """A report, for the terminal."""
+    passed, total = points(report)
+    where = f"{path}:{first_line(exercise, path)}"
+    lines = [f"{exercise.name:16}{passed} of {total}   {where:36}{exercise.equation}"]
+    raised, tests = report["raised"], report["tests"]
+    if raised:
+        at = f"{path}:{raised['line']}: " if raised["line"] else ""
+        blank = raised["says"] == f"exercise {exercise.name}"
+        kind = f"{raised['type']}: " if raised["type"] else ""
+        lines.append(f"  {at}{'still to be written' if blank else kind + raised['says']}")
+    else:
+        for stage in STAGES[:-1]:
+            wrong = [row for row in report["checks"] if row["stage"] == stage and not row["passed"]]
+            says = "ok" if not wrong else f"{wrong[0]['name']}: {wrong[0]['says']}"
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            lines.append(f"  {stage:16}{says}{more}")
+    for sentence in report["mistakes"]:
+        lines.append(f"     -> {sentence}")
+    if tests is None:
+        lines.append(f"  {STAGES[-1]:16}not run before the rest is right")
+    else:
+        count = f"{tests['passed']} of {tests['total']}"
+        lines.append(f"  {STAGES[-1]:16}" + ("ok, " if tests["good"] else "") + count)
+        for failed in tests["failed"][:1]:
+            lines.append(f"     first: {failed['test'].rpartition('::')[2]}: {failed['says']}")
+    printed = report["output"].strip().splitlines() if not tests else []
+    lines += [f"  | {line}" for line in printed[-8:] if not (raised and line.startswith(("Fatal", "  File")))]
+    if is_done(report):
+        lines.append(f"  {exercise.name} is done: {exercise.learn}")
+    return "\n".join(lines)
+
+
+def run_hint(options: Hint) -> int:
+    """lm exercise hint"""
+    homework = Homework(options.homework)
+    exercise = chosen(homework, options.name)
+    print(next_hint(homework, exercise))
+    return 0
+
+
+def next_hint(homework: Homework, exercise: Exercise) -> str:
+    """One hint more than were seen; all again when there is no other."""
+    used = min(homework.noted(exercise, "hints", 0) + 1, len(exercise.hints))
+    homework.note(exercise, hints=used)
+    lines = [textwrap.fill(f"{number}. {hint}", 100) for number, hint in enumerate(exercise.hints[:used], 1)]
+    return "\n".join([f"{exercise.name}: hint {used} of {len(exercise.hints)}", *lines])
+
+
+def run_solution(options: Solution) -> int:
+    """lm exercise solution"""
+    homework = Homework(options.homework)
+    exercise = chosen(homework, options.name)
+    print(solution(homework, exercise))
+    return 0
+
+
+def solution(homework: Homework, exercise: Exercise) -> str:
+    """The package's body with its place, then what is other in the student's."""
+    path = origin(exercise)
+    homework.note(exercise, solution=True)
+    start, ours = body(path, exercise)
+    lines = [f"{path}:{start + 1}", *ours]
+    mine = homework.file(exercise)
+    try:
+        theirs = body(mine, exercise)[1]
+    except (ValueError, SyntaxError, OSError):
+        theirs = []
+    if theirs:
+        lines += ["", *difflib.unified_diff(theirs, ours, str(mine), str(path), lineterm="")]
+    return "\n".join(lines)
+
+
+def body(path: Path, exercise: Exercise) -> tuple[int, list[str]]:
+    """Where a function's body begins in a file, counted from 0, and its lines"""
+    text = source.read(path)
+    start, stop = source.body_lines(text, exercise.function)
+    return start, text.splitlines()[start:stop]
+
+
+def run_reset(options: Reset) -> int:
+    """lm exercise reset"""
+    homework = Homework(options.homework)
+    exercise = chosen(homework, options.name)
+    kept = homework.reset(exercise)
+    print(introduction(exercise, homework.file(exercise)) + (f"\nthe old file is {kept}" if kept else ""))
+    return 0
+
+
+def run_watch(options: Watch) -> int:
+    """lm exercise watch: check at every save, until q"""
+    import termios
+    import tty
+
+    homework = Homework(options.homework)
+    exercise = chosen(homework, options.name)
+    before = termios.tcgetattr(sys.stdin)
+    with Checker() as checker:
+        try:
+            tty.setcbreak(sys.stdin)
+            seen = None
+            while True:
+                path = homework.start(exercise)
+                stamp = path.stat().st_mtime_ns if path.exists() else 0
+                if stamp != seen:
+                    seen = stamp
+                    print("\033[2J\033[H", end="")
+                    check_and_show(homework, exercise, checker)
+                    print("\nh hint   n next   l list   s solution   r reset   q quit", flush=True)
+                if not select.select([sys.stdin], [], [], 0.2)[0]:
+                    continue
+                key = sys.stdin.read(1)
+                if key == "q":
+                    return 0
+                if key in ("n", "r"):
+                    seen = None
+                    if key == "r":
+                        homework.reset(exercise)
+                    else:
+                        exercise = homework.current()
+                elif key in SAID:
+                    print(f"\n{SAID[key](homework, exercise)}", flush=True)
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def run_grade(options: Grade) -> int:
+    """lm exercise grade"""
+    from . import grade
+
+    return grade.run(
+        options.folder, options.only, options.seed, options.json, options.csv, options.gradescope
+    )
+
+
+def run_run(arguments: list[str]) -> int:
+    """lm exercise run: `lm` with the student's functions in the package"""
+    from . import cli
+
+    homework = Homework()
+    done = [one for one in homework.exercises.values() if homework.state(one) == "done"]
+    if not done:
+        raise ValueError(
+            f"{homework.folder}: no exercise is done yet; lm exercise check NAME says when one is"
+        )
+    overlay.install([overlay.Piece(one.module, one.function, homework.file(one).absolute()) for one in done])
+    print(f"yours: {', '.join(one.target for one in done)}", file=sys.stderr)
+    return cli.main(arguments)
+
+
+def run_new(options: New) -> int:
+    """lm exercise new"""
+    module, _, function = options.target.partition(":")
+    path = Path(f"{module.replace('.', '/')}.py")
+    if not function or not path.is_file():
+        raise ValueError(f"target {options.target!r}: module:function of this project is needed")
+    start, stop = source.body_lines(path.read_text("utf-8"), function)
+    homework = Homework()
+    name = (options.name or function.rpartition(".")[2]).strip("_").replace("_", "-")
+    if name in homework.exercises:
+        raise ValueError(f"name {name!r}: there is such an exercise; another is needed, --name")
+    number = 1 + max(one.number for one in homework.exercises.values())
+    package, _, stem = module.rpartition(".")
+    made = EXERCISES / f"{number:02}_{name.replace('-', '_')}.py"
+    text = SKELETON.format(target=options.target, test=f"tests/{package.replace('.', '/')}/test_{stem}.py")
+    write_new(made, text)
+    print(f"{made}: fill it in, then lm exercise self-test {name}; its body is {path}:{start + 1}-{stop}")
+    return 0
+
+
+SKELETON = '''"""A question that the exercise answers."""
+
+import torch
+
+TARGET = "{target}"
+TESTS = ("{test}",)
+EQUATION = "where it comes from"
+LEARN = "What whoever solves it has understood, a sentence."
+HINTS = (
+    "A question, and where to look.",
+    "The idea in words, with shapes.",
+    "The calls to use, not their order.",
+)
+MISTAKES = (  # text of the body that is there once, another in its place, what whoever writes that believes
+    ("old", "new", "what is wrong with it, and what would be right"),
+)
+RIGHT = (  # other bodies that are right
+    """
+    return None
+    """,
+)
+
+
+def probe(module, generator):
+    """Small inputs with nothing symmetric about them -> named tensors; names of gradients begin so."""
+    x = torch.randn(3, 5, 7, generator=generator)
+    return {{"y": x}}
+'''
+
+
+def run_self_test(options: SelfTest) -> int:
+    """lm exercise self-test: what does not hold, a line each"""
+    homework = Homework()
+    todo = [homework.named(options.name)] if options.name else list(homework.exercises.values())
+    with Checker() as checker, tempfile.TemporaryDirectory() as folder:
+        broken = [law for exercise in todo for law in laws(exercise, checker, Path(folder))]
+    print(*broken, sep="\n", end="\n" if broken else "")
+    print(f"{len(todo)} exercises: {f'{len(broken)} laws broken' if broken else 'all laws hold'}")
+    return 1 if broken else 0
+
+
+def laws(exercise: Exercise, checker: Checker, folder: Path) -> list[str]:
+    """What of the laws does not hold, in a sentence each."""
+    text, broken = origin(exercise).read_text("utf-8"), []
+
+    def report(answer: str) -> dict[str, Any]:
+        path = folder / exercise.file
+        path.write_text(answer, encoding="utf-8")
+        return checker.check(exercise, path)
+
+    if points(report(exercise.blank(text)))[0]:
+        broken.append(f"{exercise.name}: the blank passes a check")
+    if not is_done(found := report(text)):
+        broken.append(f"{exercise.name}: the package's own body fails: {why(found)}")
+    for number, answer in enumerate(exercise.right, 1):
+        found = report(exercise.with_body(text, textwrap.dedent(answer)))
+        if not is_done(found):
+            broken.append(f"{exercise.name}: right answer {number} fails: {why(found)}")
+    for number, (_, _, sentence) in enumerate(exercise.mistakes):
+        wrong = exercise.with_mistakes(text, [number])
+        if wrong is None:
+            broken.append(f"{exercise.name}: the text of a mistake is not there once: {sentence}")
+        elif (found := report(wrong))["mistakes"] != [sentence]:
+            broken.append(f"{exercise.name}: not named, but {found['mistakes'] or why(found)}: {sentence}")
+    return broken
+
+
+def why(report: dict[str, Any]) -> str:
+    """The first thing that is wrong in a report."""
+    if report["raised"]:
+        return f"{report['raised']['type']} {report['raised']['says']}"
+    wrong = [f"{row['name']} {row['says']}" for row in report["checks"] if not row["passed"]]
+    failed = [f"{row['test']}: {row['says']}" for row in (report["tests"] or {}).get("failed", [])]
+    return (wrong + failed or ["nothing is wrong with it"])[0]
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "list": (List, run_list),
+    "start": (Start, run_start),
+    "check": (Check, run_check),
+    "watch": (Watch, run_watch),
+    "hint": (Hint, run_hint),
+    "solution": (Solution, run_solution),
+    "reset": (Reset, run_reset),
+    "grade": (Grade, run_grade),
+    "run": (Run, run_run),
+    "new": (New, run_new),
+    "self-test": (SelfTest, run_self_test),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """lm exercise: on a terminal the one at work is watched, else all are listed."""
+    from .cli import parse
+
+    name, *rest = arguments or ["watch" if sys.stdin.isatty() and sys.stdout.isatty() else "list"]
+    if name in ("-h", "--help"):
+        lines = [f"  {name:11}{(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
+        print(
+            "\n".join(
+                [
+                    "usage: lm exercise [COMMAND ...] (lm exercise COMMAND --help tells its options)",
+                    "",
+                    *lines,
+                ]
+            )
+        )
+        return 0
+    if name not in COMMANDS:
+        raise ValueError(
+            f"no command {name!r}{nearest(name, list(COMMANDS))}; there are {', '.join(COMMANDS)}"
+        )
+    kind, run = COMMANDS[name]
+    if name == "run" and rest and rest[0] not in ("-h", "--help"):
+        return run(rest[1:] if rest[0] == "--" else rest)
+    return run(parse(kind, f"exercise {name}", rest))
+
+
+SAID = {"h": next_hint, "l": lambda homework, exercise: table(homework), "s": solution}

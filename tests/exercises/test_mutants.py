@@ -1,0 +1,83 @@
+"""Wrong answers that no table knows of, made by mutating each function mechanically: nearly all must fail."""
+
+import ast
+import itertools
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lm import course, exercise, homework, source
+
+ROOT = Path(__file__).parents[2]
+EXERCISES = exercise.load_all(ROOT / "exercises")
+LEFT_OUT = ("Bit", "Shift", "FloorDiv", "Mod", "Decorator", "Exception", "Variable")  # what is no likely slip
+SAMPLE = 12  # of an exercise; every one of them: python -m tests.exercises.test_mutants
+
+
+def mutants(about, text):
+    """The module's text with each single change of the function's body that cosmic-ray knows."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    start, stop = source.body_lines(text, about.function, about.begin)
+    lines = text.splitlines(keepends=True)
+    function = source.find(ast.parse(text), about.function)[1]
+    before = textwrap.dedent("".join(lines[function.lineno - 1 : start]))
+    body = textwrap.dedent("".join(lines[start:stop]))
+    alone = before + textwrap.indent(body, "    ")
+    seen = {body}
+    for name in sorted(operator_names()):
+        if any(word in name for word in LEFT_OUT):
+            continue
+        for occurrence in itertools.count():
+            changed = mutate_code(alone.encode(), get_operator(name)(), occurrence)
+            if changed is None:
+                break
+            changed = changed.decode() if isinstance(changed, bytes) else changed
+            new = textwrap.dedent(changed.removeprefix(before))
+            if changed.startswith(before) and new not in seen:
+                seen.add(new)
+                yield new
+
+
+def survivors(about, bodies, checker, folder):
+    """The mutants that pass as right."""
+    text = (ROOT / homework.origin(about)).read_text()
+    for body in bodies:
+        path = folder / about.file
+        path.write_text(about.with_body(text, body))
+        try:
+            if course.is_done(checker.check(about, path)):
+                yield body
+        except ValueError:  # no Python any more
+            pass
+
+
+@pytest.mark.long
+def test_nearly_every_mutant_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    count, alive = 0, []
+    with homework.Checker() as checker:
+        for about in EXERCISES.values():
+            object.__setattr__(about, "seconds", 20)
+            every = list(mutants(about, (ROOT / homework.origin(about)).read_text()))
+            some = every[:: max(1, len(every) // SAMPLE)][:SAMPLE]
+            count += len(some)
+            alive += [(about.name, body) for body in survivors(about, some, checker, tmp_path)]
+    assert count > 150 and len(alive) <= 0.05 * count, alive
+
+
+if __name__ == "__main__":
+    import sys
+    import tempfile
+
+    names = sys.argv[1:] or list(EXERCISES)
+    with homework.Checker() as checker, tempfile.TemporaryDirectory() as place:
+        for name in names:
+            bodies = list(mutants(EXERCISES[name], (ROOT / homework.origin(EXERCISES[name])).read_text()))
+            left = list(survivors(EXERCISES[name], bodies, checker, Path(place)))
+            print(f"{name}: {len(bodies) - len(left)} of {len(bodies)} fail", flush=True)
+            original = source.body_lines
+            for body in left:
+                print(textwrap.indent(body, "    | "), flush=True)
