@@ -6,8 +6,8 @@ Claim: at equal parameters at work the DeepSeek style, MLA and many experts of w
 lowest loss and the smallest cache (DeepSeek-V2, arXiv 2405.04434 section 2; DeepSeekMoE, arXiv 2401.06066).
 Prediction: MoEs are ahead of the dense Llama, the toy in DeepSeek's style ahead of the other MoEs.
 
-The presets toy, toy-llama, toy-mixtral and toy-qwen, trained alike; each balances as its model did. 600 steps are a quarter of
-the toy's training; seconds are the quickest step's, all taking turns.
+The presets toy, toy-llama, toy-mixtral and toy-qwen, trained alike; each balances as its model did. 600 steps
+are a quarter of the toy's training; seconds are the quickest step's, all taking turns.
 """
 
 import dataclasses

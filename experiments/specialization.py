@@ -12,8 +12,9 @@ experts, disables one of the two that a GShard's token has; with 32 experts here
 mean of the three texts'.
 
 Does not reproduce here, because a DeepSeekMoE keeps its shared expert, a quarter of what it computes, when
-the best routed ones are disabled, and a GShard keeps nothing: of its two experts the better one is gone. Disabled
-as well, it shows how little the routed ones replace each other: then a DeepSeekMoE loses more than a GShard.
+the best routed ones are disabled, and a GShard keeps nothing: of its two experts the better one is gone.
+Disabled as well, it shows how little the routed ones replace each other: then a DeepSeekMoE loses more than a
+GShard.
 """
 
 import functools
