@@ -250,11 +250,10 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_hint(options: Hint) -> int:
-    """lm exercise hint"""
+def say(options: Hint | Solution, what: Callable[[Homework, Exercise], str]) -> int:
+    """lm exercise hint, lm exercise solution"""
     homework = Homework(options.homework)
-    exercise = chosen(homework, options.name)
-    print(next_hint(homework, exercise))
+    print(what(homework, chosen(homework, options.name)))
     return 0
 
 
@@ -264,14 +263,6 @@ def next_hint(homework: Homework, exercise: Exercise) -> str:
     homework.note(exercise, hints=used)
     lines = [textwrap.fill(f"{number}. {hint}", 100) for number, hint in enumerate(exercise.hints[:used], 1)]
     return "\n".join([f"{exercise.name}: hint {used} of {len(exercise.hints)}", *lines])
-
-
-def run_solution(options: Solution) -> int:
-    """lm exercise solution"""
-    homework = Homework(options.homework)
-    exercise = chosen(homework, options.name)
-    print(solution(homework, exercise))
-    return 0
 
 
 def solution(homework: Homework, exercise: Exercise) -> str:
@@ -468,8 +459,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "start": (Start, run_start),
     "check": (Check, run_check),
     "watch": (Watch, run_watch),
-    "hint": (Hint, run_hint),
-    "solution": (Solution, run_solution),
+    "hint": (Hint, lambda options: say(options, next_hint)),
+    "solution": (Solution, lambda options: say(options, solution)),
     "reset": (Reset, run_reset),
     "grade": (Grade, run_grade),
     "run": (Run, run_run),
