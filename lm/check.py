@@ -101,7 +101,7 @@ def guard(path: str) -> None:
         raise PermissionError(f"an answer may not use {what}")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if (writes or event in FORBIDDEN) and line_in(path) is not None:
             refuse(f"{event} {arguments[0]}" if writes else event)
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from .config import PRESETS, Config, nearest, preset_names
+from . import experiments
+from .config import PRESETS, Config, preset_names
 
 RECIPES = [name for name in preset_names() if "[train]" in (PRESETS / f"{name}.toml").read_text("utf-8")]
 PUBLISHED = [name for name in preset_names() if name not in RECIPES]
@@ -168,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if name in ("train", "experiment"):
-            return run_train(rest) if name == "train" else run_experiment(rest)
+            return run_train(rest) if name == "train" else experiments.run(rest)
         if name == "exercise":
             from . import course
 
@@ -227,41 +228,6 @@ def run_train(arguments: list[str]) -> int:
         page = report.write(run, trust_code=True)
         print(f"report: {page}")
     return status
-
-
-def run_experiment(arguments: list[str]) -> int:
-    """lm experiment"""
-    import ast
-    import importlib
-
-    folder = Path("experiments")
-    known: dict[str, str] = {}
-    for path in sorted(folder.glob("*.py")):
-        if path.stem != "common":
-            try:
-                known[path.stem] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-            except (SyntaxError, ValueError) as error:  # one's own, half written: no matter to the others
-                known[path.stem] = f"(cannot be read: {error})"
-    if not known:
-        raise ValueError(f"{folder.absolute()}: no experiments here; run this in the project's folder")
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: lm experiment NAME ... (lm experiment NAME --help tells its options)\n")
-        print("\n".join(f"  {name:16}{(text.splitlines() or [''])[0]}" for name, text in known.items()))
-        return 0
-    if name.startswith("-"):
-        raise ValueError(f"{name}: the experiment's name comes first; there are {', '.join(known)}")
-    if name not in known:
-        raise ValueError(f"no experiment {name!r}{nearest(name, list(known))}; there are {', '.join(known)}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(f"experiments.{name}")
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{folder / name}.py: {error}") from None
-    if not hasattr(module, "main"):
-        raise ValueError(f"{folder / name}.py: has no main(arguments)")
-    module.main(rest)
-    return 0
 
 
 def value_of(arguments: list[str], option: str) -> str | None:

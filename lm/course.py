@@ -4,7 +4,6 @@ import difflib
 import os
 import select
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from typing import Any
 
 import tyro
 
-from . import overlay, source
+from . import grade, overlay, source, teacher
 from .config import nearest
-from .exercise import STAGES, Exercise
-from .homework import EXERCISES, FOLDER, Checker, Homework, first_line, origin, write_new
+from .exercise import Exercise
+from .homework import FOLDER, Checker, Homework, first_line, origin
+from .verdict import is_done, shown
 
 Name = tyro.conf.Positional[str | None]
 
@@ -202,54 +202,6 @@ def check_and_show(homework: Homework, exercise: Exercise, checker: Checker) -> 
     return good
 
 
-def is_done(report: dict[str, Any]) -> bool:
-    """Is every check of a report passed, and every test?"""
-    return (
-        bool(report["checks"]) and all(row["passed"] for row in report["checks"]) and report["tests"]["good"]
-    )
-
-
-def points(report: dict[str, Any]) -> tuple[int, int]:
-    """Checks passed, of how many; the project's tests count as one."""
-    tests = report["tests"]
-    return sum(row["passed"] for row in report["checks"]) + bool(tests and tests["good"]), len(
-        report["checks"]
-    ) + 1
-
-
-def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
-    """A report, for the terminal."""
-    passed, total = points(report)
-    where = f"{path}:{first_line(exercise, path)}"
-    lines = [f"{exercise.name:16}{passed} of {total}   {where:36}{exercise.equation}"]
-    raised, tests = report["raised"], report["tests"]
-    if raised:
-        at = f"{path}:{raised['line']}: " if raised["line"] else ""
-        blank = raised["says"] == f"exercise {exercise.name}"
-        kind = f"{raised['type']}: " if raised["type"] else ""
-        lines.append(f"  {at}{'still to be written' if blank else kind + raised['says']}")
-    else:
-        for stage in STAGES[:-1]:
-            wrong = [row for row in report["checks"] if row["stage"] == stage and not row["passed"]]
-            says = "ok" if not wrong else f"{wrong[0]['name']}: {wrong[0]['says']}"
-            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            lines.append(f"  {stage:16}{says}{more}")
-    for sentence in report["mistakes"]:
-        lines.append(f"     -> {sentence}")
-    if tests is None:
-        lines.append(f"  {STAGES[-1]:16}not run before the rest is right")
-    else:
-        count = f"{tests['passed']} of {tests['total']}"
-        lines.append(f"  {STAGES[-1]:16}" + ("ok, " if tests["good"] else "") + count)
-        for failed in tests["failed"][:1]:
-            lines.append(f"     first: {failed['test'].rpartition('::')[2]}: {failed['says']}")
-    printed = report["output"].strip().splitlines() if not tests else []
-    lines += [f"  | {line}" for line in printed[-8:] if not (raised and line.startswith(("Fatal", "  File")))]
-    if is_done(report):
-        lines.append(f"  {exercise.name} is done: {exercise.learn}")
-    return "\n".join(lines)
-
-
 def say(options: Hint | Solution, what: Callable[[Homework, Exercise], str]) -> int:
     """lm exercise hint, lm exercise solution"""
     homework = Homework(options.homework)
@@ -336,8 +288,6 @@ def run_watch(options: Watch) -> int:
 
 def run_grade(options: Grade) -> int:
     """lm exercise grade"""
-    from . import grade
-
     return grade.run(
         options.folder, options.only, options.seed, options.json, options.csv, options.gradescope
     )
@@ -358,102 +308,6 @@ def run_run(arguments: list[str]) -> int:
     return cli.main(arguments)
 
 
-def run_new(options: New) -> int:
-    """lm exercise new"""
-    module, _, function = options.target.partition(":")
-    path = Path(f"{module.replace('.', '/')}.py")
-    if not function or not path.is_file():
-        raise ValueError(f"target {options.target!r}: module:function of this project is needed")
-    start, stop = source.body_lines(path.read_text("utf-8"), function)
-    homework = Homework()
-    name = (options.name or function.rpartition(".")[2]).strip("_").replace("_", "-")
-    if name in homework.exercises:
-        raise ValueError(f"name {name!r}: there is such an exercise; another is needed, --name")
-    number = 1 + max(one.number for one in homework.exercises.values())
-    package, _, stem = module.rpartition(".")
-    made = EXERCISES / f"{number:02}_{name.replace('-', '_')}.py"
-    text = SKELETON.format(target=options.target, test=f"tests/{package.replace('.', '/')}/test_{stem}.py")
-    write_new(made, text)
-    print(f"{made}: fill it in, then lm exercise self-test {name}; its body is {path}:{start + 1}-{stop}")
-    return 0
-
-
-SKELETON = '''"""A question that the exercise answers."""
-
-import torch
-
-TARGET = "{target}"
-TESTS = ("{test}",)
-EQUATION = "where it comes from"
-LEARN = "What whoever solves it has understood, a sentence."
-HINTS = (
-    "A question, and where to look.",
-    "The idea in words, with shapes.",
-    "The calls to use, not their order.",
-)
-MISTAKES = (  # text of the body that is there once, another in its place, what whoever writes that believes
-    ("old", "new", "what is wrong with it, and what would be right"),
-)
-RIGHT = (  # other bodies that are right
-    """
-    return None
-    """,
-)
-
-
-def probe(module, generator):
-    """Small inputs with nothing symmetric about them -> named tensors; names of gradients begin so."""
-    x = torch.randn(3, 5, 7, generator=generator)
-    return {{"y": x}}
-'''
-
-
-def run_self_test(options: SelfTest) -> int:
-    """lm exercise self-test: what does not hold, a line each"""
-    homework = Homework()
-    todo = [homework.named(options.name)] if options.name else list(homework.exercises.values())
-    with Checker() as checker, tempfile.TemporaryDirectory() as folder:
-        broken = [law for exercise in todo for law in laws(exercise, checker, Path(folder))]
-    print(*broken, sep="\n", end="\n" if broken else "")
-    print(f"{len(todo)} exercises: {f'{len(broken)} laws broken' if broken else 'all laws hold'}")
-    return 1 if broken else 0
-
-
-def laws(exercise: Exercise, checker: Checker, folder: Path) -> list[str]:
-    """What of the laws does not hold, in a sentence each."""
-    text, broken = origin(exercise).read_text("utf-8"), []
-
-    def report(answer: str) -> dict[str, Any]:
-        path = folder / exercise.file
-        path.write_text(answer, encoding="utf-8")
-        return checker.check(exercise, path)
-
-    if points(report(exercise.blank(text)))[0]:
-        broken.append(f"{exercise.name}: the blank passes a check")
-    if not is_done(found := report(text)):
-        broken.append(f"{exercise.name}: the package's own body fails: {why(found)}")
-    for number, answer in enumerate(exercise.right, 1):
-        found = report(exercise.with_body(text, textwrap.dedent(answer)))
-        if not is_done(found):
-            broken.append(f"{exercise.name}: right answer {number} fails: {why(found)}")
-    for number, (_, _, sentence) in enumerate(exercise.mistakes):
-        wrong = exercise.with_mistakes(text, [number])
-        if wrong is None:
-            broken.append(f"{exercise.name}: the text of a mistake is not there once: {sentence}")
-        elif (found := report(wrong))["mistakes"] != [sentence]:
-            broken.append(f"{exercise.name}: not named, but {found['mistakes'] or why(found)}: {sentence}")
-    return broken
-
-
-def why(report: dict[str, Any]) -> str:
-    """The first thing that is wrong in a report."""
-    if report["raised"]:
-        return f"{report['raised']['type']} {report['raised']['says']}"
-    wrong = [f"{row['name']} {row['says']}" for row in report["checks"] if not row["passed"]]
-    failed = [f"{row['test']}: {row['says']}" for row in (report["tests"] or {}).get("failed", [])]
-    return (wrong + failed or ["nothing is wrong with it"])[0]
-
-
 COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "list": (List, run_list),
     "start": (Start, run_start),
@@ -464,8 +318,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "reset": (Reset, run_reset),
     "grade": (Grade, run_grade),
     "run": (Run, run_run),
-    "new": (New, run_new),
-    "self-test": (SelfTest, run_self_test),
+    "new": (New, lambda options: teacher.new(options.target, options.name)),
+    "self-test": (SelfTest, lambda options: teacher.self_test(options.name)),
 }
 
 
@@ -477,13 +331,10 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         lines = [f"  {name:11}{(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
         print(
-            "\n".join(
-                [
-                    "usage: lm exercise [COMMAND ...] (lm exercise COMMAND --help tells its options)",
-                    "",
-                    *lines,
-                ]
-            )
+            "usage: lm exercise [COMMAND ...] (lm exercise COMMAND --help tells its options)",
+            "",
+            *lines,
+            sep="\n",
         )
         return 0
     if name not in COMMANDS:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, source
-from .course import is_done, points, why
 from .exercise import Exercise
-from .homework import Checker, Homework, origin
+from .homework import Checker, Homework, origin, write_whole
+from .verdict import is_done, points, why
 
 COLUMNS = (
     *("student", "exercise", "score", "max_score", "checks_passed", "checks", "tests_passed", "tests"),
@@ -41,6 +41,9 @@ def run(
     students = submissions(folder, exercises)
     if gradescope_file and len(students) > 1:
         raise ValueError(f"{folder}: {len(students)} submissions; results.json of Gradescope is of one")
+    for path in (json_file, csv_file, gradescope_file):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     with Checker() as checker, tempfile.TemporaryDirectory() as place:
         totals = {exercise.name: blank_total(exercise, checker, Path(place)) for exercise in exercises}
@@ -55,7 +58,7 @@ def run(
         "version": __version__, "commit": commit(), "torch": metadata.version("torch"), "seed": seed,
     }  # fmt: skip
     if json_file:
-        write(json_file, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_whole(json_file, json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if csv_file:
         with tempfile.TemporaryFile("w+", newline="", encoding="utf-8") as text:
             writer = csv.DictWriter(text, COLUMNS)
@@ -65,18 +68,10 @@ def run(
                 for row in rows
             )
             text.seek(0)
-            write(csv_file, text.read())
+            write_whole(csv_file, text.read())
     if gradescope_file:
-        write(gradescope_file, json.dumps(gradescope(rows), indent=1) + "\n")
+        write_whole(gradescope_file, json.dumps(gradescope(rows), indent=1) + "\n")
     return 0 if all(row["score"] == row["max_score"] for row in rows) else 1
-
-
-def write(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8", newline="")
-    new.replace(path)
 
 
 def submissions(folder: Path, exercises: Sequence[Exercise]) -> dict[str, Path]:

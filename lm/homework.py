@@ -60,9 +60,7 @@ class Homework:
         """Keep something about an exercise."""
         self.progress.setdefault(exercise.name, {}).update(what)
         self.folder.mkdir(exist_ok=True)
-        new = self.notes.with_suffix(".new")
-        new.write_text(json.dumps(self.progress, indent=1) + "\n", encoding="utf-8")
-        new.replace(self.notes)
+        write_whole(self.notes, json.dumps(self.progress, indent=1) + "\n")
 
     def noted(self, exercise: Exercise, key: str, otherwise: Any = None) -> Any:
         return self.progress.get(exercise.name, {}).get(key, otherwise)
@@ -100,6 +98,13 @@ class Homework:
         self.start(exercise)
         self.note(exercise, done=False)
         return kept
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file, whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8", newline="")
+    new.replace(path)
 
 
 def write_new(path: Path, text: str) -> None:
@@ -175,7 +180,10 @@ class Checker:
         assert self.server.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.server.stdin.write(json.dumps(job).encode() + b"\n")
-        child = self.answer(120)["pid"]
+        begun = self.answer(120)
+        if not begun:
+            raise RuntimeError("torch and pytest were not loaded within 120 s")
+        child = begun["pid"]
         end = self.answer(exercise.seconds)
         for number, patience in ((signal.SIGABRT, 3), (signal.SIGKILL, 10)):
             if "status" not in end:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import Routing, balance
+from moe.zoo import check_ids
 
 from .config import TrainConfig
 
@@ -23,7 +24,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} "
             "must agree in all but the vocabulary"
         )
-    check_targets(targets, logits.shape[-1])
+    check_ids("target", targets, logits.shape[-1])  # torch would take -100 for one that is foretold
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.flatten(), reduction="none")
     return -losses.view_as(targets)
@@ -52,19 +53,10 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Te
     tokens_at_once = max(1, CHUNK // (4 * len(weight)))
     if targets.numel() <= tokens_at_once or hidden.shape[:-1] != targets.shape:
         return cross_entropy(F.linear(hidden, weight), targets, mask)
-    check_targets(targets, len(weight))
+    check_ids("target", targets, len(weight))
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     wants = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return Chunked.apply(hidden, weight, targets, counted, tokens_at_once, wants)
-
-
-def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for a target outside the vocabulary; a GPU is not asked, that would make it wait."""
-    if targets.is_cpu and targets.numel() and not torch.compiler.is_compiling():
-        low, high = (int(end) for end in targets.aminmax())
-        if low < 0 or high >= vocab_size:  # torch would take -100 for one that is foretold
-            wrong = low if low < 0 else high
-            raise ValueError(f"target {wrong} is not in 0..{vocab_size - 1}; leave tokens out by a mask")
 
 
 def check_mask(mask: Tensor, targets: Tensor) -> None:

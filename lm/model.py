@@ -40,6 +40,7 @@ from moe import (
     SwiGLU,
     SwitchRouter,
 )
+from moe.zoo import check_ids
 
 from .config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, nearest
 
@@ -167,17 +168,11 @@ class Transformer(nn.Module):
 
     def check(self, tokens: Tensor, caches: Sequence[Any] | None) -> None:
         """Raise ValueError for what is not a batch of token ids, or not one cache a layer."""
-        vocab_size = self.config.vocab_size
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] < 1:
             raise ValueError(
                 f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 (batch, time >= 1)"
             )
-        # elsewhere the look would make the device wait, and torch.compile would break its graph there
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            lowest, highest = (int(token) for token in torch.aminmax(tokens))
-            if lowest < 0 or highest >= vocab_size:
-                wrong = lowest if lowest < 0 else highest
-                raise ValueError(f"token {wrong} is not in the vocabulary, 0..{vocab_size - 1}")
+        check_ids("token", tokens, self.config.vocab_size)
         if caches is not None and len(caches) != len(self.blocks):
             raise ValueError(f"{len(caches)} caches for {len(self.blocks)} layers")
 

@@ -173,11 +173,7 @@ class HashRouter(nn.Module):
             raise ValueError(f"tokens is {found}; expected the ids that x came from, {tuple(x.shape[:-1])}")
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens are {tokens.dtype}; expected whole numbers, ids of the vocabulary")
-        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = (int(end) for end in tokens.aminmax())
-            if low < 0 or high >= len(self.table):
-                wrong, last = low if low < 0 else high, len(self.table) - 1
-                raise ValueError(f"token {wrong} is not in 0..{last}, the vocabulary of the table")
+        check_ids("token", tokens, len(self.table))
         experts = self.table.index_select(0, tokens.flatten()).view(*tokens.shape, 1)
         weights = torch.ones_like(experts, dtype=torch.promote_types(x.dtype, torch.float32))
         scores = F.one_hot(experts.squeeze(-1), self.num_experts).to(weights.dtype)  # (..., experts)
@@ -264,6 +260,18 @@ def of_length_1(x: Tensor) -> Tensor:
     """x (..., dim) -> the same in fp32 or better, each row of length 1; a row of zeros stays what it is"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for an id outside the vocabulary.
+
+    Only on a CPU: elsewhere the look would make the device wait, and torch.compile would break its graph.
+    """
+    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} {wrong} is not in the vocabulary, 0..{vocab_size - 1}")
 
 
 def check_top_k(router: nn.Module, top_k: int, fits: int) -> None:

@@ -1,13 +1,13 @@
 """The exercises themselves: their texts fit the package, and the laws hold."""
 
 import ast
-import os
+import dataclasses
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from lm import course, exercise, homework, source
+from lm import exercise, homework, source, teacher, verdict
 
 ROOT = Path(__file__).parents[2]
 EXERCISES = exercise.load_all(ROOT / "exercises")
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_exercise_is_refused_in_a_line(tmp_path, change, said)
 @EACH
 def test_the_laws_hold(about, tmp_path):
     with homework.Checker() as checker:
-        assert course.laws(about, checker, tmp_path) == []
+        assert teacher.laws(about, checker, tmp_path) == []
 
 
 @pytest.mark.long
@@ -124,6 +124,10 @@ HOSTILE = {
     "print": ("while True:\n    print('x' * 1000)", "OSError: [Errno 27] File too large"),
     "recursion": ("return rms_norm(x, weight, eps)", "RecursionError: maximum recursion depth exceeded"),
     "write": ("open('tests/mla/test_norm.py', 'w')", "an answer may not use open tests/mla/test_norm.py"),
+    "low write": (
+        "import os\nos.open('tests/mla/test_norm.py', os.O_RDWR)",
+        "may not use open tests",
+    ),
     "remove": ("import os\nos.remove('tests/mla/test_norm.py')", "an answer may not use os.remove"),
     "kill": ("import os\nos.kill(os.getppid(), 9)", "an answer may not use os.kill"),
     "crash": ("import ctypes\nctypes.string_at(0)", "ended by SIGSEGV"),
@@ -132,24 +136,21 @@ HOSTILE = {
 
 
 @pytest.mark.long
-def test_what_a_hostile_answer_does_costs_itself_alone_and_is_named_with_its_line(tmp_path, monkeypatch):
-    about = EXERCISES["rms-norm"]
-    monkeypatch.setattr(type(about), "seconds", 3, raising=False)
-    object.__setattr__(about, "seconds", 3)
+def test_what_a_hostile_answer_does_costs_itself_alone_and_is_named_with_its_line(tmp_path):
+    about = dataclasses.replace(EXERCISES["rms-norm"], seconds=3)
     test = (ROOT / "tests" / "mla" / "test_norm.py").read_bytes()
     path = tmp_path / about.file
     with homework.Checker() as checker:
         for name, (body, said) in HOSTILE.items():
             path.write_text(about.with_body(text_of(about), body))
             report = checker.check(about, path)
-            shown = course.shown(about, path, report)
+            shown = verdict.shown(about, path, report)
             first = source.body_lines(path.read_text(), about.function)[0] + 1
             assert said in shown, f"{name}: {shown}"
             lines = range(first, first + body.count("\n") + 1)
             assert any(f"{path}:{line}: " in shown for line in lines), f"{name}: {shown}"
-            assert not course.is_done(report) and course.points(report)[0] == 0
+            assert not verdict.is_done(report) and verdict.points(report)[0] == 0
             assert len(report["output"]) < 2**21
         path.write_text(text_of(about))  # the checker is as it was
-        assert course.is_done(checker.check(about, path))
+        assert verdict.is_done(checker.check(about, path))
     assert (ROOT / "tests" / "mla" / "test_norm.py").read_bytes() == test
-    assert os.getppid() > 0

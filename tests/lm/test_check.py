@@ -71,7 +71,7 @@ def test_outcomes_agree_by_their_numbers_or_by_what_was_raised():
     assert same({"a": RIGHT}, {"a": RIGHT.clone()}) and not same({"a": RIGHT}, {"a": RIGHT + 1})
 
 
-def test_a_test_that_breaks_in_its_fixture_is_not_passed(pytester=None):
+def test_a_test_that_breaks_in_its_fixture_is_not_passed():
     results = Results()
 
     class Report:

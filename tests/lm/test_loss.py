@@ -212,7 +212,7 @@ def test_a_target_outside_the_vocabulary_is_refused(monkeypatch, chunk, target):
     monkeypatch.setattr(loss, "CHUNK", chunk)
     targets = torch.zeros(9, dtype=torch.int64)
     targets[3] = target
-    with pytest.raises(ValueError, match=rf"^target {target} is not in 0\.\.10"):
+    with pytest.raises(ValueError, match=rf"^target {target} is not in the vocabulary, 0\.\.10"):
         head_cross_entropy(torch.randn(9, 5), torch.randn(11, 5), targets)
 
 

@@ -404,8 +404,14 @@ def test_soft_moe_runs_in_half_precision():
         (lambda: SoftMoE(Experts(2, 3, 4))(torch.zeros(1, 5, 3, dtype=torch.int64)), "x is torch.int64"),
         (lambda: SoftMoE(Experts(2, 3, 4))(torch.randn(1, 5, 4)), r"x is torch.float32 \(1, 5, 4\)"),
         (lambda: HashRouter(6, 40, seed=None), "seed=None must be a whole number"),
-        (lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.tensor([1, 40])), r"token 40 is not in 0\.\.39"),
-        (lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.tensor([1, -1])), r"token -1 is not in 0\.\.39"),
+        (
+            lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.tensor([1, 40])),
+            r"token 40 is not in the vocabulary, 0\.\.39",
+        ),
+        (
+            lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.tensor([1, -1])),
+            r"token -1 is not in the vocabulary, 0\.\.39",
+        ),
         (lambda: HashRouter(6, 40)(torch.randn(2, 3), torch.ones(2)), "tokens are torch.float32"),
         (lambda: ExpertChoiceRouter(4, 8, None), "capacity_factor=None must be positive"),
     ],

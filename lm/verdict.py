@@ -1,0 +1,64 @@
+"""What the report of a check means: is it right, how many points, what is said of it."""
+
+from pathlib import Path
+from typing import Any
+
+from .exercise import STAGES, Exercise
+from .homework import first_line
+
+
+def is_done(report: dict[str, Any]) -> bool:
+    """Is every check of a report passed, and every test?"""
+    return (
+        bool(report["checks"]) and all(row["passed"] for row in report["checks"]) and report["tests"]["good"]
+    )
+
+
+def points(report: dict[str, Any]) -> tuple[int, int]:
+    """Checks passed, of how many; the project's tests count as one."""
+    tests = report["tests"]
+    return sum(row["passed"] for row in report["checks"]) + bool(tests and tests["good"]), len(
+        report["checks"]
+    ) + 1
+
+
+def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
+    """A report, for the terminal."""
+    passed, total = points(report)
+    where = f"{path}:{first_line(exercise, path)}"
+    lines = [f"{exercise.name:16}{passed} of {total}   {where:36}{exercise.equation}"]
+    raised, tests = report["raised"], report["tests"]
+    if raised:
+        at = f"{path}:{raised['line']}: " if raised["line"] else ""
+        blank = raised["says"] == f"exercise {exercise.name}"
+        kind = f"{raised['type']}: " if raised["type"] else ""
+        lines.append(f"  {at}{'still to be written' if blank else kind + raised['says']}")
+    else:
+        for stage in STAGES[:-1]:
+            wrong = [row for row in report["checks"] if row["stage"] == stage and not row["passed"]]
+            says = "ok" if not wrong else f"{wrong[0]['name']}: {wrong[0]['says']}"
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            lines.append(f"  {stage:16}{says}{more}")
+    for sentence in report["mistakes"]:
+        lines.append(f"     -> {sentence}")
+    if tests is None:
+        lines.append(f"  {STAGES[-1]:16}not run before the rest is right")
+    else:
+        count = f"{tests['passed']} of {tests['total']}"
+        lines.append(f"  {STAGES[-1]:16}" + ("ok, " if tests["good"] else "") + count)
+        for failed in tests["failed"][:1]:
+            lines.append(f"     first: {failed['test'].rpartition('::')[2]}: {failed['says']}")
+    printed = report["output"].strip().splitlines() if not tests else []
+    lines += [f"  | {line}" for line in printed[-8:] if not (raised and line.startswith(("Fatal", "  File")))]
+    if is_done(report):
+        lines.append(f"  {exercise.name} is done: {exercise.learn}")
+    return "\n".join(lines)
+
+
+def why(report: dict[str, Any]) -> str:
+    """The first thing that is wrong in a report."""
+    if report["raised"]:
+        return f"{report['raised']['type']} {report['raised']['says']}"
+    wrong = [f"{row['name']} {row['says']}" for row in report["checks"] if not row["passed"]]
+    failed = [f"{row['test']}: {row['says']}" for row in (report["tests"] or {}).get("failed", [])]
+    return (wrong + failed or ["nothing is wrong with it"])[0]
