@@ -3,9 +3,7 @@
 import base64
 import hashlib
 import json
-import os
 import re
-import shutil
 import threading
 import time
 
@@ -14,32 +12,11 @@ import pytest
 
 from lm import serve
 
-webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+pytest.importorskip("selenium")
+from selenium.webdriver.common.keys import Keys
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>&lt;\u2028"
 SECONDS = 60  # after which something has not come at all
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window. The first page of each test is the test's to load."""
-    if not (CHROMIUM and DRIVER):
-        told = "no Chromium with its driver here; on Debian: apt-get install chromium chromium-driver"
-        if os.environ.get("BROWSER_TESTS") == "required":
-            pytest.fail(told)
-        pytest.skip(told)
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    # root has no sandbox, and a container may have little shared memory
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 class Page:
