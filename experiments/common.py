@@ -408,7 +408,7 @@ def write(
 def differences(config: Config) -> dict[str, Any]:
     """What a config has other than the preset mini, by dotted names; of files the name alone."""
     mini, here = (runs.flat(dataclasses.asdict(one), "") for one in (Config.preset("mini"), config))
-    found = {name.lstrip("."): value for name, value in here.items() if mini[name] != value}
+    found = {name.lstrip("."): value for name, value in here.items() if (name, value) not in mini.items()}
     return {name: Path(value).name if name.startswith("data.") else value for name, value in found.items()}
 
 

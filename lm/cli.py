@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -105,6 +105,14 @@ class Report:
 
 
 @dataclass
+class Explore:
+    """Write explore.html, where a run's router chooses again: other biases, another top_k, earlier steps."""
+
+    run: tyro.conf.Positional[Path]  # a run folder
+    trust_code: bool = False  # import the router or attention of your own that the run names
+
+
+@dataclass
 class Info:
     """Parameters, FLOPs and cache of a model, counted without making it."""
 
@@ -137,6 +145,14 @@ class Experiment:
 
 
 @dataclass
+class New:
+    """Begin a router or an attention of your own: its module, a test, a config that trains it."""
+
+    kind: tyro.conf.Positional[Literal["router", "attention"]]
+    name: tyro.conf.Positional[str]  # of the module, as my_router
+
+
+@dataclass
 class Exercise:
     """Write a function of the package yourself, and have it checked. On a terminal, watch the next one."""
 
@@ -148,10 +164,12 @@ COMMANDS: dict[str, type] = {
     "serve": Serve,
     "eval": Eval,
     "report": Report,
+    "explore": Explore,
     "info": Info,
     "import": Import,
     "export": Export,
     "experiment": Experiment,
+    "new": New,
     "exercise": Exercise,
 }
 
@@ -309,6 +327,21 @@ def run_report(options: Report) -> int:
     return 0
 
 
+def run_explore(options: Explore) -> int:
+    """lm explore"""
+    from . import explore
+
+    print(explore.write(options.run, options.trust_code))
+    return 0
+
+
+def run_new(options: New) -> int:
+    """lm new"""
+    from . import new
+
+    return new.begin(options.kind, options.name)
+
+
 def run_info(options: Info) -> int:
     """lm info"""
     import json
@@ -350,7 +383,9 @@ RUN: dict[str, Callable[[Any], int]] = {
     "serve": run_serve,
     "eval": run_eval,
     "report": run_report,
+    "explore": run_explore,
     "info": run_info,
     "import": run_import,
     "export": run_export,
+    "new": run_new,
 }

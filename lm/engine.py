@@ -109,10 +109,11 @@ class Engine:
         self.pages = Pages(pages_for(max_tokens))
         self.max_tokens = max_tokens
         attentions: list[Any] = [block.attention for block in model.blocks]
-        self.paged = all(hasattr(attention, "step") for attention in attentions)  # else each text has caches
+        # a class that inherits `step` may attend otherwise than that does: then each text has its own caches
+        self.paged = all("step" in vars(type(attention)) for attention in attentions)
         self.pools = [attention.new_pool(self.pages) for attention in attentions] if self.paged else []
         if compile and not self.paged:
-            raise ValueError("compile: the model's attention has no `step` over pages to compile")
+            raise ValueError("compile: the model's attention has no `step` of its own to compile")
         self.compiled = CompiledStep(model, self.device) if compile else None
         self.weights = 0  # the version that known pages were made with
         self.waiting: deque[Request] = deque()

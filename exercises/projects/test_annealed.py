@@ -1,0 +1,52 @@
+"""What annealed promises."""
+
+import torch
+
+from exercises.projects.annealed import AnnealedRouter
+from exercises.projects.laws import check_router
+from moe import SoftmaxRouter
+
+
+def test_it_is_a_router():
+    check_router(AnnealedRouter(dim=12, num_experts=10, top_k=3), dim=12, num_experts=10, top_k=3)
+
+
+def test_at_first_the_experts_are_draws_without_putting_back():
+    torch.manual_seed(0)
+    router = AnnealedRouter(dim=12, num_experts=5, top_k=2)
+    x, draws = torch.randn(12), 50_000
+    likely = router.eval()(x).scores.detach()
+    pairs = router.train()(x.expand(draws, 12)).experts
+    for first in range(5):
+        for second in range(first + 1, 5):
+            a, b = likely[first], likely[second]
+            expected = float(a * b / (1 - a) + b * a / (1 - b))  # one after the other, in either order
+            found = ((pairs == first).any(1) & (pairs == second).any(1)).double().mean().item()
+            assert abs(found - expected) < 5 * (expected * (1 - expected) / draws) ** 0.5
+
+
+def test_weights_are_those_of_the_chosen_without_noise():
+    router, x = AnnealedRouter(dim=12, num_experts=10, top_k=3), torch.randn(40, 12)
+    routing = router(x)
+    chosen = routing.scores.gather(-1, routing.experts)
+    torch.testing.assert_close(routing.weights, chosen / chosen.sum(-1, keepdim=True))
+    torch.testing.assert_close(routing.scores, routing.logits.softmax(-1))
+
+
+def test_it_cools_with_passes_of_training_alone_and_a_copy_goes_on():
+    plain = SoftmaxRouter(dim=12, num_experts=10, top_k=3, normalize=True)
+    router = AnnealedRouter(dim=12, num_experts=10, top_k=3, passes=4)
+    router.weight = plain.weight
+    x = torch.randn(500, 12)
+
+    def differ():
+        return (router(x).experts.sort().values != plain(x).experts.sort().values).double().mean().item()
+
+    assert router.eval() and differ() == 0
+    router.train()
+    shares = [differ() for _ in range(4)]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 2 * shares[3] > 0
+    copy = AnnealedRouter(dim=12, num_experts=10, top_k=3, passes=4)
+    copy.load_state_dict(router.state_dict())
+    assert copy.passed == router.passed == 4
+    assert differ() == 0

@@ -1,0 +1,80 @@
+"""How do a router or an attention of one's own do beside the built-in ones?
+
+lm experiment projects [--quick]  ->  experiments/results/projects.json and .png
+
+Claim: each file in exercises/projects says what it is meant to better. Prediction, of all: they beat a router
+that draws experts at random.
+
+What each config there names is trained as it says, but for as many steps with the same seeds on the same text
+as the preset mini, DeepSeek-V3's router and attention; beside it GShard's router, and multi-head attention
+with heads as wide. After a change of your code, add --runs FOLDER: kept trainings go by their config alone.
+"""
+
+import argparse
+from pathlib import Path
+
+from lm.config import Config
+from lm.model import Transformer
+
+from . import common
+from .architectures import models
+
+PROJECTS = Path("exercises") / "projects"
+OURS, RANDOM = "DeepSeek-V3", "random router"
+
+
+def built_in(config: Config) -> dict[str, Config]:
+    """What projects stand beside."""
+    a = config.model.attention
+    heads = {"num_kv_heads": a.num_heads, "head_dim": a.qk_nope_head_dim + a.qk_rope_head_dim}
+    return {
+        OURS: config,
+        "GShard's router": models(config)["GShard"],
+        "multi-head attention": common.changed(config, attention={"kind": "gqa", **heads}),
+        RANDOM: common.changed(
+            config,
+            moe={"router": "random", "routed_scaling_factor": 1.0, "num_groups": 1, "top_groups": 1},
+            train={"bias_update_rate": 0.0, "sequence_loss": 0.0},
+        ),
+    }
+
+
+def projects(given: argparse.Namespace) -> dict[str, Config]:
+    """By name, the configs in exercises/projects; to be quick, what is their own in the quick model."""
+    found = {}
+    for path in sorted(PROJECTS.glob("*.toml")):
+        own = Config.load(path)
+        if given.quick:
+            moe, attention = own.model.moe, own.model.attention
+            router = {"router": moe.router, "arguments": moe.arguments}
+            kind = {"kind": attention.kind, "arguments": attention.arguments}
+            own = common.changed(common.base(given), moe=router, attention=kind)
+        found[path.stem] = own
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train all, and print them in the order of their losses."""
+    given = common.options(__doc__, 600, arguments)
+    own = projects(given)
+    configs = built_in(common.base(given)) | own
+    rows = common.train_all(configs, given)
+    losses, violations = common.last(rows), common.last(rows, "batch_max_violation")
+    order = sorted(configs, key=lambda name: common.mean(losses[name]))
+    table = [["", "parameters", "MaxVio of a batch, worst layer", "held-out loss", f"above {OURS}'s"]]
+    for name in order:
+        parameters = sum(weight.numel() for weight in Transformer(configs[name].model).parameters())
+        worst = common.shown([max(layers) for layers in violations[name]], 2)
+        above = common.shown(common.paired(rows, name, OURS), 4)
+        table.append([name, f"{parameters:,}", worst, common.shown(losses[name], 4), above])
+    answer = [f"From the lowest loss to the highest: {', '.join(order)}."]
+    claimed = common.as_claimed(*(common.paired(rows, RANDOM, name) for name in own))
+    common.write("projects", given, claimed, answer, table, rows, configs)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    common.draw_losses("projects", given, losses)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`lm new`: begin a router or an attention of your own that works before a line of it is changed."""
+
+import keyword
+from pathlib import Path
+
+from .config import PRESETS
+from .homework import write_new
+
+FOLDER = Path("exercises") / "projects"
+
+
+def begin(kind: str, name: str) -> int:
+    """Write the module, its test and a config that trains it: three files, or none.
+
+    Args:
+        kind: router or attention.
+        name: of the module.
+
+    Raises:
+        ValueError: no name for a module, one that is taken, or this is no clone of the project.
+    """
+    module = name.replace("-", "_")
+    if not FOLDER.is_dir():
+        raise ValueError(f"{FOLDER.absolute()}: not here; run this in the project's folder")
+    if not (module.isidentifier() and module.isascii() and module.islower()) or keyword.iskeyword(module):
+        raise ValueError(f"name {name!r}: small letters, digits and _ are needed, as in my_{kind}")
+    title = module.title().replace("_", "")
+    cls = title if title.endswith(kind.title()) else title + kind.title()
+    made = {
+        FOLDER / f"{module}.py": MODULES[kind].format(cls=cls),
+        FOLDER / f"test_{module}.py": TESTS[kind].format(module=module, cls=cls),
+        FOLDER / f"{module}.toml": config_text(kind, f"{'.'.join(FOLDER.parts)}.{module}:{cls}"),
+    }
+    for path in made:
+        if path.exists() or path.is_symlink():
+            raise ValueError(f"{path}: there is such a file; another name is needed")
+    for path, text in made.items():
+        write_new(path, text)
+    own, test, config = made
+    print(f"{own}: works as it is; change it", f"{test}: run it with .venv/bin/pytest {test}", sep="\n")
+    print(f"{config}: lm train --preset {config} trains it, lm experiment projects compares it")
+    return 0
+
+
+def config_text(kind: str, path: str) -> str:
+    """The preset mini for 600 steps, with this class in it."""
+    _, _, text = (PRESETS / "mini.toml").read_text("utf-8").partition("\n")
+    changes = [("steps = 2400\n", "steps = 600\n")]
+    if kind == "attention":
+        changes.append(("[model.attention]\n", f'[model.attention]\nkind = "{path}"\n'))
+    else:
+        changes.append(("[model.moe]\n", f'[model.moe]\nrouter = "{path}"\n'))
+        changes.append(("routed_scaling_factor = 1.73\n", ""))  # the skeleton has none
+        changes.append(("bias_update_rate = 0.01\n", "switch_loss = 0.01  # there is no bias to update\n"))
+    for old, new in changes:
+        text = text.replace(old, new)
+    return "# The preset mini, with a part of one's own.\n" + text
+
+
+MODULES = {
+    "router": '''"""What it does otherwise than other routers, and why that should be better."""
+
+from torch import Tensor
+
+from moe import Routing
+from moe.router import router_logits
+from moe.zoo import Gate
+
+
+class {cls}(Gate):
+    """x (..., dim) -> Routing"""
+
+    # an __init__ of yours is given the config's numbers that it names, and [model.moe.arguments]
+
+    def forward(self, x: Tensor) -> Routing:
+        logits = router_logits(x, self.weight)  # (..., experts)
+        scores = logits.softmax(-1)
+        weights, experts = scores.topk(self.top_k)  # (..., top_k)
+        return Routing(experts, weights / weights.sum(-1, keepdim=True), scores, logits)
+''',
+    "attention": '''"""What it does otherwise than latent attention, and why that should be better."""
+
+from torch import Tensor
+
+from mla import LatentCache, MultiheadLatentAttention
+
+
+class {cls}(MultiheadLatentAttention):
+    """x (batch, time, dim) -> y (batch, time, dim)"""
+
+    # an __init__ of yours is given the config's numbers that it names, and [model.attention.arguments]
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: LatentCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return super().forward(x, cache, positions, mask)
+''',
+}
+
+TESTS = {
+    "router": '''"""What {module} promises."""
+
+from exercises.projects.laws import check_router
+from exercises.projects.{module} import {cls}
+
+
+def test_it_is_a_router():
+    router = {cls}(dim=12, num_experts=10, top_k=3)
+    check_router(router, dim=12, num_experts=10, top_k=3)
+''',
+    "attention": '''"""What {module} promises."""
+
+from exercises.projects.laws import check_attention
+from exercises.projects.{module} import {cls}
+
+
+def test_it_is_an_attention():
+    attention = {cls}(20, 3, kv_lora_rank=7, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=6)
+    check_attention(attention, dim=20)
+''',
+}
