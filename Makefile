@@ -2,7 +2,7 @@
 # Both make .venv first. Other options of `lm train`: make train ARGS="--preset nano".
 PYTHON ?= python3
 ARGS ?=
-.PHONY: train test long lint coverage bench experiments tables clean
+.PHONY: train test long lint coverage bench experiments notebooks docs tables clean
 
 train: .venv/lm
 	.venv/bin/lm train $(ARGS)
@@ -29,14 +29,23 @@ bench: .venv/dev
 
 # hours; what is trained already is taken from runs/experiments
 experiments: .venv/lm
-	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization expert_choice rope rivals; do .venv/bin/lm experiment $$name || exit 1; done
+	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization expert_choice rope rivals projects; do .venv/bin/lm experiment $$name || exit 1; done
 	.venv/bin/python docs/claims.py
+
+# half an hour: every notebook run anew from its source
+notebooks: .venv/dev
+	cd notebooks && for source in [0-9]*.py; do ../.venv/bin/jupytext --quiet --to ipynb --execute $$source || exit 1; done
+
+# the site: open build/site/index.html; .venv/bin/mkdocs serve shows it with its search
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 tables: .venv/dev
 	.venv/bin/python docs/equations.py
 	.venv/bin/python docs/names.py
 	.venv/bin/python docs/figures.py
 	.venv/bin/python docs/claims.py
+	.venv/bin/python docs/explorers.py
 
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

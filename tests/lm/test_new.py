@@ -69,7 +69,7 @@ def test_what_is_begun_works_is_tested_and_trains(kind, name, cls, clone, capsys
         *pytest_of_ours, "-p", "no:cacheprovider", f"exercises/projects/test_{module}.py"
     )
     Path("text.txt").write_bytes(random.Random(0).randbytes(3000))
-    few = "--data text.txt --train.steps 2 --train.warmup 1 --train.batch-size 2".split()
+    few = ["--data", "text.txt", "--train.steps", "2", "--train.warmup", "1", "--train.batch-size", "2"]
     run(*LM, "train", "--preset", f"exercises/projects/{module}.toml", "--out-dir", "run", *few)
     assert Config.load("run/config.toml") != Config.preset("mini")
     assert run(
