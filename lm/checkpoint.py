@@ -54,7 +54,7 @@ def check_new(folder: Path) -> None:
 def write_model(model: Transformer, into: Path) -> None:
     """Write config.toml and model.safetensors."""
     (into / "config.toml").write_text(Config(model=model.config).to_toml(), encoding="utf-8")
-    save_file(model_tensors(model), into / "model.safetensors")
+    save_file(by_rows(model_tensors(model)), into / "model.safetensors")
 
 
 def load(folder: Path | str, trust_code: bool = False) -> Transformer:
@@ -128,6 +128,11 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
+def by_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a file holds them, however an engine laid them out."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
 def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must be these names and shapes, in memory of our own.
 
@@ -172,7 +177,7 @@ def save_checkpoint(
     final = run / "checkpoints" / f"step-{state['step']:06d}"
 
     def write(into: Path) -> None:
-        save_file(model_tensors(model), into / "model.safetensors")
+        save_file(by_rows(model_tensors(model)), into / "model.safetensors")
         save_file(optimizer_tensors(model, optimizer), into / "optimizer.safetensors")
         sums = {name: sha256(into / name) for name in ("model.safetensors", "optimizer.safetensors")}
         text = json.dumps({**state, "sha256": sums}, indent=1, allow_nan=False)
@@ -225,13 +230,18 @@ def newest_checkpoint(run: Path) -> Path:
     found = checkpoints(run)
     for path in reversed(found):
         try:
-            for name, digest in read_state(path)["sha256"].items():
-                if sha256(path / name) != digest:
-                    raise ValueError(f"{path / name}: is not what was written (its sha256 differs)")
+            check_whole(path)
             return path
         except ValueError as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
     raise ValueError(f"{run}: {'every checkpoint is damaged' if found else 'no checkpoint yet'}")
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise ValueError unless a checkpoint is what was written."""
+    for name, digest in read_state(checkpoint)["sha256"].items():
+        if sha256(checkpoint / name) != digest:
+            raise ValueError(f"{checkpoint / name}: is not what was written (its sha256 differs)")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

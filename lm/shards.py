@@ -157,7 +157,8 @@ def write(
     for number, shard in enumerate(shards, 1):
         several = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         file = f"{stem}.safetensors" if len(shards) == 1 else several
-        save_file({name: make() for name, make in shard}, folder / file, metadata={"format": "pt"})
+        made = {name: make().contiguous() for name, make in shard}
+        save_file(made, folder / file, metadata={"format": "pt"})
         placed |= {name: file for name, _ in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": placed}

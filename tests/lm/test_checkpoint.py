@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from lm import checkpoint
 from lm.checkpoint import load, load_checkpoint, newest_checkpoint, save, save_checkpoint
 from lm.config import Config
+from lm.decode import generate
+from lm.hf import from_hf, to_hf
 from lm.model import Transformer
 from lm.optim import build_optimizer
 
@@ -63,6 +65,20 @@ def test_what_is_saved_is_loaded_bit_for_bit(tiny, make_model, tmp_path, changes
     assert (loaded.head.weight is loaded.embedding.weight) == model.config.tie_embeddings
     tokens = torch.arange(10).unsqueeze(0)
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_a_model_that_has_written_text_is_saved_as_any_other(tiny, make_model, tmp_path):
+    model = make_model(tiny().model)
+    before = bits(model)
+    generate(model, torch.tensor([[1, 2, 3]]), 2)
+    assert not all(tensor.is_contiguous() for tensor in model.state_dict().values())  # an engine laid it out
+    save(model, tmp_path / "model")
+    assert bits(load(tmp_path / "model")) == before
+    to_hf(model, tmp_path / "theirs")
+    assert bits(from_hf(tmp_path / "theirs")) == before
+    (tmp_path / "run").mkdir()
+    step = save_checkpoint(tmp_path / "run", model, build_optimizer(model, tiny().train), state_of(2), keep=1)
+    assert bits(checkpoint.load_model(model.config, step / "model.safetensors")) == before
 
 
 def test_a_tied_head_is_stored_once(tiny, make_model, tmp_path):
