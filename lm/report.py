@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import torch
 from einops import rearrange
@@ -14,7 +13,7 @@ from einops import rearrange
 from mla import GroupedQueryAttention
 from moe import balance
 
-from . import checkpoint, count, data
+from . import checkpoint, count, data, page
 from .config import Config
 from .model import Transformer
 from .runs import read_metrics
@@ -55,7 +54,8 @@ def write(run: Path, trust_code: bool = False) -> Path:
         plt.close(figure)
         images[name] = base64.b64encode((run / f"{name}.png").read_bytes()).decode()
     samples = run / "samples.txt"
-    page = template().render(
+    text = page.render(
+        Path(__file__).parent / "report.html",
         name=run.resolve().name,
         config=config,
         state=state,
@@ -69,16 +69,8 @@ def write(run: Path, trust_code: bool = False) -> Path:
         samples=samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else "",
         hue=hue,
     )
-    checkpoint.write_file(run / "report.html", page)
+    checkpoint.write_file(run / "report.html", text)
     return run / "report.html"
-
-
-def template() -> jinja2.Template:
-    """The page, in which every text from outside is escaped."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "report.html"
-    )
 
 
 def read_baseline(config: Config) -> dict[str, Any] | None:
@@ -121,12 +113,17 @@ def expert_load(model: Transformer, text: data.Windows) -> torch.Tensor:
     return torch.stack([load / load.sum() for load in loads])
 
 
+def passage(text: data.Windows, length: int) -> torch.Tensor:
+    """A held-out passage from where a speech begins, at most so many tokens -> (time,) int64"""
+    some = bytes(text.tokens[:4000])
+    start = max(0, some.find(b"\n\n", 2000) + 2 if len(some) > 2000 + PASSAGE else 0)
+    return torch.from_numpy(text.tokens[start : start + length].astype("int64"))
+
+
 @torch.no_grad()
 def passage_experts(model: Transformer, text: data.Windows) -> list[list[dict[str, Any]]]:
     """For each MoE layer: the tokens of a held-out passage as shown, each with its expert of most weight."""
-    some = bytes(text.tokens[:4000])
-    start = max(0, some.find(b"\n\n", 2000) + 2 if len(some) > 2000 + PASSAGE else 0)  # where a speech begins
-    tokens = torch.from_numpy(text.tokens[start : start + PASSAGE].astype("int64"))
+    tokens = passage(text, PASSAGE)
     shown = [show(token) for token in tokens.tolist()]
     layers = []
     for routing in model(tokens.unsqueeze(0)).routings:

@@ -1,8 +1,6 @@
 """`lm serve`: the OpenAI API and a chat page over HTTP, for this machine unless told otherwise."""
 
 import asyncio
-import base64
-import hashlib
 import ipaddress
 import os
 import re
@@ -23,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import talk
 from .answers import Answer, Limits, Served
+from .page import policy
 from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason
 
 MAX_BODY = 2**20  # bytes
@@ -233,14 +232,8 @@ def make_app(served: Served) -> FastAPI:
 def read_page() -> tuple[str, dict[str, str]]:
     """The chat page, and headers that let a browser run its own script and nothing else."""
     page = (Path(__file__).parent / "chat.html").read_text(encoding="utf-8")
-    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"]
-    policy += ["form-action 'none'", "frame-ancestors 'none'"]
-    for tag in ("script", "style"):
-        inside = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        policy.append(f"{tag}-src 'sha256-{digest}'")
     return page, {
-        "Content-Security-Policy": "; ".join(policy),
+        "Content-Security-Policy": policy(page, "connect-src 'self'", "frame-ancestors 'none'"),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",

@@ -124,7 +124,7 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pages_are_current(explorers, name):
-    kept, made = path(name).read_text(), explorers.page(name)
+    kept, made = path(name).read_text(), explorers.made(name)
     assert EMBEDDED.sub("", kept) == EMBEDDED.sub("", made)
     assert same(json.loads(EMBEDDED.search(made)[0]), embedded(name))
 
