@@ -4,6 +4,7 @@ import torch
 
 TARGET = "mla.rope:RotaryEmbedding.turn"
 TESTS = ("tests/mla/test_rope.py",)
+WHICH = "not transformers"
 EQUATION = "RoFormer eq. 15"
 LEARN = "Two features make a plane that turns; which two is a matter of the checkpoint, and must be known."
 HINTS = (

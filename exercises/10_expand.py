@@ -4,7 +4,7 @@ import torch
 
 TARGET = "mla.attention:MultiheadLatentAttention.expanded"
 TESTS = ("tests/mla/test_attention.py",)
-WHICH = "equation or transformers or expanded"
+WHICH = "expanded and not transformers"
 EQUATION = "DeepSeek-V3 eq. 2, 4, 5, 9, 10"
 LEARN = "Each head's key is its own rows of W_UK times the latent beside the rope key that all heads share."
 HINTS = (

@@ -4,7 +4,7 @@ import torch
 
 TARGET = "moe.upcycle:shards_of"
 TESTS = ("tests/moe/test_upcycle.py",)
-WHICH = "step or same or shard or cop"
+WHICH = "(step or same or shard or cop) and not SoftmaxRouter"
 EQUATION = "arXiv 2410.07524 section 3; DeepSeekMoE section 3.1"
 LEARN = "An MLP is a sum over its hidden features: any cut between them is one of the sum."
 HINTS = (

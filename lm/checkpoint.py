@@ -178,7 +178,7 @@ def save_checkpoint(
 
     def write(into: Path) -> None:
         save_file(by_rows(model_tensors(model)), into / "model.safetensors")
-        save_file(optimizer_tensors(model, optimizer), into / "optimizer.safetensors")
+        save_file(by_rows(optimizer_tensors(model, optimizer)), into / "optimizer.safetensors")
         sums = {name: sha256(into / name) for name in ("model.safetensors", "optimizer.safetensors")}
         text = json.dumps({**state, "sha256": sums}, indent=1, allow_nan=False)
         (into / "state.json").write_text(text, encoding="utf-8")
