@@ -72,8 +72,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def lessons() -> str:
     """A line for each notebook: its title is its question."""
     rows = []
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        title = re.search(r"^# # (.+)$", path.with_suffix(".py").read_text("utf-8"), re.M)
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.py")):
+        title = re.search(r"^# # (.+)$", path.read_text("utf-8"), re.M)
         if not title:
             raise PluginError(f"{path}: has no title")
         rows.append(f"- [{title[1]}](../notebooks/{path.stem}.ipynb)")

@@ -4,7 +4,7 @@ import torch
 
 TARGET = "mla.attention:MultiheadLatentAttention.compress"
 TESTS = ("tests/mla/test_attention.py",)
-WHICH = "compress or cache or latent or equation and expanded"
+WHICH = "cache or latent or (equation or compressions) and expanded"
 EQUATION = "DeepSeek-V3 eq. 1, 3"
 LEARN = "One projection gives both parts of what is cached; the latent is normed, the rope key is not."
 HINTS = (

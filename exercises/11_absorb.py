@@ -4,7 +4,7 @@ import torch
 
 TARGET = "mla.attention:MultiheadLatentAttention.absorbed"
 TESTS = ("tests/mla/test_attention.py",)
-WHICH = "(absorb or chunk or cache) and not transformers"
+WHICH = "(absorb or chunk or cache) and not transformers and not biases"
 EQUATION = "DeepSeek-V2 section 2.1.2, DeepSeek-V3 eq. 9, 10"
 LEARN = "q (W c) is (q W) c: key and value matrices move to query and output, and the cache is read as it is."
 HINTS = (

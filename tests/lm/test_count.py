@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,6 +87,8 @@ def test_v3_with_its_prediction_module_is_the_685_b_of_the_checkpoint():
 
 
 def test_presets_have_the_numbers_that_transformers_has_by_default():
+    import transformers  # slow to import, and of use here alone
+
     v3, theirs = preset("deepseek-v3"), transformers.DeepseekV3Config()
     pairs = [
         (v3.vocab_size, theirs.vocab_size),
