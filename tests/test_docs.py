@@ -54,7 +54,7 @@ def test_python_on_the_page_runs(page, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-DOCS = ("docs/equations.md", "docs/checkpoints.md", "docs/claims.md")
+DOCS = ("docs/equations.md", "docs/checkpoints.md", "docs/claims.md", "docs/index.md", "docs/coursework.md")
 PAGES = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", *DOCS)
 
 
