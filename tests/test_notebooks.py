@@ -55,7 +55,13 @@ def test_it_asks_first_claims_nothing_unmeasured_and_leads_to_an_exercise(source
 @pytest.mark.long
 @each
 def test_it_runs_in_little(source, tmp_path):
-    environment = {**os.environ, "QUICK": "1", "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "QUICK": "1",
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "TMPDIR": str(tmp_path),
+    }
     done = subprocess.run(
         [sys.executable, str(source)], cwd=source.parent, capture_output=True, text=True, env=environment
     )
