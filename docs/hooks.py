@@ -5,6 +5,7 @@ site shows the lines with that tag, or the first with that text in that function
 test named like `tests/moe/test_router.py::test_name` becomes a link to it. What is not there fails the build.
 """
 
+import ast
 import importlib.util
 import posixpath
 import re
@@ -64,9 +65,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = TEST.sub(lambda found: f"[`{found[2]}`]({relative(found[1], here)}#{found[2]})", markdown)
     parts = QUOTED.split(markdown)
     for index in range(0, len(parts), 2):  # the others are code
-        parts[index] = MATH.sub(formula, parts[index])
-    markdown = "".join(parts)
-    return LINK.sub(lambda found: target(found[1], found[2] or "", here, name, files), markdown)
+        text = MATH.sub(formula, parts[index])
+        parts[index] = LINK.sub(lambda found: target(found[1], found[2] or "", here, name, files), text)
+    return "".join(parts)
 
 
 def lessons() -> str:
@@ -150,8 +151,10 @@ def shown_lines(what: str, here: str) -> str:
     else:
         name, _, rest = what.partition(":")
         function, _, text = rest.partition(": ")
-        for line, code in enumerate((ROOT / name).read_text("utf-8").splitlines(), 1):
-            if text in code and equations.enclosing(equations_tree(name), line) == function and not found:
+        source = (ROOT / name).read_text("utf-8")
+        tree = ast.parse(source)
+        for line, code in enumerate(source.splitlines(), 1):
+            if text in code and equations.enclosing(tree, line) == function and not found:
                 found.append((name, function, line, code.strip()))
     if not found:
         raise PluginError(f"{here}: no line of code for [[{what}]]")
@@ -160,10 +163,6 @@ def shown_lines(what: str, here: str) -> str:
         text = re.sub(r"  # .*", "", text)
         blocks.append(f"```python\n{text}\n```\n\n[{name}:{function}]({relative(name, here)}#L{line})\n")
     return "\n".join(blocks)
-
-
-def equations_tree(name: str) -> Any:
-    return equations.ast.parse((ROOT / name).read_text("utf-8"))
 
 
 def formula(found: re.Match[str]) -> str:
