@@ -27,6 +27,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 QUOTED = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.M | re.S)  # code, in which no formula or link is meant
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 LINES = re.compile(r"^\[\[(.+?)\]\]$", re.M)
+NOTE = "*Double brackets name lines of code; the site, which `make docs` builds, shows the lines.*"
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.S)
 
 spec = importlib.util.spec_from_file_location("equations", ROOT / "docs" / "equations.py")
@@ -61,6 +62,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     here = name if name in TEXTS or name.startswith("notebooks/") else f"docs/{name}"
     for kind, table in (("lessons", lessons), ("exercises", exercises)):
         markdown = markdown.replace(f"<!-- {kind} -->", table() if f"<!-- {kind} -->" in markdown else "")
+    markdown = markdown.replace(NOTE, "")
     markdown = LINES.sub(lambda found: shown_lines(found[1], here), markdown)
     markdown = TEST.sub(lambda found: f"[`{found[2]}`]({relative(found[1], here)}#{found[2]})", markdown)
     parts = QUOTED.split(markdown)

@@ -5,7 +5,7 @@ import torch
 TARGET = "moe.router:SigmoidRouter.forward"
 TESTS = ("tests/moe/test_router.py",)
 WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming"
-EQUATION = "DeepSeek-V3 eq. 12-16"
+EQUATION = "DeepSeek-V3 eq. 13-16"
 LEARN = "The selection bias decides which experts a token gets; the plain score decides how much each counts."
 HINTS = (
     "Where may the bias appear, and where not? Read eq. 16 beside eq. 13, and section 2.1.2 on the bias.",

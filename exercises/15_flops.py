@@ -5,7 +5,7 @@ import torch
 TARGET = "lm.count:training_flops_per_token"
 TESTS = ("tests/lm/test_count.py",)
 WHICH = "flops and not biases"
-EQUATION = "6 N + attention; DeepSeek-V3 table 1 and 2"
+EQUATION = "6 N, and attention over the causal half"
 LEARN = "A weight that is met costs 6, of experts only those at work count, and a key costs more the longer the text."
 HINTS = (
     "Two operations a weight forward; how many backward? Which weights does no product meet?",

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -29,7 +30,7 @@ import torch
 
 from lm import checkpoint, count, data, machine, runs, train
 from lm.config import Config, ModelConfig
-from lm.model import Transformer
+from lm.model import Transformer, find_class
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -157,8 +158,11 @@ def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
 
 
 def key(config: Config) -> str:
-    """The name of the folder where a training is kept."""
-    return hashlib.sha256(config.to_toml().encode()).hexdigest()[:16]
+    """The name of the folder where a training is kept: another one when a part of one's own has changed."""
+    parts = {"model.moe.router": config.model.moe.router, "model.attention.kind": config.model.attention.kind}
+    own = [find_class(name, kind) for name, kind in parts.items() if ":" in kind]
+    code = [inspect.getsource(sys.modules[part.__module__]) for part in own]
+    return hashlib.sha256("".join([config.to_toml(), *code]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -5,9 +5,9 @@ lm experiment projects [--quick]  ->  experiments/results/projects.json and .png
 Claim: each file in exercises/projects says what it is meant to better. Prediction, of all: they beat a router
 that draws experts at random.
 
-What each config there names is trained as it says, but for as many steps with the same seeds on the same text
-as the preset mini, DeepSeek-V3's router and attention; beside it GShard's router, and multi-head attention
-with heads as wide. After a change of your code, add --runs FOLDER: kept trainings go by their config alone.
+What each config there names is trained as it says, but on the same batches of the same text as the preset
+mini, which has DeepSeek-V3's router and attention; beside it GShard's router, and multi-head attention with
+heads as wide.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lm.config import Config
 from lm.model import Transformer
+from lm.train import try_own_parts
 
 from . import common
 from .architectures import models
@@ -40,16 +41,30 @@ def built_in(config: Config) -> dict[str, Config]:
 
 
 def projects(given: argparse.Namespace) -> dict[str, Config]:
-    """By name, the configs in exercises/projects; to be quick, what is their own in the quick model."""
-    found = {}
+    """By name, the configs in exercises/projects; to be quick, what is their own in the quick model.
+
+    Raises:
+        ValueError: there are none, one cannot be built, or has the name of a built-in row.
+    """
+    base, found = common.base(given), {}
+    same = {name: getattr(base.train, name) for name in ("batch_size", "accumulation", "context")}
     for path in sorted(PROJECTS.glob("*.toml")):
         own = Config.load(path)
         if given.quick:
             moe, attention = own.model.moe, own.model.attention
             router = {"router": moe.router, "arguments": moe.arguments}
             kind = {"kind": attention.kind, "arguments": attention.arguments}
-            own = common.changed(common.base(given), moe=router, attention=kind)
+            own = common.changed(base, moe=router, attention=kind)
+        own = common.changed(own, train=same, data=vars(base.data))
+        if path.stem in built_in(base):
+            raise ValueError(f"{path}: a built-in row of the table is called so; another name is needed")
+        try:
+            try_own_parts(Transformer(own.model), own.model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         found[path.stem] = own
+    if not found:
+        raise ValueError(f"{PROJECTS}: no project there; lm new router NAME begins one")
     return found
 
 
@@ -64,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = [["", "parameters", "MaxVio of a batch, worst layer", "held-out loss", f"above {OURS}'s"]]
     for name in order:
         parameters = sum(weight.numel() for weight in Transformer(configs[name].model).parameters())
-        worst = common.shown([max(layers) for layers in violations[name]], 2)
+        worst = common.shown([max(layers, default=0) for layers in violations[name]], 2)
         above = common.shown(common.paired(rows, name, OURS), 4)
         table.append([name, f"{parameters:,}", worst, common.shown(losses[name], 4), above])
     answer = [f"From the lowest loss to the highest: {', '.join(order)}."]

@@ -178,14 +178,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command -> its exit status: 0, 1: it failed, 2: wrong input, 128 + a signal that stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = lambda message, *_, **__: print(f"lm: warning: {message}", file=sys.stderr)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(overview())
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in COMMANDS:
+    name, *rest = arguments or ["--help"]
+    if name not in (*COMMANDS, "-h", "--help"):
         print(f"lm: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        if name in ("-h", "--help"):
+            print(overview(), flush=True)
+            return 0 if arguments else 2
         if name in ("train", "experiment"):
             return run_train(rest) if name == "train" else experiments.run(rest)
         if name == "exercise":
@@ -372,6 +372,11 @@ def run_export(options: Export) -> int:
     """lm export"""
     from . import checkpoint, hf
 
+    if (options.run / "config.toml").is_file():
+        config = checkpoint.read_config(options.run, trust_code=True).model  # which imports nothing
+        for kind in (config.moe.router, config.attention.kind):
+            if ":" in kind:
+                raise ValueError(f"{options.run}: {kind} is code of your own, for which they have no place")
     hf.to_hf(checkpoint.load(options.run), options.out, tokenizer_from=options.run)
     print(f"{options.out}: written; transformers reads it")
     return 0

@@ -297,6 +297,8 @@ def run_run(arguments: list[str]) -> int:
     """lm exercise run: `lm` with the student's functions in the package"""
     from . import cli
 
+    if arguments[:1] == ["experiment"]:
+        raise ValueError("experiment: trains in processes that do not take your functions; train does")
     homework = Homework()
     done = [one for one in homework.exercises.values() if homework.state(one) == "done"]
     if not done:

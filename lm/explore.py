@@ -43,7 +43,7 @@ def write(run: Path, trust_code: bool = False) -> Path:
         "top_groups": router.top_groups,
         "normalize": router.normalize,
         "routed_scaling_factor": router.routed_scaling_factor,
-        "rate": config.train.bias_update_rate,
+        "rate": config.train.bias_update_rate or 0.001,
         "rule": config.train.bias_update,
         "hues": [report.hue(expert) for expert in range(router.num_experts)],
     }
@@ -88,6 +88,8 @@ def whole_checkpoints(run: Path) -> list[Path]:
     Raises:
         ValueError: there is none.
     """
+    if (run / "model.safetensors").exists():
+        raise ValueError(f"{run}: is a saved model; a run, which keeps its checkpoints, is needed")
     found = checkpoint.checkpoints(run)
     whole = []
     for path in found:

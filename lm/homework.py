@@ -109,13 +109,11 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_new(path: Path, text: str) -> None:
     """Write a file that is not there yet; nothing half-written is left."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8") as file:
         file.write(text)
-    os.chmod(file.name, 0o644)
-    try:
+        file.flush()
+        os.chmod(file.name, 0o644)
         os.link(file.name, path)  # fails where there is one
-    finally:
-        os.unlink(file.name)
 
 
 def origin(exercise: Exercise) -> Path:

@@ -223,6 +223,10 @@ def build_attention(dim: int, config: AttentionConfig, rope: RopeConfig, norm_ep
             norm_eps if config.qk_norm else None,
         )
     sizes = {**vars(config), "dim": dim, "q_lora_rank": config.q_lora_rank or None}
+    if "rope" in inspect.signature(find_class("model.attention.kind", config.kind)).parameters:
+        sizes["rope"] = build_rope(config.qk_rope_head_dim, rope)
+    elif rope != RopeConfig():
+        warnings.warn(f"{config.kind} takes no rope: model.rope is not heeded", stacklevel=2)
     return build_own("model.attention.kind", config.kind, config.arguments, sizes)
 
 
@@ -280,8 +284,9 @@ def build_own(name: str, kind: str | type, arguments: dict[str, Any], sizes: dic
     section = name.rpartition(".")[0]
     for key in sorted(arguments.keys() & sizes.keys() & wanted.keys()):
         raise ValueError(f"{section}.arguments {key}: is a number of the config; set {section}.{key}")
-    for key in ("num_groups", "routed_scaling_factor"):
-        if isinstance(kind, str) and key not in wanted and sizes.get(key, 1) != 1:
+    plain = {"num_groups": 1, "routed_scaling_factor": 1, "q_lora_rank": None}
+    for key in plain.keys() & sizes.keys() - wanted.keys():
+        if isinstance(kind, str) and sizes[key] != plain[key]:
             warnings.warn(f"{kind} takes no {key}: {section}.{key} {sizes[key]} is not heeded", stacklevel=2)
     given = {key: value for key, value in sizes.items() if key in wanted}
     try:

@@ -1,6 +1,7 @@
 """`lm new`: begin a router or an attention of your own that works before a line of it is changed."""
 
 import keyword
+import re
 from pathlib import Path
 
 from .config import PRESETS
@@ -22,8 +23,9 @@ def begin(kind: str, name: str) -> int:
     module = name.replace("-", "_")
     if not FOLDER.is_dir():
         raise ValueError(f"{FOLDER.absolute()}: not here; run this in the project's folder")
-    if not (module.isidentifier() and module.isascii() and module.islower()) or keyword.iskeyword(module):
-        raise ValueError(f"name {name!r}: small letters, digits and _ are needed, as in my_{kind}")
+    reserved = (*keyword.kwlist, "conftest", "multihead_latent")  # the last would be the name of its own base
+    if module in reserved or module.startswith("test_") or not re.fullmatch("[a-z][a-z0-9_]{0,49}", module):
+        raise ValueError(f"name {name!r}: up to 50 small letters, digits and _ are needed, as in my_{kind}")
     title = module.title().replace("_", "")
     cls = title if title.endswith(kind.title()) else title + kind.title()
     made = {
@@ -34,11 +36,19 @@ def begin(kind: str, name: str) -> int:
     for path in made:
         if path.exists() or path.is_symlink():
             raise ValueError(f"{path}: there is such a file; another name is needed")
-    for path, text in made.items():
-        write_new(path, text)
+    written: list[Path] = []
+    try:
+        for path, text in made.items():
+            write_new(path, text)
+            written.append(path)
+    except OSError as error:
+        for path in written:
+            path.unlink()
+        raise OSError(f"{FOLDER}: cannot be written to: {error.strerror}") from None
     own, test, config = made
     print(f"{own}: works as it is; change it", f"{test}: run it with .venv/bin/pytest {test}", sep="\n")
-    print(f"{config}: lm train --preset {config} trains it, lm experiment projects compares it")
+    print(f"{config}: train it by .venv/bin/lm train --preset {config}")
+    print("compare it with the others by .venv/bin/lm experiment projects")
     return 0
 
 
@@ -51,10 +61,11 @@ def config_text(kind: str, path: str) -> str:
     else:
         changes.append(("[model.moe]\n", f'[model.moe]\nrouter = "{path}"\n'))
         changes.append(("routed_scaling_factor = 1.73\n", ""))  # the skeleton has none
-        changes.append(("bias_update_rate = 0.01\n", "switch_loss = 0.01  # there is no bias to update\n"))
+        by_loss = "switch_loss = 0.01  # in place of bias_update_rate: this router has no bias\n"
+        changes.append(("bias_update_rate = 0.01\n", by_loss))
     for old, new in changes:
         text = text.replace(old, new)
-    return "# The preset mini, with a part of one's own.\n" + text
+    return "# The preset mini for 600 steps, with a part of one's own.\n" + text
 
 
 MODULES = {

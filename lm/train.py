@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe import balance, metrics
+from moe import Routing, balance, metrics
 
 from . import checkpoint, count, data, loss, machine
 from .config import Config, ModelConfig, TrainConfig
@@ -75,10 +75,21 @@ def try_own_parts(model: Transformer, config: ModelConfig) -> None:
     if own:
         with torch.random.fork_rng(devices=[]):  # the training's numbers stay what they are
             try:
-                model(torch.arange(4).remainder(config.vocab_size).expand(2, -1))
-            except Exception as error:
+                tokens = torch.arange(4).remainder(config.vocab_size).expand(2, -1)
+                for routing in copy.deepcopy(model)(tokens).routings:  # it may count its passes
+                    check_routing(routing, config.moe.num_experts)
+            except (Exception, SystemExit) as error:
                 said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 raise ValueError(f"{' and '.join(own)}: a first pass fails: {said}") from None
+
+
+def check_routing(routing: Routing, num_experts: int) -> None:
+    """Raise ValueError unless scores and logits, which losses and biases go by, are of all experts."""
+    for name in ("scores", "logits"):
+        found = getattr(routing, name)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(found, Tensor) or found.shape != (2, 4, num_experts):
+            raise ValueError(f"{name} are {shape}; expected (..., num_experts={num_experts})")
 
 
 def check_memory(config: ModelConfig) -> None:

@@ -16,14 +16,14 @@ from moe.zoo import Gate
 class AnnealedRouter(Gate):
     """x (..., dim) -> Routing; the choice is noisy for so many passes of training
 
-    Not with train.recompute: a pass that is run twice counts twice.
+    Not with train.recompute, which runs a pass twice: the second is cooler than the first, and training stops.
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int, passes: int = 300):
         super().__init__(dim, num_experts, top_k)
         self.passes = passes
         self.passed: Tensor
-        self.register_buffer("passed", torch.tensor(0))  # in checkpoints, too: a resumed training cools on
+        self.register_buffer("passed", torch.tensor(0.0))  # in checkpoints, too: a resumed training cools on
 
     def forward(self, x: Tensor) -> Routing:
         logits = router_logits(x, self.weight)  # (..., experts)

@@ -6,13 +6,13 @@ yet. A ring of `window` entries would be the next project.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mla import LatentCache, MultiheadLatentAttention
 
 
 class SlidingWindowMLA(MultiheadLatentAttention):
-    """x (batch, time, dim) -> y (batch, time, dim); arguments as `MultiheadLatentAttention`, and window"""
+    """x (batch, time, dim) -> y (batch, time, dim); arguments as `MultiheadLatentAttention`'s, and window"""
 
     def __init__(
         self,
@@ -22,18 +22,15 @@ class SlidingWindowMLA(MultiheadLatentAttention):
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
         v_head_dim: int,
+        q_lora_rank: int | None = None,
+        rope: nn.Module | None = None,
         window: int = 32,
     ):
-        super().__init__(dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+        sizes = (dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+        super().__init__(*sizes, q_lora_rank, rope)
         self.window = window
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LatentCache | None = None,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LatentCache | None = None, positions=None, mask=None) -> Tensor:
         start = torch.tensor([0] * len(x) if cache is None else cache.lengths, device=x.device)
         query = start.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)  # (batch, time), places of x
         key = torch.arange(int(query.max()) + 1, device=x.device)

@@ -224,7 +224,7 @@ def test_compiled_code_writes_the_same(tiny, make_model, kind):
 
 def test_what_cannot_be_compiled_is_said_at_once(tiny, make_model, monkeypatch):
     own = make_model(tiny(attention={"kind": "torch.nn:Identity"}).model)
-    with pytest.raises(ValueError, match=r"^compile: the model.s attention has no `step` over pages"):
+    with pytest.raises(ValueError, match=r"^compile: the model.s attention has no `step` of its own"):
         Engine(own, compile=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"^compile: .* 'no-such-compiler' was not found"):

@@ -101,6 +101,7 @@ def test_nothing_of_the_students_is_overwritten(lm_exercise, tmp_path):
         (["check", "--all"], "nothing begun; lm exercise start NAME begins an exercise"),
         (["chekc"], "no command 'chekc' (did you mean 'check'?); there are list"),
         (["grade", "no/such/folder"], "no/such/folder: no folder of submissions"),
+        (["run", "experiment", "faster"], "experiment: trains in processes that do not take your functions"),
         (["new", "moe.balance"], "target 'moe.balance': module:function of this project is needed"),
         (["new", "moe.balanse:z_loss"], "target 'moe.balanse:z_loss': module:function of this project"),
         (["new", "moe.balance:zz"], "no function zz here"),

@@ -348,6 +348,20 @@ def test_an_attention_of_ones_own_takes_part(tiny, make_model):
 
 
 @pytest.mark.usefixtures("own_parts")
+def test_an_attention_of_ones_own_turns_as_the_config_says_if_it_takes_a_rope(tiny, recwarn):
+    kind = "exercises.projects.sliding_window:SlidingWindowMLA"
+    changes = {"rope": {"theta": 77.0, "interleaved": False}, "attention": {"kind": kind, "q_lora_rank": 6}}
+    attention = Transformer(tiny(**changes).model).blocks[1].attention
+    assert (attention.rope.theta, attention.rope.interleaved) == (77.0, False)
+    assert attention.q_lora_rank == 6 and not recwarn
+    with pytest.warns(UserWarning, match="own_parts:Doubled takes no rope: model.rope is not heeded"):
+        own = {"kind": "own_parts:Doubled", "q_lora_rank": 0}
+        Transformer(tiny(rope={"theta": 77.0}, attention=own).model)
+    with pytest.warns(UserWarning, match="takes no q_lora_rank: model.attention.q_lora_rank 6 is not heeded"):
+        Transformer(tiny(attention={"kind": "own_parts:Doubled", "q_lora_rank": 6}).model)
+
+
+@pytest.mark.usefixtures("own_parts")
 @pytest.mark.parametrize("section, key", [("moe", "router"), ("attention", "kind")])
 @pytest.mark.parametrize(
     "path, said",

@@ -1,5 +1,7 @@
 """`lm new` as a student uses it: what it writes works as it is, and nothing is written over."""
 
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm import cli
+from lm import checkpoint, cli
 from lm.config import Config
 from lm.decode import generate
 from lm.engine import Engine
@@ -80,15 +82,18 @@ def test_what_is_begun_works_is_tested_and_trains(kind, name, cls, clone, capsys
 @pytest.mark.parametrize(
     "kind, name, said",
     [
-        ("router", "Mine", "name 'Mine': small letters, digits and _ are needed, as in my_router"),
-        ("router", "2mine", "name '2mine': small letters"),
+        ("router", "Mine", "name 'Mine': up to 50 small letters, digits and _ are needed, as in my_router"),
         (
             "attention",
             "../mine",
-            "name '../mine': small letters, digits and _ are needed, as in my_attention",
+            "name '../mine': up to 50 small letters, digits and _ are needed, as in my_at",
         ),
-        ("router", "class", "name 'class': small letters"),
-        ("router", "grüße", "name 'grüße': small letters"),
+        *(
+            ("router", name, f"name {name!r}: up to 50")
+            for name in ("2mine", "_1", "class", "grüße", "a" * 51)
+        ),
+        *(("router", name, f"name {name!r}: up to 50") for name in ("test_x", "conftest", "__init__")),
+        ("attention", "multihead-latent", "name 'multihead-latent': up to 50"),
         ("router", "laws", "exercises/projects/laws.py: there is such a file; another name is needed"),
         ("router", "half", "exercises/projects/half.toml: there is such a file"),
     ],
@@ -103,6 +108,24 @@ def test_a_wrong_name_is_one_line_and_nothing_is_written(kind, name, said, clone
     assert (clone / "exercises" / "projects" / "half.toml").read_text() == "mine"
 
 
+def test_where_there_is_no_room_nothing_is_left(clone, monkeypatch, capsys):
+    link = os.link
+
+    def full(old, new):
+        if new.suffix == ".toml":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        link(old, new)
+
+    monkeypatch.setattr(os, "link", full)
+    before = sorted(path.name for path in clone.rglob("*"))
+    assert cli.main(["new", "router", "mine"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "lm new: exercises/projects: cannot be written to: No space left on device\n"
+    )
+    assert sorted(path.name for path in clone.rglob("*")) == before
+
+
 def test_elsewhere_it_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["new", "router", "mine"]) == 2
@@ -115,7 +138,7 @@ def test_elsewhere_it_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "name", [path.stem for path in sorted((ROOT / "exercises" / "projects").glob("*.toml"))]
 )
-def test_a_worked_project_has_a_test_and_trains_in_under_thirty_lines_of_code(name, monkeypatch):
+def test_a_worked_project_has_a_test_and_is_under_thirty_lines_of_code(name, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     own = ROOT / "exercises" / "projects" / f"{name}.py"
     _, _, code = own.read_text().partition("\nclass ")
@@ -125,6 +148,11 @@ def test_a_worked_project_has_a_test_and_trains_in_under_thirty_lines_of_code(na
     model = Transformer(config.model)
     model(torch.randint(256, (2, 9))).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+    checkpoint.save(model, tmp_path / "saved")
+    loaded = checkpoint.load(tmp_path / "saved", trust_code=True).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="is code of your own, for which they have no place"):
+        cli.run_export(cli.Export(tmp_path / "saved", tmp_path / "theirs"))
 
 
 def test_an_attention_that_inherits_its_steps_is_written_with_as_it_was_trained(monkeypatch):

@@ -1017,6 +1017,9 @@ def test_the_machine_is_asked_for_the_device_first(tiny, tmp_path, monkeypatch):
         ("return x", "ValueError: Odd gave a Tensor, not a moe.Routing"),
         ("return Routing(torch.full((*x.shape[:-1], 2), 99), x[..., :2], x, x)", ": "),
         ("raise RuntimeError('not this')", "RuntimeError: not this"),
+        ("return Routing(x[..., :2].argsort(), x[..., :2], x[..., :3], x)", r"scores are \(2, 4, 3\)"),
+        ("return Routing(x[..., :2].argsort(), x[..., :2], x[..., :8], None)", "logits are NoneType"),
+        ("exit(3)", "SystemExit: 3"),
     ],
 )
 def test_a_router_of_ones_own_that_fails_leaves_nothing_behind(tiny, tmp_path, monkeypatch, body, said):
@@ -1037,3 +1040,11 @@ class Odd(torch.nn.Module):
     with pytest.raises(ValueError, match=rf"^{name}:Odd: a first pass fails: .*{said}") as caught:
         train.train(config, tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_first_pass_is_one_of_a_copy(tiny):
+    ungrouped = {"num_groups": 1, "top_groups": 1, "routed_scaling_factor": 1.0}
+    own = {"router": "exercises.projects.annealed:AnnealedRouter", "arguments": {"passes": 7}}
+    model = Transformer(tiny(moe=ungrouped | own).model)
+    train.try_own_parts(model.train(), model.config)
+    assert [router.passed for router in model.routers()] == [0, 0]
