@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 ORDER = (
-    *("faster", "balance", "shared_expert", "fineness", "architectures", "specialization"),
-    *("expert_choice", "rope", "rivals", "convert"),
+    *("faster", "cache", "balance", "shared_expert", "fineness", "architectures", "specialization"),
+    *("expert_choice", "rope", "rivals", "convert", "projects"),
 )
 NOT_HERE = "Does not reproduce here, because"  # begins a paragraph that comes after what was found
 HEAD = """# The claims, measured

@@ -84,10 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
         table.append([name, f"{parameters:,}", worst, common.shown(losses[name], 4), above])
     answer = [f"From the lowest loss to the highest: {', '.join(order)}."]
     claimed = common.as_claimed(*(common.paired(rows, RANDOM, name) for name in own))
-    common.write("projects", given, claimed, answer, table, rows, configs)
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    common.write("projects", given, claimed, answer, table, rows, configs)
     common.draw_losses("projects", given, losses)
 
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WITH_PICTURE = (
     *("faster", "cache", "balance", "shared_expert", "fineness", "convert"),
-    *("architectures", "specialization", "expert_choice", "rope", "rivals"),
+    *("architectures", "specialization", "expert_choice", "rope", "rivals", "projects"),
 )
 COMMAND = [sys.executable, "-c", "import sys; from lm.cli import main; sys.exit(main())", "experiment"]
 
