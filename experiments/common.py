@@ -159,8 +159,7 @@ def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
 
 def key(config: Config) -> str:
     """The name of the folder where a training is kept: another one when a part of one's own has changed."""
-    parts = {"model.moe.router": config.model.moe.router, "model.attention.kind": config.model.attention.kind}
-    own = [find_class(name, kind) for name, kind in parts.items() if ":" in kind]
+    own = [find_class(name, path) for name, path in config.model.own_parts().items()]
     code = [inspect.getsource(sys.modules[part.__module__]) for part in own]
     return hashlib.sha256("".join([config.to_toml(), *code]).encode()).hexdigest()[:16]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lm.config import Config
 from lm.model import Transformer
-from lm.train import try_own_parts
+from lm.own import try_parts
 
 from . import common
 from .architectures import models
@@ -59,7 +59,7 @@ def projects(given: argparse.Namespace) -> dict[str, Config]:
         if path.stem in built_in(base):
             raise ValueError(f"{path}: a built-in row of the table is called so; another name is needed")
         try:
-            try_own_parts(Transformer(own.model), own.model)
+            try_parts(Transformer(own.model))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         found[path.stem] = own

@@ -28,6 +28,7 @@ import torch
 
 from . import exercise, overlay
 
+PRELOADED = ("hypothesis.stateful", "torch._dynamo", "torch.utils.flop_counter")  # which tests need
 MEMORY = 4 << 30  # bytes that an answer may use more than it starts with
 OUTPUT = 1 << 20  # bytes that it may print
 FORBIDDEN = (  # what no answer needs, by the names of the interpreter's audit events
@@ -69,7 +70,6 @@ def main() -> None:
 
 
 LEAVE = os._exit
-PRELOADED = ("hypothesis.stateful", "torch._dynamo", "torch.utils.flop_counter")  # each child would load them
 
 
 def alone(job: dict[str, Any]) -> None:

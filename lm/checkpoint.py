@@ -80,13 +80,10 @@ def read_config(folder: Path, trust_code: bool) -> Config:
         reason = "holds no config.toml" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder}: {reason}; expected a run or a saved model")
     config = Config.load(folder / "config.toml")
-    kinds = {"attention.kind": config.model.attention.kind, "moe.router": config.model.moe.router}
-    for name, path in kinds.items():
-        if ":" in path and not trust_code:
-            raise ValueError(
-                f"{folder / 'config.toml'}: model.{name} {path!r} is code; "
-                "importing it needs trust_code (--trust-code)"
-            )
+    for key, path in config.model.own_parts().items():
+        if not trust_code:
+            said = f"{key} {path!r} is code; importing it needs trust_code (--trust-code)"
+            raise ValueError(f"{folder / 'config.toml'}: {said}")
     return config
 
 

@@ -373,10 +373,9 @@ def run_export(options: Export) -> int:
     from . import checkpoint, hf
 
     if (options.run / "config.toml").is_file():
-        config = checkpoint.read_config(options.run, trust_code=True).model  # which imports nothing
-        for kind in (config.moe.router, config.attention.kind):
-            if ":" in kind:
-                raise ValueError(f"{options.run}: {kind} is code of your own, for which they have no place")
+        config = checkpoint.read_config(options.run, trust_code=True)  # which imports nothing
+        for path in config.model.own_parts().values():
+            raise ValueError(f"{options.run}: {path} is your own; Hugging Face's format has no name for it")
     hf.to_hf(checkpoint.load(options.run), options.out, tokenizer_from=options.run)
     print(f"{options.out}: written; transformers reads it")
     return 0

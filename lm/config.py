@@ -150,6 +150,11 @@ class ModelConfig(Section):
                 f"model.num_dense_layers {self.num_dense_layers} is more than num_layers {self.num_layers}"
             )
 
+    def own_parts(self) -> dict[str, str]:
+        """Classes of one's own, by the key that names each: {"model.moe.router": "package.module:Class"}"""
+        parts = {"model.attention.kind": self.attention.kind, "model.moe.router": self.moe.router}
+        return {key: path for key, path in parts.items() if ":" in path}
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):

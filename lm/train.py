@@ -19,9 +19,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe import Routing, balance, metrics
+from moe import balance, metrics
 
-from . import checkpoint, count, data, loss, machine
+from . import checkpoint, count, data, loss, machine, own
 from .config import Config, ModelConfig, TrainConfig
 from .decode import stream
 from .evaluate import evaluate
@@ -55,7 +55,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)  # a config that does not fit shows here, before anything is written
     model.initialize(torch.Generator().manual_seed(config.train.seed))
-    try_own_parts(model, config.model)
+    own.try_parts(model)
     texts = data.load(config.data, config.model.vocab_size)
     windows = data.Windows(texts[0], config.train.context, config.train.seed)
     validation = data.Windows(texts[1], config.train.context)
@@ -66,30 +66,6 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
         else:
             checkpoint.write_file(run / "config.toml", config.to_toml())
         return trainer.run_steps()
-
-
-@torch.no_grad()
-def try_own_parts(model: Transformer, config: ModelConfig) -> None:
-    """Raise ValueError for a router or attention of one's own that fails on a few tokens."""
-    own = [kind for kind in (config.moe.router, config.attention.kind) if ":" in kind]
-    if own:
-        with torch.random.fork_rng(devices=[]):  # the training's numbers stay what they are
-            try:
-                tokens = torch.arange(4).remainder(config.vocab_size).expand(2, -1)
-                for routing in copy.deepcopy(model)(tokens).routings:  # it may count its passes
-                    check_routing(routing, config.moe.num_experts)
-            except (Exception, SystemExit) as error:
-                said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                raise ValueError(f"{' and '.join(own)}: a first pass fails: {said}") from None
-
-
-def check_routing(routing: Routing, num_experts: int) -> None:
-    """Raise ValueError unless scores and logits, which losses and biases go by, are of all experts."""
-    for name in ("scores", "logits"):
-        found = getattr(routing, name)
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        if not isinstance(found, Tensor) or found.shape != (2, 4, num_experts):
-            raise ValueError(f"{name} are {shape}; expected (..., num_experts={num_experts})")
 
 
 def check_memory(config: ModelConfig) -> None:

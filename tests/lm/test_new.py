@@ -151,7 +151,7 @@ def test_a_worked_project_has_a_test_and_is_under_thirty_lines_of_code(name, mon
     checkpoint.save(model, tmp_path / "saved")
     loaded = checkpoint.load(tmp_path / "saved", trust_code=True).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="is code of your own, for which they have no place"):
+    with pytest.raises(ValueError, match="is your own; Hugging Face's format has no name for it"):
         cli.run_export(cli.Export(tmp_path / "saved", tmp_path / "theirs"))
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lm import checkpoint, count, data, loss, machine, train
+from lm import checkpoint, count, data, loss, machine, own, train
 from lm.config import Config
 from lm.decode import stream
 from lm.model import Transformer
@@ -1044,7 +1044,7 @@ class Odd(torch.nn.Module):
 
 def test_the_first_pass_is_one_of_a_copy(tiny):
     ungrouped = {"num_groups": 1, "top_groups": 1, "routed_scaling_factor": 1.0}
-    own = {"router": "exercises.projects.annealed:AnnealedRouter", "arguments": {"passes": 7}}
-    model = Transformer(tiny(moe=ungrouped | own).model)
-    train.try_own_parts(model.train(), model.config)
+    annealed = {"router": "exercises.projects.annealed:AnnealedRouter", "arguments": {"passes": 7}}
+    model = Transformer(tiny(moe=ungrouped | annealed).model)
+    own.try_parts(model.train())
     assert [router.passed for router in model.routers()] == [0, 0]
