@@ -126,6 +126,18 @@ def test_where_there_is_no_room_nothing_is_left(clone, monkeypatch, capsys):
     assert sorted(path.name for path in clone.rglob("*")) == before
 
 
+def test_a_file_that_has_no_room_is_not_half_written(tmp_path):
+    code = (
+        "import resource; from pathlib import Path; from lm.homework import write_new\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); write_new(Path('own.py'), 6000 * 'x')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "File too large" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_elsewhere_it_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["new", "router", "mine"]) == 2
