@@ -11,16 +11,15 @@ heads as wide.
 """
 
 import argparse
-from pathlib import Path
 
 from lm.config import Config
 from lm.model import Transformer
+from lm.new import FOLDER as PROJECTS
 from lm.own import try_parts
 
 from . import common
 from .architectures import models
 
-PROJECTS = Path("exercises") / "projects"
 OURS, RANDOM = "DeepSeek-V3", "random router"
 
 
