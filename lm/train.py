@@ -319,7 +319,8 @@ class Trainer:
             if self.signal:
                 os._exit(128 + number)  # checkpoints are renamed into place, so nothing can be half-written
             self.signal = number
-            self.say("stopping after this step; once more to leave at once")
+            with contextlib.suppress(RuntimeError):  # it may come while a line is being written
+                self.say("stopping after this step; once more to leave at once")
 
         old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
