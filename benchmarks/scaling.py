@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla import GroupedQueryAttention, MultiheadLatentAttention, Pages
-from mla.pages import Plan
+from lm.inference.pages import Pages
+from mla import GroupedQueryAttention, MultiheadLatentAttention
+from mla.paged import Plan, entry_of, step_of
 from moe import Experts, MoE, SigmoidRouter, SwiGLU
 
 from . import record
@@ -68,14 +69,15 @@ def decode(context: int, batch: int, rounds: int) -> dict[str, Any]:
     size: dict[str, int] = {}
     for name, attention in attentions().items():
         pages = Pages(batch * (context // 64 + 1))
-        pool = attention.new_pool(pages)
+        step = step_of(type(attention))
+        pool = pages.new_pool(*entry_of(attention, step))
         rows = [pages.open() for _ in range(batch)]
         pages.grow(rows, context + 1)
         pool.normal_()
         plan = Plan([row.pages for row in rows], [context] * batch, 1, "cpu")
         x = torch.randn(plan.filled, DIM)
         label = "MLA absorbed" if name == "MLA" else name
-        calls[label] = lambda a=attention, x=x, pool=pool, plan=plan: a.step(x, pool, plan)
+        calls[label] = lambda a=attention, x=x, pool=pool, plan=plan, run=step.run: run(a, x, pool, plan)
         size[label] = pool[0, :, 0].nbytes
     if context <= 8192:  # beyond, it takes seconds a step
         attention = Expanded(attentions()["MLA"]).attention

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lm import count, loss, machine
 from lm.config import Config, ModelConfig
-from lm.engine import Engine, Request
-from lm.model import Transformer, build_moe
+from lm.inference.engine import Engine, Request
+from lm.model import Transformer
 from lm.optim import build_optimizer
+from lm.parts import build_moe
 from moe import SwiGLU
 
 from . import record
@@ -200,14 +201,14 @@ def engine(config: ModelConfig, rounds: int, requests: int = 64) -> dict:
     for end in range(16):
         shared.submit([*beginning, end % config.vocab_size, 1], 8, 0)
     held = read = 0
-    step = model.step
+    step = shared.decoder.step
 
     def counted(tokens: Tensor, pools: Any, plan: Any) -> Tensor:
         nonlocal read
         read += plan.tokens
         return step(tokens, pools, plan)
 
-    model.step = counted  # type: ignore[method-assign]
+    shared.decoder.step = counted  # type: ignore[method-assign]
     while shared.busy:
         shared.step()
         held = max(held, shared.nbytes)

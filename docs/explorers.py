@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from lm import count, page
+from lm import count
 from lm.config import AttentionConfig, Config, ModelConfig
+from lm.report import page
 from mla import MultiheadLatentAttention
 
 ROOT = Path(__file__).parent.parent

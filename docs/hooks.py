@@ -16,7 +16,7 @@ import latex2mathml.converter
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from lm.exercise import load_all
+from exercises.grader.exercise import load_all
 
 ROOT = Path(__file__).parent.parent
 CODE = ("moe", "mla", "lm", "experiments", "exercises", "benchmarks", "notebooks", "docs", "tests")

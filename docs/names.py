@@ -1,9 +1,9 @@
-"""Make docs/names.md: one thing under three names, from the tables in lm/names.py."""
+"""Make docs/names.md: one thing under three names, from the tables in lm/hub/families.py."""
 
 from pathlib import Path
 
-from lm import names
-from lm.names import BLOCK, FAMILIES, Q_NORM, ROPE, WHOLE, Name
+from lm.hub import families as names
+from lm.hub.families import BLOCK, FAMILIES, Q_NORM, ROPE, WHOLE, Name
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +15,7 @@ def page() -> str:
         for name in family.names:
             used.setdefault(name, []).append(model_type)
     lines = ["# Our name, the papers' symbol, their key", ""]
-    lines += ["Made by `make tables` from lm/names.py; do not edit. Symbols as in V2 and V3.", ""]
+    lines += ["Made by `make tables` from lm/hub/families.py; do not edit. Symbols as in V2 and V3.", ""]
     lines += ["## Options: config.toml and config.json", ""]
     lines += ["| ours, in [model] | symbol | theirs | in |", "| --- | --- | --- | --- |"]
     for name, families in used.items():

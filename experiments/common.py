@@ -28,9 +28,11 @@ import matplotlib
 import matplotlib.ticker
 import torch
 
-from lm import checkpoint, count, data, machine, runs, train
+from lm import checkpoint, count, data, machine, train
+from lm import run as runs
 from lm.config import Config, ModelConfig
-from lm.model import Transformer, find_class
+from lm.model import Transformer
+from lm.parts import find_class
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

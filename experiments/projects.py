@@ -12,10 +12,10 @@ heads as wide.
 
 import argparse
 
+from exercises.grader.new import FOLDER as PROJECTS
 from lm.config import Config
 from lm.model import Transformer
-from lm.new import FOLDER as PROJECTS
-from lm.own import try_parts
+from lm.parts import try_parts
 
 from . import common
 from .architectures import models

@@ -99,7 +99,8 @@ class Without(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         routing = self.router(x)
-        choice = routing.scores + getattr(self.router, "bias", 0)
+        bias = balance.selection_bias(self.router)
+        choice = routing.scores if bias is None else routing.scores + bias
         best = choice.topk(self.disabled).indices
         experts = choice.scatter(-1, best, float("-inf")).topk(self.router.top_k).indices
         weights = routing.scores.gather(-1, experts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lm import checkpoint, count, data, machine
 from lm.config import Config
-from lm.runs import read_metrics
+from lm.run import read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 

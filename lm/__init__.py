@@ -1,5 +1,9 @@
 """The toy transformer: `moe` and `mla` composed, trained, sampled, counted and stored.
 
+Its story, in reading order: config, parts, model, loss, count, fp8; tokenizer, data, optim, evaluate, train,
+run, checkpoint, files, machine; terminal, cli. Four packages beside it: inference writes text, hub reads
+other people's model folders, serve answers over HTTP, report draws pages.
+
 Names are resolved when first used, so that `import lm` loads no torch.
 """
 
@@ -21,15 +25,15 @@ __all__ = [
 
 PLACES = {
     "Config": ("config", "Config"),
-    "Engine": ("engine", "Engine"),
+    "Engine": ("inference.engine", "Engine"),
     "Output": ("model", "Output"),
     "Transformer": ("model", "Transformer"),
     "count": ("count", None),
-    "from_hf": ("hf", "from_hf"),
-    "generate": ("decode", "generate"),
-    "load": ("checkpoint", "load"),
+    "from_hf": ("hub.hf", "from_hf"),
+    "generate": ("inference.generate", "generate"),
+    "load": ("hub.folder", "load"),
     "save": ("checkpoint", "save"),
-    "to_hf": ("hf", "to_hf"),
+    "to_hf": ("hub.hf", "to_hf"),
 }
 
 

@@ -1,24 +1,19 @@
-"""Models and training states on disk: safetensors, TOML and JSON, nothing that can run.
+"""Models and training states on disk: safetensors, TOML and JSON, nothing that can run."""
 
-A folder is written beside its place, synced, and renamed into it: it is whole or absent, whatever happens.
-"""
-
-import hashlib
 import json
 import math
-import os
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import files
 from .config import Config, ModelConfig
+from .files import sha256
 from .model import Transformer
 
 STATE = {
@@ -31,7 +26,6 @@ STATE = {
     "torch": str,
     "sha256": dict,
 }
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save(model: Transformer, folder: Path | str) -> None:
@@ -41,20 +35,14 @@ def save(model: Transformer, folder: Path | str) -> None:
         ValueError: the folder is not empty, or is a file.
     """
     folder = Path(folder)
-    check_new(folder)
-    commit(folder, lambda into: write_model(model, into))
-
-
-def check_new(folder: Path) -> None:
-    """Raise ValueError unless a folder can be written there."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is not an empty folder; choose another, nothing was written")
+    files.check_new(folder)
+    files.commit(folder, lambda into: write_model(model, into))
 
 
 def write_model(model: Transformer, into: Path) -> None:
     """Write config.toml and model.safetensors."""
     (into / "config.toml").write_text(Config(model=model.config).to_toml(), encoding="utf-8")
-    save_file(by_rows(model_tensors(model)), into / "model.safetensors")
+    save_file(contiguous(model_tensors(model)), into / "model.safetensors")
 
 
 def load(folder: Path | str, trust_code: bool = False) -> Transformer:
@@ -125,8 +113,8 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     return tensors
 
 
-def by_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As a file holds them, however an engine laid them out."""
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a file holds them, whatever their strides."""
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -137,34 +125,18 @@ def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, 
         ValueError: the file is not whole, or holds something else; names it.
     """
     longest = 4096 + sum(512 + len(name) for name in expected)  # bytes of header that these tensors can need
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if longest < length <= path.stat().st_size:
-            raise ValueError(
-                f"{path}: a header of {length} bytes is larger than this model can need ({longest})"
-            )
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            differences = {"lacks": expected.keys() - names, "has besides": names - expected.keys()}
-            for word, differ in differences.items():
-                if differ:
-                    first = ", ".join(sorted(differ)[:5])
-                    raise ValueError(f"{path}: {word} {len(differ)} tensors of the model's, such as {first}")
-            for name, shape in expected.items():
-                part = file.get_slice(name)
-                dtype, size = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in FLOATS:
-                    raise ValueError(f"{path}: {name} is {dtype}; expected one of {', '.join(FLOATS)}")
-                if size != shape:
-                    raise ValueError(f"{path}: {name} has shape {size}; the model has {shape}")
-            return {name: file.get_tensor(name).clone() for name in expected}  # a copy: the file may change
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    found = files.read_header(path, longest)
+    differences = {"lacks": expected.keys() - found.keys(), "has besides": found.keys() - expected.keys()}
+    for word, differ in differences.items():
+        if differ:
+            first = ", ".join(sorted(differ)[:5])
+            raise ValueError(f"{path}: {word} {len(differ)} tensors of the model's, such as {first}")
+    for name, shape in expected.items():
+        if found[name].dtype == torch.float8_e4m3fn:
+            raise ValueError(f"{path}: {name} is F8_E4M3; expected one of {', '.join([*files.DTYPES][:-1])}")
+        if found[name].shape != shape:
+            raise ValueError(f"{path}: {name} has shape {found[name].shape}; the model has {shape}")
+    return {name: files.read_tensor(name, found[name]).clone() for name in expected}  # the file may change
 
 
 def save_checkpoint(
@@ -174,14 +146,14 @@ def save_checkpoint(
     final = run / "checkpoints" / f"step-{state['step']:06d}"
 
     def write(into: Path) -> None:
-        save_file(by_rows(model_tensors(model)), into / "model.safetensors")
-        save_file(by_rows(optimizer_tensors(model, optimizer)), into / "optimizer.safetensors")
+        save_file(contiguous(model_tensors(model)), into / "model.safetensors")
+        save_file(contiguous(optimizer_tensors(model, optimizer)), into / "optimizer.safetensors")
         sums = {name: sha256(into / name) for name in ("model.safetensors", "optimizer.safetensors")}
         text = json.dumps({**state, "sha256": sums}, indent=1, allow_nan=False)
         (into / "state.json").write_text(text, encoding="utf-8")
 
     final.parent.mkdir(exist_ok=True)
-    commit(final, write)
+    files.commit(final, write)
     found = checkpoints(run)
     unfinished = final.parent.glob(".step-*.tmp")  # of runs that were killed while they saved
     for path in [*found[: found.index(final) + 1][:-keep], *unfinished]:
@@ -266,54 +238,3 @@ def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoint folders, oldest first."""
     found = (run / "checkpoints").glob("step-[0-9]*")
     return sorted(found, key=lambda path: (len(path.name), path.name))  # 1,000,000 comes after 999,999
-
-
-def commit(final: Path, write: Callable[[Path], None]) -> None:
-    """Make the folder `final` from what write(temporary) puts in it: whole and on disk, or not at all."""
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        if final.exists():
-            shutil.rmtree(final)  # empty, or a damaged checkpoint of the same step
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(final.parent)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace a small file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    """A file's checksum; "" where there is none to read."""
-    if not path.is_file():
-        return ""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""

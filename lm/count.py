@@ -1,22 +1,9 @@
 """Parameters, FLOPs and cache sizes of a model, by arithmetic: no weight is made."""
 
-from typing import NamedTuple
-
 from .config import ModelConfig, nearest
+from .parts import ATTENTIONS, ROUTERS, AttentionCounts, RouterKind
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}  # of one number in a cache
-GATES = {  # matrices of num_experts x dim in a router
-    "sigmoid": 1,
-    "softmax": 1,
-    "noisy": 2,
-    "switch": 1,
-    "gshard": 1,
-    "expert_choice": 1,
-    "hash": 0,
-    "mixtral": 1,
-    "random": 0,
-}
-FP8_BLOCK = 128  # numbers of a latent in fp8 that share a scale in fp32
 
 
 def total_parameters(config: ModelConfig) -> int:
@@ -125,7 +112,7 @@ def parameters_by_part(config: ModelConfig, active: bool = False) -> dict[str, i
         "dense MLPs": config.num_dense_layers * 3 * config.dim * config.hidden_dim,
         "routed experts": layers * experts * expert_parameters(config),
         "shared experts": layers * (moe.num_shared_experts * expert_parameters(config) + gate),
-        "routers": layers * (gates(config) * moe.num_experts * config.dim + selection_biases(config)),
+        "routers": layers * router_parameters(config),
         "norms": norm_parameters(config),
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
@@ -147,18 +134,24 @@ def expert_parameters(config: ModelConfig) -> int:
     return 3 * config.dim * config.moe.hidden_dim
 
 
-def selection_biases(config: ModelConfig) -> int:
-    """One router's selection bias."""
-    return config.moe.num_experts if config.moe.router == "sigmoid" else 0
-
-
-def gates(config: ModelConfig) -> int:
-    """One router's matrices, if the router can be counted."""
-    if config.moe.router not in GATES:
+def built_in_router(config: ModelConfig) -> RouterKind:
+    """What is counted of a router, if its kind can be."""
+    if config.moe.router not in ROUTERS:
         raise ValueError(
             f"model.moe.router {config.moe.router!r}: only built-in routers can be counted by arithmetic"
         )
-    return GATES[config.moe.router]
+    return ROUTERS[config.moe.router]
+
+
+def router_parameters(config: ModelConfig) -> int:
+    """One router: its matrices and its selection bias."""
+    gates = built_in_router(config).gates * config.moe.num_experts * config.dim
+    return gates + selection_biases(config)
+
+
+def selection_biases(config: ModelConfig) -> int:
+    """One router's selection bias."""
+    return config.moe.num_experts if built_in_router(config).has_bias else 0
 
 
 def norm_parameters(config: ModelConfig) -> int:
@@ -166,45 +159,10 @@ def norm_parameters(config: ModelConfig) -> int:
     return (2 * config.num_layers + 1) * config.dim + config.num_layers * built_in_attention(config).norms
 
 
-class Attention(NamedTuple):
-    """The counts of one layer's attention."""
-
-    weights: int  # of its matrices
-    biases: int
-    norms: int
-    per_key: int  # multiplications a query does with one key and its value, all heads
-    cache: int  # numbers a token
-    cache_fp8: int  # bytes a token
-    value_dim: int  # of a head
-
-
-def built_in_attention(config: ModelConfig) -> Attention:
-    """What is particular to a kind of attention, if the kind can be counted."""
-    dim, a = config.dim, config.attention
-    out_bias = dim if a.out_bias else 0
-    if a.kind == "mla":
-        key, compressed = a.qk_nope_head_dim + a.qk_rope_head_dim, a.kv_lora_rank + a.qk_rope_head_dim
-        query = a.q_lora_rank * (dim + a.num_heads * key) if a.q_lora_rank else dim * a.num_heads * key
-        expansion = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
-        return Attention(
-            weights=query + dim * compressed + expansion + a.num_heads * a.v_head_dim * dim,
-            biases=(a.q_lora_rank + compressed if a.qkv_bias else 0) + out_bias,
-            norms=a.q_lora_rank + a.kv_lora_rank,
-            per_key=a.num_heads * (key + a.v_head_dim),
-            cache=compressed,
-            cache_fp8=a.kv_lora_rank + 4 * -(-a.kv_lora_rank // FP8_BLOCK) + 2 * a.qk_rope_head_dim,
-            value_dim=a.v_head_dim,
-        )
-    if a.kind == "gqa":
-        cache = 2 * a.num_kv_heads * a.head_dim
-        query = a.num_heads * a.head_dim
-        return Attention(
-            weights=dim * (2 * query + cache),
-            biases=(query + cache if a.qkv_bias else 0) + out_bias,
-            norms=2 * a.head_dim if a.qk_norm else 0,
-            per_key=2 * query,
-            cache=cache,
-            cache_fp8=cache,
-            value_dim=a.head_dim,
-        )
-    raise ValueError(f"model.attention.kind {a.kind!r}: only built-in attention can be counted by arithmetic")
+def built_in_attention(config: ModelConfig) -> AttentionCounts:
+    """The counts of one layer's attention, if its kind can be counted."""
+    kind = ATTENTIONS.get(config.attention.kind)
+    if kind is None:
+        said = "only built-in attention can be counted by arithmetic"
+        raise ValueError(f"model.attention.kind {config.attention.kind!r}: {said}")
+    return kind.count(config.dim, config.attention)

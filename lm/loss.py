@@ -1,15 +1,17 @@
-"""What training minimises: how badly logits foretell tokens, in nats, and how uneven experts are used."""
+"""What training minimises: next-token cross-entropy, in nats, and how unevenly experts are used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe import Routing, balance
-from moe.zoo import check_ids
+from moe.router import check_ids
 
 from .config import TrainConfig
+from .model import Block, Transformer
 
 CHUNK = 2**27  # bytes of logits in fp32 that are held at once
 
@@ -24,7 +26,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} "
             "must agree in all but the vocabulary"
         )
-    check_ids("target", targets, logits.shape[-1])  # torch would take -100 for one that is foretold
+    check_ids("target", targets, logits.shape[-1])  # torch would count -100 as a correct prediction
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.flatten(), reduction="none")
     return -losses.view_as(targets)
@@ -105,20 +107,57 @@ class Chunked(torch.autograd.Function):
         return d_hidden * d_total, d_weight * d_total, None, None, None, None
 
 
-def balance_loss(routing: Routing, tokens_per_expert: Tensor, config: TrainConfig) -> Tensor | float:
+class Losses(NamedTuple):
+    """What a training pass is minimised by, and what its routers did."""
+
+    named: dict[str, Tensor]  # each times its weight; "cross_entropy" and the balance losses in use
+    counts: list[Tensor]  # (experts,) int64 of each MoE layer, of the step so far
+
+
+def training_losses(
+    model: Transformer,
+    inputs: Tensor,
+    targets: Tensor,
+    config: TrainConfig,
+    counts: Sequence[Tensor] = (),
+    dtype: torch.dtype = torch.float32,
+    run: Callable[..., Any] = Block.__call__,
+) -> Losses:
+    """One forward pass of training; the sum of the losses is what to differentiate.
+
+    inputs, targets (batch, time) int64
+
+    Args:
+        counts: those of the step's passes before, to which this one's are added.
+        dtype: of the matrix products.
+        run: how a block is called, see `Transformer.trunk`.
+    """
+    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+        hidden, routings = model.trunk(inputs, run=run)
+        named = {"cross_entropy": head_cross_entropy(model.norm(hidden), model.head.weight, targets)}
+    here = [balance.tokens_per_expert(routing, dropped=True) for routing in routings]
+    here = [before + new for before, new in zip(counts, here)] if counts else here
+    for layer in zip(routings, here):
+        for name, value in balance_losses(*layer, config).items():
+            named[name] = named[name] + value if name in named else value
+    return Losses(named, here)
+
+
+def balance_losses(routing: Routing, tokens_per_expert: Tensor, config: TrainConfig) -> dict[str, Tensor]:
     """The balance losses of one layer, each times its weight; those of weight 0 are left out.
 
-    tokens_per_expert (experts,), of the step so far -> ()
+    tokens_per_expert (experts,), of the step so far
 
     The global batch is taken as it fills up, its load counted up to this forward pass (arXiv 2501.11873).
     """
-    devices = config.num_devices
-    losses: list[tuple[float, Callable[[], Tensor]]] = [
-        (config.sequence_loss, lambda: balance.sequence_loss(routing)),
-        (config.switch_loss, lambda: balance.switch_loss(routing)),
-        (config.global_batch_loss, lambda: balance.switch_loss(routing, None, tokens_per_expert)),
-        (config.z_loss, lambda: balance.z_loss(routing)),
-        (config.device_loss, lambda: balance.device_loss(routing, devices)),
-        (config.communication_loss, lambda: balance.communication_loss(routing, devices, config.top_devices)),
-    ]
-    return sum(weight * of_layer() for weight, of_layer in losses if weight)
+    devices, top_devices = config.num_devices, config.top_devices
+    losses: dict[str, Callable[[], Tensor]] = {
+        "sequence_loss": lambda: balance.sequence_loss(routing),
+        "switch_loss": lambda: balance.switch_loss(routing),
+        "global_batch_loss": lambda: balance.switch_loss(routing, None, tokens_per_expert),
+        "z_loss": lambda: balance.z_loss(routing),
+        "device_loss": lambda: balance.device_loss(routing, devices),
+        "communication_loss": lambda: balance.communication_loss(routing, devices, top_devices),
+    }
+    weights = {name: getattr(config, name) for name in losses}
+    return {name: weights[name] * loss() for name, loss in losses.items() if weights[name]}

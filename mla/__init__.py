@@ -4,11 +4,10 @@ Needs torch and einops only; the folder works copied alone into another project.
 """
 
 from .attention import MultiheadLatentAttention
-from .cache import KVCache, LatentCache, PagedLatentCache
+from .cache import KVCache, LatentCache
 from .convert import to_mla
 from .grouped_query import GroupedQueryAttention
 from .norm import RMSNorm
-from .pages import Pages
 from .rope import Linear, Llama3, RotaryEmbedding, YaRN
 
 __all__ = [
@@ -18,8 +17,6 @@ __all__ = [
     "Linear",
     "Llama3",
     "MultiheadLatentAttention",
-    "PagedLatentCache",
-    "Pages",
     "RMSNorm",
     "RotaryEmbedding",
     "YaRN",

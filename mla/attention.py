@@ -1,13 +1,12 @@
 """Multi-head latent attention (V2 section 2.1, V3 section 2.1.1): keys and values from one small latent."""
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .cache import Cache, LatentCache, PagedLatentCache, cache_dtype, slots
+from .cache import LatentCache, cache_dtype
+from .causal import check_positive, positions_and_visible, softmax_attention
 from .norm import RMSNorm
-from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 
 
@@ -89,19 +88,10 @@ class MultiheadLatentAttention(nn.Module):
         Args:
             cache: from `new_cache`; any chunking of a text gives what one call gives.
             positions: (time,) or (batch, time) for the rotary embedding; None: on from the cache's length.
-            mask: bool, True may be attended to, on top of causality: (batch, total) for all queries alike, or
+            mask: bool, True may be attended to, on top of causality: (batch, total) for every query, or
                 (batch, time, total), where total is past and new tokens. A token always sees itself.
         """
-        plain = positions is None and mask is None and not torch.is_grad_enabled()
-        positions, visible = where_and_what(x, self.dim, cache, positions, mask)
-        if plain and isinstance(cache, PagedLatentCache):
-            width, dtype = self.kv_lora_rank + self.qk_rope_head_dim, cache_dtype(self.kv_a.weight)
-            cache.check(x.new_empty(*x.shape[:2], width, dtype=dtype), cache.pool)
-            plan = cache.grow(x.shape[1])
-            rows = F.pad(x.flatten(0, 1), (0, 0, 0, plan.filled - plan.tokens))
-            y = self.step(rows, cache.pool, plan)[: plan.tokens].view_as(x)
-            cache.count(plan.time)
-            return y
+        positions, visible = positions_and_visible(x, self.dim, cache, positions, mask)
         q_nope, q_rope = self.query(x)
         latent, k_rope = self.compress(x)
         q_rope, k_rope = self.rotate(q_rope, k_rope, positions)
@@ -121,7 +111,7 @@ class MultiheadLatentAttention(nn.Module):
         return q_nope, q_rope
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All that later tokens will need of x, but for the turn that position gives k_rope.
+        """All that later tokens will need of x; k_rope is still to be rotated by its position.
 
         x (batch, time, dim) -> latent (batch, time, latent), k_rope (batch, time, rope)
         """
@@ -129,7 +119,7 @@ class MultiheadLatentAttention(nn.Module):
         return self.kv_norm(latent), k_rope  # V3 eq. 1; the rope key stays unnormed
 
     def rotate(self, q_rope: Tensor, k_rope: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Give query and key their position, in these few dims only: the rest stays open to absorption.
+        """Rotate query and key by their positions, in these few dims only: the rest can be absorbed.
 
         q_rope (batch, time, heads, rope), k_rope (batch, time, rope) -> the same
         """
@@ -164,8 +154,8 @@ class MultiheadLatentAttention(nn.Module):
         """
         _, time, heads, _ = q_nope.shape
         w_key, w_value = self.split_kv_b()  # (heads, nope, latent), (heads, value, latent)
-        q_latent = torch.matmul(q_nope.transpose(1, 2), w_key)  # (batch, heads, time, latent): W_UK to W_UQ
-        query = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1) * self.scale  # V3 eq. 9
+        q_latent = torch.matmul(q_nope.transpose(1, 2), w_key)  # (batch, heads, time, latent); W_UK, W_UQ
+        query = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1) * self.scale
         scores = torch.matmul(query.flatten(1, 2), entries.transpose(1, 2))  # (batch, heads x time, total)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).unflatten(1, (heads, time))
         if visible is None and time > 1:
@@ -173,34 +163,11 @@ class MultiheadLatentAttention(nn.Module):
         if visible is not None:
             visible = visible.unsqueeze(1) if visible.ndim == 3 else visible
             scores = scores.masked_fill(~visible, float("-inf"))
-        weights = scores.softmax(-1).to(entries.dtype)  # V3 eq. 10
+        weights = scores.softmax(-1).to(entries.dtype)
         latent = entries[..., : self.kv_lora_rank]
         context = torch.matmul(weights.flatten(1, 2), latent)  # (batch, heads x time, latent)
         context = context.unflatten(1, (heads, time))  # (batch, heads, time, latent)
-        return torch.matmul(context, w_value.transpose(1, 2)).transpose(1, 2)  # W_UV to W_O
-
-    def step(self, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-        """`absorbed` for a step of many texts, each over its own pages, which then hold x too; no gradient.
-
-        x (filled, dim), pool from `new_pool` -> y (filled, dim)
-        """
-        q_nope, q_rope = self.query(x)  # (filled, heads, nope), (filled, heads, rope)
-        latent, k_rope = self.compress(x)
-        both = plan.turn(self.rope, torch.cat((q_rope, k_rope.unsqueeze(1)), dim=1))  # V3 eq. 3, 8
-        q_rope, k_rope = both.split([self.num_heads, 1], dim=1)
-        write(pool, torch.cat((latent.unsqueeze(1), k_rope), dim=-1), plan)
-        w_key, w_value = self.split_kv_b()  # (heads, nope, latent), (heads, value, latent)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), w_key).transpose(0, 1)  # W_UK to W_UQ
-        query = torch.cat((q_latent, q_rope), dim=-1)  # V3 eq. 9; (filled, heads, latent + rope)
-        context = attend(query, pool, plan, slice(None), slice(self.kv_lora_rank), self.scale)  # V3 eq. 10
-        context = torch.bmm(context.transpose(0, 1), w_value.transpose(1, 2)).transpose(0, 1)  # W_UV to W_O
-        return self.out(context.flatten(1))  # V3 eq. 11
-
-    def new_pool(self, pages: Pages, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for the entries of all texts that lie in these pages, on this module's device."""
-        weight = self.kv_a.weight
-        dtype = cache_dtype(weight) if dtype is None else dtype
-        return pages.new_pool(1, self.kv_lora_rank + self.qk_rope_head_dim, dtype, weight.device)
+        return torch.matmul(context, w_value.transpose(1, 2)).transpose(1, 2)  # W_UV joins W_O
 
     def absorbed_is_cheaper(self, time: int, total: int) -> bool:
         """Compare the multiply-adds a head of the two forms, for `time` queries over `total` keys."""
@@ -224,72 +191,3 @@ class MultiheadLatentAttention(nn.Module):
         weight = self.kv_a.weight
         dtype = cache_dtype(weight) if dtype is None else dtype
         return LatentCache(batch, max_length, self.kv_lora_rank, self.qk_rope_head_dim, dtype, weight.device)
-
-
-def where_and_what(
-    x: Tensor, dim: int, cache: Cache | None, positions: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Check a call's arguments, and find where the new tokens stand and what they may see.
-
-    -> positions (time,) or (batch, time); visible (time, total) or (batch, time, total) bool, or None where
-    plain causality says it all: query i of as many keys sees the first i + 1, a single query sees everything
-    """
-    if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1 or not x.is_floating_point():
-        wanted = f"floating-point (batch, time >= 1, dim={dim})"
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {wanted}")
-    batch, time, _ = x.shape
-    start = [0] * batch if cache is None else cache.lengths
-    if len(start) != batch:
-        raise ValueError(f"x has batch {batch}; the cache was made for batch {len(start)}")
-    place = slots(start or [0], time, x.device)  # (time,) or (batch, time)
-    if positions is None:
-        positions = place
-    elif positions.shape not in (x.shape[1:2], x.shape[:2]):
-        shape = tuple(positions.shape)
-        raise ValueError(f"positions have shape {shape}; expected ({time},) or ({batch}, {time})")
-    longest = max(start, default=0)
-    if mask is None and place.ndim == 1 and (longest == 0 or time == 1):
-        return positions, None
-    total = longest + time
-    keys = torch.arange(total, device=x.device)
-    visible = keys <= place.unsqueeze(-1)  # (time, total) or (batch, time, total)
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape not in ((batch, total), (batch, time, total)):
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({batch}, {total}) or "
-                f"({batch}, {time}, {total}), True where a key may be seen"
-            )
-        mask = mask.unsqueeze(1) if mask.ndim == 2 else mask
-        visible = visible & mask | (keys == place.unsqueeze(-1))  # itself: no row of softmax may be empty
-    return positions, visible
-
-
-def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None
-) -> Tensor:
-    """softmax(query key^T x scale) value over the visible keys, softmax in fp32, by PyTorch's fused kernels.
-
-    query (batch, time, heads, width), key (batch, total, kv_heads, width),
-    value (batch, total, kv_heads, value) -> (batch, time, heads, value)
-    """
-    value_width = value.shape[-1]
-    # On a CPU a value narrower than the key would take a path three times slower: pad it, cut the result.
-    padding = key.shape[-1] - value_width
-    if padding > 0 and value.device.type == "cpu":
-        value = F.pad(value, (0, padding))
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    if visible is not None and visible.ndim == 3:
-        visible = visible.unsqueeze(1)
-    causal = visible is None and query.shape[2] > 1
-    grouped = key.shape[1] != query.shape[1]
-    y = F.scaled_dot_product_attention(
-        query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return y.transpose(1, 2)[..., :value_width]
-
-
-def check_positive(**sizes: int) -> None:
-    """Raise ValueError for a size below 1, by its name."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .pages import Pages, Plan, Row, pages_for, write
+from .causal import slots
 
 
 class Cache:
@@ -119,90 +119,6 @@ class LatentCache(Cache):
         return entries[..., : self.kv_lora_rank], entries[..., self.kv_lora_rank :]
 
 
-class PagedLatentCache(LatentCache):
-    """`LatentCache` in pages of 64 tokens: rows take memory as they grow, and may share what they begin with.
-
-    For inference: it keeps no gradient.
-
-    Args:
-        pages: the block table to take pages from, shared with other caches; None: its own.
-
-    Attributes:
-        rows: each row's pages; `pages.fork(row, length)` is a copy that shares them until one of both grows.
-        pool: (pages, 1, 64, width), the memory.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        max_length: int,
-        kv_lora_rank: int,
-        qk_rope_head_dim: int,
-        dtype: torch.dtype | None = None,
-        device=None,
-        pages: Pages | None = None,
-    ):
-        if batch < 1 or max_length < 1:
-            raise ValueError(f"{batch=} and {max_length=} must be at least 1")
-        self.pages = Pages(batch * pages_for(max_length)) if pages is None else pages
-        self.rows = [Row([], 0) for _ in range(batch)]
-        self.pool = self.pages.new_pool(1, kv_lora_rank + qk_rope_head_dim, dtype, device)
-        self.longest = max_length
-        self.kv_lora_rank = kv_lora_rank
-        self.qk_rope_head_dim = qk_rope_head_dim
-
-    @property
-    def lengths(self) -> list[int]:
-        return [row.length for row in self.rows]
-
-    @lengths.setter
-    def lengths(self, lengths: list[int]) -> None:
-        for row, length in zip(self.rows, lengths):
-            self.pages.truncate(row, length)
-
-    @property
-    def max_length(self) -> int:
-        return self.longest
-
-    @property
-    def filled(self) -> Tensor:
-        """The entries up to the longest row, (batch, total, width), copied together; zeros behind a row's."""
-        total = max(self.lengths)
-        found = self.pool.new_zeros(len(self.rows), total, self.pool.shape[-1])
-        for place, row in zip(found, self.rows):
-            place[: row.length] = self.pool[row.pages].flatten(0, 2)[: row.length]
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pages that hold something; one that rows share counts once."""
-        return len({page for row in self.rows for page in row.pages}) * self.pool[0].nbytes
-
-    def grow(self, time: int) -> Plan:
-        """Room for `time` more tokens of each row -> where they go; `count` them when they are written"""
-        longest = max(self.lengths) + time
-        if longest > self.longest:
-            last = self.longest - 1
-            ends = f"max_length={self.longest} ends at {last}"
-            raise ValueError(f"cache full: position {longest - 1} asked for, {ends}")
-        self.pages.grow(self.rows, time)
-        return Plan([row.pages for row in self.rows], self.lengths, time, self.pool.device)
-
-    def count(self, time: int) -> None:
-        """Each row holds `time` tokens more."""
-        for row in self.rows:
-            row.length += time
-
-    def write(self, new: Tensor) -> Tensor:
-        self.check(new, self.pool)
-        if new.requires_grad:
-            raise ValueError("a paged cache keeps no gradient; call under torch.no_grad()")
-        plan = self.grow(new.shape[1])
-        write(self.pool, new.flatten(0, 1).unsqueeze(1), plan)
-        self.count(plan.time)
-        return self.filled
-
-
 class KVCache(Cache):
     """The classic cache of MHA, GQA and MQA: a rotated key and a value for each key-value head."""
 
@@ -238,11 +154,3 @@ def cache_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else weight.dtype
-
-
-def slots(start: list[int], time: int, device: torch.device) -> Tensor:
-    """Where `time` new tokens of each row go -> (time,) if all rows start alike, else (batch, time)"""
-    steps = torch.arange(time, device=device)
-    if min(start) == max(start):
-        return steps + start[0]
-    return torch.tensor(start, device=device).unsqueeze(1) + steps

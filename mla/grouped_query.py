@@ -4,10 +4,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import check_positive, softmax_attention, where_and_what
 from .cache import KVCache, cache_dtype
+from .causal import check_positive, positions_and_visible, softmax_attention
 from .norm import RMSNorm
-from .pages import Pages, Plan, attend, write
 from .rope import RotaryEmbedding
 
 
@@ -64,7 +63,7 @@ class GroupedQueryAttention(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Arguments as in `MultiheadLatentAttention.forward`."""
-        positions, visible = where_and_what(x, self.dim, cache, positions, mask)
+        positions, visible = positions_and_visible(x, self.dim, cache, positions, mask)
         heads = "batch time (heads head_dim) -> batch time heads head_dim"
         query = self.rope(self.q_norm(rearrange(self.q(x), heads, head_dim=self.head_dim)), positions)
         key = self.rope(self.k_norm(rearrange(self.k(x), heads, head_dim=self.head_dim)), positions)
@@ -73,24 +72,6 @@ class GroupedQueryAttention(nn.Module):
             key, value = cache.append(key, value)
         context = softmax_attention(query, key, value, self.head_dim**-0.5, visible)
         return self.out(rearrange(context, "batch time heads head_dim -> batch time (heads head_dim)"))
-
-    def step(self, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-        """As `MultiheadLatentAttention.step`."""
-        query = self.q_norm(self.q(x).unflatten(-1, (self.num_heads, -1)))
-        key = self.k_norm(self.k(x).unflatten(-1, (self.num_kv_heads, -1)))
-        value = self.v(x).unflatten(-1, (self.num_kv_heads, -1))
-        both = plan.turn(self.rope, torch.cat((query, key), dim=1))
-        query, key = both.split([self.num_heads, self.num_kv_heads], dim=1)
-        write(pool, torch.cat((key, value), dim=-1), plan)
-        width = self.head_dim
-        context = attend(query, pool, plan, slice(width), slice(width, None), width**-0.5)
-        return self.out(context.flatten(1))
-
-    def new_pool(self, pages: Pages, dtype: torch.dtype | None = None) -> Tensor:
-        """As `MultiheadLatentAttention.new_pool`."""
-        weight = self.k.weight
-        dtype = cache_dtype(weight) if dtype is None else dtype
-        return pages.new_pool(self.num_kv_heads, 2 * self.head_dim, dtype, weight.device)
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache on this module's device; dtype None: that of its weights, or of autocast."""

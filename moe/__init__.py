@@ -7,7 +7,7 @@ from . import balance, metrics
 from .capacity import Capacity, DeviceDropping, devices_visited
 from .experts import Experts, Gated, SwiGLU
 from .layer import MoE
-from .router import Routing, SigmoidRouter, SoftmaxRouter
+from .router import Router, Routing, SigmoidRouter, SoftmaxRouter
 from .upcycle import upcycle
 from .zoo import (
     ExpertChoiceRouter,
@@ -32,6 +32,7 @@ __all__ = [
     "MoE",
     "NoisyTopKRouter",
     "RandomRouter",
+    "Router",
     "Routing",
     "SigmoidRouter",
     "SoftMoE",

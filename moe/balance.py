@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from .router import Routing
+from .router import Routing, described
 
 
 def sequence_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def switch_loss(
         tokens_per_expert: (experts,), to take the load from where this routing is a part of a global batch
             (arXiv 2501.11873): the whole's counts. The mean over equal parts is then the whole's loss.
     """
-    one = Routing(*(rearrange(part, "... last -> (...) last") for part in undropped(routing)))
+    one = undropped(routing).map(lambda part: rearrange(part, "... last -> (...) last"))
     load, share, real = load_and_share(one, real_tokens(routing, mask).flatten())
     if tokens_per_expert is not None:
         check_counts(tokens_per_expert, share.shape[-1:])
@@ -134,8 +134,8 @@ def update_bias_(
         proportional: rate times how far the load is from the mean, and not its sign alone (arXiv 2408.15664
             section 4.3). Counted in means, as MaxVio, so that a rate suits any batch size; the sum stays put.
     """
-    bias = getattr(router, "bias", None)
-    if bias is None or isinstance(bias, nn.Parameter):
+    bias = selection_bias(router)
+    if bias is None:
         raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has")
     check_counts(tokens_per_expert, bias.shape)
     if not 0 <= rate < float("inf"):
@@ -146,6 +146,12 @@ def update_bias_(
     if centred:
         step = step - step.mean()
     bias.add_(step.to(bias.dtype), alpha=rate)
+
+
+def selection_bias(router: nn.Module) -> Tensor | None:
+    """A router's bias for `update_bias_`; None where it has none, or one that a gradient trains."""
+    bias = described(router).bias
+    return None if isinstance(bias, nn.Parameter) else bias
 
 
 def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,8 +197,8 @@ def mean_over_tokens(values: Tensor, real: Tensor) -> Tensor:
 
 
 def undropped(routing: Routing) -> Routing:
-    """The routing with the experts that were asked for, where `moe.capacity` dropped some."""
-    return routing._replace(experts=getattr(routing, "asked", routing.experts))
+    """The routing before `moe.capacity` dropped some of the experts, where it did."""
+    return routing if routing.asked is None else routing._replace(experts=routing.asked, asked=None)
 
 
 def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:

@@ -1,59 +1,45 @@
-"""Room for so many tokens and no more: what an expert or a device cannot take is dropped."""
+"""Room for a fixed number of tokens: what an expert or a device has no room for is dropped."""
 
-import inspect
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .balance import check_devices, real_tokens, sent_to, undropped
-from .router import Routing
+from .router import Router, Routing, described
 
 
-class DroppedRouting(Routing):
-    """A Routing of which some slots were made empty."""
-
-    asked: Tensor  # (..., top_k), the experts before that
-
-    def _replace(self, /, **changes: Tensor) -> "DroppedRouting":
-        changed = super()._replace(**changes)
-        changed.asked = self.asked
-        return changed
-
-
-class Dropping(nn.Module):
+class Dropping(Router):
     """A router whose slots become empty where there is no room; which, the subclasses say.
 
     x (..., dim) -> Routing, the router's, but experts -1 and weight 0 where dropped; the rest stays as it is
 
     Nothing is dropped in evaluation: a text is written token by token, and then there is room for all.
-    The Routing is a `DroppedRouting`: the losses of `balance` go by what was asked for.
+    The losses of `balance` use what was asked for before dropping, the Routing's `asked`.
     """
 
     def __init__(self, router: Any):
-        super().__init__()
-        if not isinstance(getattr(router, "num_experts", None), int):
+        about = described(router)
+        if not isinstance(about.num_experts, int):
             raise ValueError(f"{type(router).__name__} has no num_experts; a router with room has")
+        super().__init__(about.dim, about.num_experts)
+        self.num_experts: int
         self.router = router
-        self.num_experts = router.num_experts
-        wanted = inspect.signature(router.forward).parameters
-        self.needs_tokens, self.needs_mask = "tokens" in wanted, "mask" in wanted
+        self.needs_tokens = about.needs_tokens
+        self.router_needs_mask = about.needs_mask
+
+    needs_mask = True
 
     @property
-    def dim(self) -> int:
-        """The router's; an AttributeError where it takes any."""
-        return self.router.dim
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The router's selection bias, for `balance.update_bias_`."""
+        return described(self.router).bias
 
     @property
-    def bias(self) -> Tensor:
-        """The router's selection bias, for `balance.update_bias_`; an AttributeError where it has none."""
-        return self.router.bias
-
-    @property
-    def mixes_tokens(self) -> bool:
+    def mixes_tokens(self) -> bool:  # type: ignore[override]
         """Whether a token's experts depend on the others of the call, in evaluation too."""
-        return getattr(self.router, "mixes_tokens", False)
+        return described(self.router).mixes_tokens
 
     @property
     def drops(self) -> bool:
@@ -66,22 +52,20 @@ class Dropping(nn.Module):
         Raises:
             ValueError: the mask does not fit, or the router chooses among all tokens and knows no mask.
         """
-        if mask is not None and getattr(self.router, "mixes_tokens", False) and not self.needs_mask:
+        if mask is not None and described(self.router).mixes_tokens and not self.router_needs_mask:
             kind = type(self.router).__name__
             raise ValueError(
                 f"mask: {kind} chooses among all tokens of a call, padding too; leave it out of x"
             )
         given = {"tokens": tokens} if self.needs_tokens else {}
-        routing = self.router(x, **given, **({"mask": mask} if self.needs_mask else {}))
+        routing = self.router(x, **given, **({"mask": mask} if self.router_needs_mask else {}))
         asked = undropped(routing).experts
         if mask is not None:
             real = real_tokens(routing, mask).unsqueeze(-1)
             routing, asked = keep_slots(routing, real), asked.where(real, -1)
         if self.drops:
             routing = keep_slots(routing, self.kept(routing, mask))
-        dropped = DroppedRouting(*routing)
-        dropped.asked = asked
-        return dropped
+        return routing._replace(asked=asked)
 
     def kept(self, routing: Routing, mask: Tensor | None) -> Tensor:
         """-> (..., top_k) bool, the slots there is room for"""
@@ -208,8 +192,8 @@ def first_of(groups: Tensor, priority: Tensor, num_groups: int, capacity: int) -
 
 def keep_slots(routing: Routing, kept: Tensor) -> Routing:
     """kept (..., top_k) or (..., 1) bool -> the Routing with the other slots empty"""
-    experts, weights, scores, logits = routing
-    return Routing(experts.where(kept, -1), weights.where(kept, 0), scores, logits)
+    experts, weights = routing.experts.where(kept, -1), routing.weights.where(kept, 0)
+    return routing._replace(experts=experts, weights=weights)
 
 
 def check_factor(capacity_factor: float) -> None:

@@ -1,15 +1,16 @@
 """The experts: many small SwiGLU MLPs, each run over the tokens that chose it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch
-from .activation import gated
-from .blocks import run_blocks, weighted_sum
+from . import dispatch, fast
+from .fast import gated
 from .router import Routing
 
-FEW = 2**24  # bytes of experts that are worth copying for a step of decoding
+Product = Callable[[Tensor, Tensor], Tensor]  # rows (rows, in), weight (out, in) -> (rows, out)
 
 
 class SwiGLU(nn.Module):
@@ -51,9 +52,11 @@ class Experts(nn.Module):
 
     x (..., dim), routing -> y (..., dim)
 
-    `reference` is that sum written as a loop; `forward` is equal to it and picks the fastest of three ways:
-    `by_block` runs each expert over its block of sorted rows, `grouped` gives all blocks to one kernel, and
-    `by_slot` does without sorting.
+    `reference` is that sum written as a loop; `forward` is equal to it, by the fastest way in fast.py.
+
+    Attributes:
+        product: how an expert multiplies its rows by a matrix, to count, quantise or distribute it; None: by
+            the fast ways.
 
     Raises:
         ValueError: routing does not fit x, or names an expert that does not exist.
@@ -66,6 +69,7 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.dim = dim
         self.hidden_dim = hidden_dim
+        self.product: Product | None = None
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim))  # gate's rows, then up's
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         nn.init.uniform_(self.gate_up, -(dim**-0.5), dim**-0.5)  # as nn.Linear does
@@ -75,13 +79,15 @@ class Experts(nn.Module):
         tokens, experts, weights, shape = self.flatten(x, routing)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if self.product is not None:
+            return self.by_product(tokens.to(dtype), experts, weights, self.product).reshape(shape)
         # the grouped kernel wants rows of whole 16 bytes, and knows no float64
         whole = self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
-        run = self.grouped if x.is_cuda and whole and dtype != torch.float64 else self.by_block
-        if self.is_few(experts):
-            run = self.by_slot
+        run = fast.grouped if x.is_cuda and whole and dtype != torch.float64 else fast.by_block
+        if fast.is_few(experts, self.gate_up, self.down):
+            run = fast.by_slot
         matrices: tuple[Tensor, ...] = (self.gate_up, self.down)
-        if run is not self.by_block:  # which casts one expert's at a time, and keeps no copy
+        if run is not fast.by_block:  # which casts one expert's at a time, and keeps no copy
             matrices = tuple(matrix.to(dtype) for matrix in matrices)
         y = run(tokens.to(dtype), experts, weights, *matrices)
         return y.reshape(shape)
@@ -93,56 +99,21 @@ class Experts(nn.Module):
         for i in range(self.num_experts):
             for token, slot in (experts == i).nonzero().tolist():
                 out = F.linear(gated(F.linear(tokens[token], self.gate_up[i])), self.down[i])
-                y[token] = y[token] + weights[token, slot] * out  # V3 eq. 12: g_it FFN_i(u_t)
+                y[token] = y[token] + weights[token, slot] * out  # g_it FFN_i(u_t)
         return y.reshape(shape)
 
-    def is_few(self, experts: Tensor) -> bool:
-        """Whether copying each slot's expert, experts (tokens, top_k), costs less than sorting the slots."""
-        slots = experts.numel()
-        if experts.is_cuda or not 0 < 2 * slots <= self.num_experts:
-            return False
-        each = (self.gate_up.nbytes + self.down.nbytes) // self.num_experts
-        return slots * each <= FEW
+    def by_product(self, tokens: Tensor, experts: Tensor, weights: Tensor, product: Product) -> Tensor:
+        """Every expert over its block of sorted rows, by two calls of `product`; also over no rows.
 
-    @staticmethod
-    def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Two matrix products an expert, over its own rows: best on a CPU.
-
-        Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel; else, and for few
-        tokens, to 8: a row's last bits depend on how many share the product, but not from there on.
+        tokens (tokens, dim), experts and weights (tokens, top_k) -> (tokens, dim)
         """
-        multiple = 64 if tokens.dtype == torch.bfloat16 and len(tokens) >= 16 else 8
-        order = dispatch.sort(experts, len(gate_up), multiple)
-        return run_blocks(tokens, weights, gate_up, down, order)
-
-    @staticmethod
-    def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Every slot's own copy of its expert, all in one product: for few tokens sorting costs more.
-
-        The row is there eight times: rounded as in a block, whatever else is in the batch. Compiled code,
-        which promises no equal bits, does without.
-        """
-        chosen = experts.flatten().clamp(min=0)  # an empty slot gets an expert, too ...
-        same = 1 if torch.compiler.is_compiling() else 8
-        rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * same, -1)
-        rows = rows.reshape(len(chosen), same, tokens.shape[1])
-        hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, same, hidden)
-        outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
-        outputs = outputs.masked_fill(experts.reshape(-1, 1) < 0, 0)  # ... whose output is left out
-        slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)
-        return weighted_sum(outputs, slots, weights)
-
-    @staticmethod
-    def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """One grouped product for all experts, and no wait for the device: best on a GPU."""
-        order = dispatch.sort(experts, len(gate_up))
-        ends = order.sizes[:-1].cumsum(0).to(torch.int32)  # (experts,) where each block stops
-        computed = torch.arange(len(order.source), device=tokens.device).unsqueeze(-1) < ends[-1]
-        # past the last block the kernel leaves whatever memory held, in the product and in its gradient
-        rows = dispatch.gather(tokens, order).where(computed, 0)
-        hidden = gated(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).where(computed, 0))
-        rows = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends).where(computed, 0)
-        return dispatch.scatter(rows, order, weights)
+        order = dispatch.sort(experts, self.num_experts)
+        *blocks, empty = dispatch.gather(tokens, order).split(order.sizes.tolist())
+        outputs = [
+            product(gated(product(rows, gate_up.to(rows.dtype))), down.to(rows.dtype))
+            for rows, gate_up, down in zip(blocks, self.gate_up, self.down)
+        ]
+        return dispatch.scatter(torch.cat([*outputs, torch.zeros_like(empty)]), order, weights)
 
     def flatten(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
         """Check and merge leading axes -> x (tokens, dim), experts and weights (tokens, top_k), x's shape"""
@@ -166,9 +137,3 @@ class Experts(nn.Module):
         top_k = experts.shape[-1]
         return x.reshape(-1, self.dim), experts.reshape(-1, top_k), weights.reshape(-1, top_k), x.shape
 
-
-def pick(weights: Tensor, chosen: Tensor) -> Tensor:
-    """weights (experts, ...)[chosen], read in the order in which they lie in memory"""
-    if weights.is_contiguous():
-        return weights.index_select(0, chosen)
-    return weights.mT.index_select(0, chosen).mT

@@ -1,11 +1,8 @@
 """The Mixture-of-Experts layer: a router, the experts it chooses from, and those that are always on."""
 
-import inspect
-
-import torch
 from torch import Tensor, nn
 
-from .router import Routing
+from .router import Routing, described
 
 
 class MoE(nn.Module):
@@ -14,41 +11,31 @@ class MoE(nn.Module):
     x (..., dim) -> y (..., dim), routing
 
     Args:
-        router: any module x -> Routing. One whose forward takes `tokens` is given the token ids.
+        router: a `Router`, or any module x -> Routing. One whose call takes `tokens` is given the token ids.
         experts: `Experts`, or any module (x, routing) -> y.
         shared: the shared experts as one MLP, always on, with weight 1 outside the routed scale; or None.
     """
 
     def __init__(self, router: nn.Module, experts: nn.Module, shared: nn.Module | None = None):
         super().__init__()
+        about = described(router)
         for name in ("dim", "num_experts"):
-            ours, theirs = getattr(router, name, None), getattr(experts, name, None)
+            ours, theirs = getattr(about, name), getattr(experts, name, None)
             if ours is not None and theirs is not None and ours != theirs:
                 raise ValueError(f"router with {name}={ours}, experts with {name}={theirs}: they must agree")
         self.router = router
         self.experts = experts
         self.shared = shared
-        self.needs_tokens = "tokens" in inspect.signature(router.forward).parameters
+        self.needs_tokens = about.needs_tokens
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
         """tokens (...) int64: the token ids that x came from, for a router that needs them."""
         routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
         if not isinstance(routing, Routing):
             raise ValueError(
-                f"{type(self.router).__name__} gave a {type(routing).__name__}, not a moe.Routing"
+                f"{type(self.router).__name__} returned a {type(routing).__name__}, not a moe.Routing"
             )
         y = self.experts(x, routing)
         if self.shared is not None:
             y = y + self.shared(x)  # V3 eq. 12; the same input as the router, never scaled
-        return y, routing
-
-    def step(self, x: Tensor, count: int, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x (filled, dim), of which the first `count` rows are tokens and the rest fill up -> the same"""
-        routed = x
-        if getattr(self.router, "mixes_tokens", False):  # what fills up must not take the tokens' places
-            routed, tokens = x[:count], None if tokens is None else tokens[:count]
-        routing = self.router(routed, tokens=tokens) if self.needs_tokens else self.router(routed)
-        routing = Routing(*(part[:count] for part in routing))
-        y = torch.zeros_like(x) if self.shared is None else self.shared(x)
-        y[:count] += self.experts(x[:count], routing)
         return y, routing

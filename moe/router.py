@@ -1,25 +1,72 @@
 """Routers: which experts does a token go to, and how much does each of them count?"""
 
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .fast import router_logits, sigmoid
 
 
 class Routing(NamedTuple):
-    """What a router decided, and what it decided it from. Leading axes are those of the input.
-
-    Any module that returns one of these is a router.
-    """
+    """What a router decided, and what it decided it from. Leading axes are those of the input."""
 
     experts: Tensor  # (..., top_k) int64, in no promised order; -1 is an empty slot, never dispatched
     weights: Tensor  # (..., top_k), how much each chosen expert's output counts
     scores: Tensor  # (..., experts), the affinities, without selection bias
-    logits: Tensor  # (..., experts), what the affinities were made from
+    logits: Tensor  # (..., experts), what the affinities were computed from
+    asked: Tensor | None = None  # (..., top_k) int64, `experts` before any were dropped; None: none were
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
+        """The same change to every field that is there, as a slice of the leading axes."""
+        return Routing(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
-class SoftmaxRouter(nn.Module):
+class Router(nn.Module):
+    """What the rest of the package may ask of a router, with the answers of one that says nothing.
+
+    x (..., dim) -> Routing
+
+    Any module with that call is a router; a subclass of this one can say more about itself.
+
+    Attributes:
+        dim: width of x; None: any.
+        num_experts: how many experts there are to choose from; None: not stated.
+        bias: (num_experts,) selection bias, a buffer in fp32 for `balance.update_bias_`; None: it has none.
+        mixes_tokens: a token's experts depend on the other tokens of the call, in evaluation too.
+        needs_tokens: the call takes the token ids as `tokens`, (...) int64.
+        needs_mask: the call takes a `mask`, (...) bool, True for a real token.
+    """
+
+    dim: int | None = None
+    num_experts: int | None = None
+    bias: Tensor | None
+    mixes_tokens: bool = False
+    needs_tokens: bool = False
+    needs_mask: bool = False
+
+    def __init__(self, dim: int | None = None, num_experts: int | None = None):
+        super().__init__()
+        self.dim = dim
+        self.num_experts = num_experts
+        self.register_buffer("bias", None)
+
+
+def described(router: nn.Module) -> Router:
+    """A router itself; for a module that is no `Router`, a record of what it has and what its call takes."""
+    if isinstance(router, Router):
+        return router
+    found = Router(getattr(router, "dim", None), getattr(router, "num_experts", None))
+    bias, takes = getattr(router, "bias", None), inspect.signature(router.forward).parameters
+    found.bias = bias.detach() if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter) else None
+    found.mixes_tokens = getattr(router, "mixes_tokens", False)
+    found.needs_tokens, found.needs_mask = "tokens" in takes, "mask" in takes
+    return found
+
+
+class SoftmaxRouter(Router):
     """Token-choice router of DeepSeek-V2: softmax over all experts, then top-k, not renormalised by default.
 
     x (..., dim) -> Routing
@@ -46,10 +93,8 @@ class SoftmaxRouter(nn.Module):
         normalize: bool = False,
         routed_scaling_factor: float = 1.0,
     ):
-        super().__init__()
         check_sizes(dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor)
-        self.dim = dim
-        self.num_experts = num_experts
+        super().__init__(dim, num_experts)
         self.top_k = top_k
         self.num_groups = num_groups
         self.top_groups = top_groups
@@ -69,7 +114,7 @@ class SoftmaxRouter(nn.Module):
         return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
 
 
-class SigmoidRouter(nn.Module):
+class SigmoidRouter(Router):
     """Token-choice router of DeepSeek-V3: sigmoid affinities, selection bias, group-limited top-k.
 
     x (..., dim) -> Routing
@@ -88,6 +133,7 @@ class SigmoidRouter(nn.Module):
     """
 
     group_best = 2  # a group is as good as its two best experts together
+    bias: Tensor
 
     def __init__(
         self,
@@ -99,22 +145,19 @@ class SigmoidRouter(nn.Module):
         normalize: bool = True,
         routed_scaling_factor: float = 1.0,
     ):
-        super().__init__()
         check_sizes(dim, num_experts, top_k, num_groups, top_groups, self.group_best, routed_scaling_factor)
-        self.dim = dim
-        self.num_experts = num_experts
+        super().__init__(dim, num_experts)
         self.top_k = top_k
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.normalize = normalize
         self.routed_scaling_factor = routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.bias: Tensor
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
         nn.init.normal_(self.weight, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Routing:
-        logits = router_logits(x, self.weight)  # (..., experts)
+        logits = router_logits(x, self.weight)  # (..., experts); u_t . e_i, in fp32
         scores = sigmoid(logits)  # V3 eq. 15
         choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
         experts = choice.topk(self.top_k).indices  # V3 eq. 16; the bias decides who is chosen ...
@@ -124,74 +167,15 @@ class SigmoidRouter(nn.Module):
         return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
 
     def _apply(self, fn, recurse=True):
-        """Module.to(bfloat16) and friends: the bias moves along, but stays in fp32 or better.
+        """Module.to(bfloat16) and the like: the bias moves along, but stays in fp32 or better.
 
         In bf16 hundreds of distinct biases become a handful, and steps of 0.001 are lost.
         """
         bias = self.bias
         super()._apply(fn, recurse)
-        if self.bias.dtype.itemsize < 4:
+        if self.bias is not None and bias is not None and self.bias.dtype.itemsize < 4:
             self.bias = bias.to(self.bias.device)
         return self
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The gate's matrix product, in fp32 whatever x is: in bf16 near ties would flip.
-
-    x (..., dim), weight (experts, dim) -> (..., experts)
-    """
-    num_experts, dim = weight.shape
-    if x.ndim == 0 or x.shape[-1] != dim or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected floating-point (..., dim={dim})")
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    rows = x.reshape(-1, dim)
-    product = Product.apply if torch.is_grad_enabled() else Product.compute
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            logits = product(rows, weight, dtype)
-    else:
-        logits = product(rows, weight, dtype)
-    return logits.view(*x.shape[:-1], num_experts)
-
-
-class Product(torch.autograd.Function):
-    """rows weight^T in a wider dtype, each row's bits alike whatever the other rows are and however many.
-
-    rows (tokens, dim), weight (experts, dim) -> (tokens, experts). Kept for the backward pass as they are.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        return Product.compute(rows, weight, dtype)
-
-    @staticmethod
-    def compute(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        count, num_experts = len(rows), len(weight)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-        if rows.is_cpu and not torch.compiler.is_compiling():
-            # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last
-            # bit can flip an expert. With rows in multiples of 8 and experts of 32 it depends on neither.
-            rows, weight = fill(rows, 8), fill(weight, 32)
-        return F.linear(rows, weight)[:count, :num_experts].contiguous()  # V3 eq. 15: u_t . e_i
-
-    @staticmethod
-    def backward(ctx, d_logits: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight = ctx.saved_tensors
-        d_rows = torch.mm(d_logits, weight.to(d_logits.dtype)).to(rows.dtype)
-        return d_rows, torch.mm(d_logits.t(), rows.to(d_logits.dtype)).to(weight.dtype), None
-
-
-def fill(rows: Tensor, multiple: int) -> Tensor:
-    """rows (n, dim) -> n rounded up to a multiple, zeros behind"""
-    return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
-
-
-def sigmoid(logits: Tensor) -> Tensor:
-    """torch.sigmoid, but every number is rounded alike: on a CPU that one rounds the last few of a tensor
-    differently from the rest, so that a token's scores would depend on how many tokens come with it.
-    """
-    return 1 / (1 + (-logits.clamp(min=-80)).exp())  # exp(89) is infinite in fp32, and its gradient NaN
 
 
 def keep_best_groups(choice: Tensor, num_groups: int, top_groups: int, group_best: int) -> Tensor:
@@ -234,3 +218,15 @@ def check_sizes(
         )
     if not 0 < scale < float("inf"):
         raise ValueError(f"routed_scaling_factor={scale} must be positive and finite")
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for an id outside the vocabulary.
+
+    Only on a CPU: elsewhere the look would make the device wait, and torch.compile would break its graph.
+    """
+    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} {wrong} is not in the vocabulary, 0..{vocab_size - 1}")

@@ -13,17 +13,16 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from .capacity import check_factor, room
-from .router import Routing, check_sizes, router_logits
+from .fast import router_logits
+from .router import Router, Routing, check_ids, check_sizes
 
 
-class Gate(nn.Module):
+class Gate(Router):
     """What the learned routers here have in common: one row of weights for each expert."""
 
     def __init__(self, dim: int, num_experts: int, top_k: int):
-        super().__init__()
         check_sizes(dim, num_experts, top_k, 1, 1, 1, 1.0)
-        self.dim = dim
-        self.num_experts = num_experts
+        super().__init__(dim, num_experts)
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.normal_(self.weight, std=dim**-0.5)
@@ -142,7 +141,7 @@ class ExpertChoiceRouter(Gate):
         return Routing(experts, scores.where(chosen, 0), scores, logits)
 
 
-class HashRouter(nn.Module):
+class HashRouter(Router):
     """Hash layer (Roller et al. 2021, arXiv 2106.04426): a fixed table says each token id's expert.
 
     x (..., dim), tokens (...) int64 -> Routing; its scores are 1 for the expert and 0 for the others
@@ -152,15 +151,16 @@ class HashRouter(nn.Module):
         seed: of the random table. The table is not saved: it is made from the seed again.
     """
 
+    needs_tokens = True
+
     def __init__(self, num_experts: int, vocab_size: int, top_k: int = 1, seed: int = 0):
-        super().__init__()
+        super().__init__(num_experts=num_experts)
         check_top_k(self, top_k, 1)
         check_sizes(1, num_experts, top_k, 1, 1, 1, 1.0)
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} must be at least 1")
         if not isinstance(seed, int):
             raise ValueError(f"seed={seed!r} must be a whole number: the table is made from it again")
-        self.num_experts = num_experts
         self.top_k = top_k
         draw = random.Random(seed).random  # unlike torch's, its numbers are promised to stay what they are
         table = torch.tensor([int(draw() * num_experts) for _ in range(vocab_size)])  # (vocab,)
@@ -180,16 +180,15 @@ class HashRouter(nn.Module):
         return Routing(experts, weights, scores, scores.log())
 
 
-class RandomRouter(nn.Module):
+class RandomRouter(Router):
     """The baseline: top_k different experts at random, others at each call, in training and after.
 
     x (..., dim) -> Routing; all scores alike
     """
 
     def __init__(self, num_experts: int, top_k: int):
-        super().__init__()
         check_sizes(1, num_experts, top_k, 1, 1, 1, 1.0)
-        self.num_experts = num_experts
+        super().__init__(num_experts=num_experts)
         self.top_k = top_k
 
     def forward(self, x: Tensor) -> Routing:
@@ -260,18 +259,6 @@ def of_length_1(x: Tensor) -> Tensor:
     """x (..., dim) -> the same in fp32 or better, each row of length 1; a row of zeros stays what it is"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
-
-
-def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for an id outside the vocabulary.
-
-    Only on a CPU: elsewhere the look would make the device wait, and torch.compile would break its graph.
-    """
-    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name} {wrong} is not in the vocabulary, 0..{vocab_size - 1}")
 
 
 def check_top_k(router: nn.Module, top_k: int, fits: int) -> None:

@@ -32,7 +32,10 @@ import matplotlib.pyplot as plt
 import torch
 
 import lm
-from lm import count, data, info, report, runs, train
+from lm import count, data, train
+from lm import run as runs
+from lm.report import info
+from lm.report import run as report
 from lm.tokenizer import ByteTokenizer
 
 matplotlib.use("agg")  # a script shows no window; a notebook shows its pictures:

@@ -28,7 +28,8 @@ import matplotlib.pyplot as plt
 import torch
 
 import lm
-from lm import count, info
+from lm import count
+from lm.report import info
 from mla import GroupedQueryAttention, MultiheadLatentAttention
 
 sys.path.append(str(Path(lm.__file__).parents[1]))  # where experiments/ lies

@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import lm
-from lm.model import build_rope
+from lm.parts import build_rope
 from mla import Linear, MultiheadLatentAttention, RotaryEmbedding
 from mla.rope import frequencies
 

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(lm.__file__).parents[1]))  # experiments/ lies besid
 from experiments import balance as experiment
 from experiments import common
 from experiments.common import plt
-from lm import data, runs
+from lm import data
+from lm import run as runs
 from moe import balance
 
 # %matplotlib inline

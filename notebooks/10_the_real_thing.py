@@ -33,7 +33,10 @@ from safetensors.torch import load_file
 
 import lm
 import moe
-from lm import architectures, checkpoint, count, info, names
+from lm import checkpoint, count
+from lm.hub import families as names
+from lm.hub import translate as architectures
+from lm.report import info
 
 warnings.filterwarnings("ignore", "IProgress not found")  # nothing here has a progress bar
 try:
@@ -163,8 +166,8 @@ assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 print(f"{len(first)} tensors in memory, {len(files[0])} in the file: all equal")
 
 # %% [markdown]
-# Not one bit. The whole translation is a table of names, in [lm/names.py](../lm/names.py). For a layer with
-# experts, with the papers' symbols:
+# Not one bit. The whole translation is a table of names, [families.py](../lm/hub/families.py). For a
+# layer with experts, with the papers' symbols:
 
 # %%
 symbols = {name.ours: name.symbol for name in names.BLOCK}
@@ -260,4 +263,4 @@ figure.tight_layout()
 # ([exercises/14_gate_scale.py](../exercises/14_gate_scale.py)).
 #
 # **To read**: DeepSeek-V3, arXiv 2412.19437 sections 2.1 and 4.2, beside [lm/model.py](../lm/model.py),
-# [lm/hf.py](../lm/hf.py) and [docs/names.md](../docs/names.md).
+# [lm/hub/hf.py](../lm/hub/hf.py) and [docs/names.md](../docs/names.md).

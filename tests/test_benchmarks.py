@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ import torch
 from benchmarks.peers import loop_over_experts, speed_model, with_attention
 from benchmarks.speed import at_context
 from lm.config import Config
-from lm.model import Transformer, build_moe
-
-ROOT = Path(__file__).parent.parent
+from lm.inference.step import Decoder
+from lm.model import Transformer
+from lm.parts import build_moe
+from tests.helpers import ROOT
 
 
 def test_the_loop_over_experts_is_the_layer():
@@ -30,12 +30,16 @@ def test_the_rivals_differ_in_attention_alone():
 
 
 @torch.no_grad()
-def test_a_decoding_call_stands_at_its_context():
+def test_a_decoding_call_stands_at_its_context(monkeypatch):
     model = Transformer(Config.preset("nano").model)
     seen = []
-    step = model.step
-    model.step = lambda tokens, pools, plan: (
-        seen.append((plan.rows, int(plan.positions[0]))) or step(tokens, pools, plan)
+    step = Decoder.step
+    monkeypatch.setattr(
+        Decoder,
+        "step",
+        lambda decoder, tokens, pools, plan: (
+            seen.append((plan.rows, int(plan.positions[0]))) or step(decoder, tokens, pools, plan)
+        ),
     )
     call = at_context(model, 300, 3, steps=4)
     assert call().shape == (3, 256)

@@ -6,21 +6,22 @@ import importlib.util
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm import count, info
+from lm import count
 from lm.config import AttentionConfig, Config, ModelConfig
+from lm.report import info
 from mla import MultiheadLatentAttention
 
 pytest.importorskip("selenium")
 from selenium.webdriver.common.keys import Keys
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 NAMES = ("cache", "absorption")
 EMBEDDED = re.compile(r'(?<=<script type="application/json" id="data">).*?(?=</script>)', re.S)
 

@@ -5,12 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jupytext
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 EXERCISES = {path.stem.partition("_")[2].replace("_", "-") for path in (ROOT / "exercises").glob("[0-9]*.py")}
 each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 ARROWS = {  # who may import whom of ours; the order of building, too
     "moe": set(),
     "mla": set(),
@@ -68,8 +68,6 @@ def test_nothing_pickled_is_read_and_no_text_is_run(path):
     for node in ast.walk(tree := ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             forbidden = {"eval", "exec", "compile", "__import__"}
-            if path.parts[-2:] in (("lm", "overlay.py"), ("lm", "check.py")):  # a student's answers are run
-                forbidden -= {"exec", "compile"}
             assert node.func.id not in forbidden, f"line {node.lineno}"
         if isinstance(node, ast.Attribute):
             pickled = ("torch.load", "torch.save", "torch.hub", "torch.package")

@@ -6,14 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
 from mkdocs.exceptions import PluginError
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
 
 

@@ -3,13 +3,12 @@
 import ast
 import dataclasses
 import textwrap
-from pathlib import Path
 
 import pytest
 
-from lm import exercise, homework, source, teacher, verdict
+from exercises.grader import exercise, homework, source, teacher, verdict
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXERCISES = exercise.load_all(ROOT / "exercises")
 EACH = pytest.mark.parametrize("about", EXERCISES.values(), ids=EXERCISES)
 

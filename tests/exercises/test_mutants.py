@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lm import exercise, homework, source, verdict
+from exercises.grader import exercise, homework, source, verdict
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXERCISES = exercise.load_all(ROOT / "exercises")
 LEFT_OUT = ("Bit", "Shift", "FloorDiv", "Mod", "Decorator", "Exception", "Variable")  # what is no likely slip
 SAME = (  # lines that say what ours say, in other words: answers that are right

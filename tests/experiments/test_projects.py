@@ -3,11 +3,11 @@
 import argparse
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 GIVEN = argparse.Namespace(quick=False)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 WITH_PICTURE = (
     *("faster", "cache", "balance", "shared_expert", "fineness", "convert"),
     *("architectures", "specialization", "expert_choice", "rope", "rivals", "projects"),

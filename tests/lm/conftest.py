@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from lm.config import Config
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
 
 MODEL = {
     "dim": 16,
@@ -94,6 +93,7 @@ def tiny(text_file):
 def make_model():
     """A Transformer of a Config's model section, with drawn weights, in float64 unless told."""
     from lm.model import Transformer
+    from moe.router import described
 
     def make(config, dtype=torch.float64, seed=0, std=0.3):
         model = Transformer(config)
@@ -105,7 +105,7 @@ def make_model():
                 elif parameter.ndim == 1:
                     parameter.uniform_(0.5, 1.5, generator=generator)
             for router in model.routers():
-                if hasattr(router, "bias"):
+                if described(router).bias is not None:
                     router.bias.normal_(0.0, 0.1, generator=generator)
         return model.to(dtype)
 
@@ -124,7 +124,8 @@ def peers():
 @pytest.fixture(scope="session")
 def trained_once(tiny, tmp_path_factory):
     """A finished run with its report. Only to be read."""
-    from lm import report, train
+    from lm import train
+    from lm.report import run as report
 
     run = tmp_path_factory.mktemp("trained") / "run"
     assert train.train(tiny(), run) == 0
@@ -164,8 +165,8 @@ def options(tiny):
 
 # Run in the child first, this leaves out what takes longer than training a small model.
 QUICK = """
-import itertools, lm.report, lm.train
-lm.report.write = lambda run, **trust: run / "report.html"
+import itertools, lm.report.run, lm.train
+lm.report.run.write = lambda run, **trust: run / "report.html"
 stream = lm.train.stream
 lm.train.stream = lambda *a, **k: itertools.islice(stream(*a, **k), 10)
 """
@@ -189,7 +190,7 @@ class Ended:
 # Forks a child for each command, which spares it the seconds that importing torch takes.
 NURSERY = """
 import gc, json, os, signal, sys, traceback
-import lm.cli, lm.decode, lm.report, lm.train
+import lm.cli, lm.inference.generate, lm.report.run, lm.train
 import torch._dynamo  # building an optimizer imports it, in a second
 gc.freeze()
 print("ready", flush=True)
@@ -313,7 +314,7 @@ class Running:
 @pytest.fixture(scope="session")
 def serving():
     """with serving(served, host=...) as running: a server on a free port, stopped at the end."""
-    from lm import serve
+    from lm.serve import app as serve
 
     @contextmanager
     def run(served, host="127.0.0.1", send_buffer=None):
@@ -346,10 +347,11 @@ def served_folder(tiny, make_model, tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_served(served_folder):
     """make_served(max_queue=2): what a server serves, with limits of one's own."""
-    from lm import answers, talk
+    from lm.hub import folder
+    from lm.serve import answers
     from lm.tokenizer import ByteTokenizer
 
-    model, config, _ = talk.open_model(served_folder, False, "cpu")
+    model, config, _ = folder.open_folder(served_folder, False, "cpu")
 
     def make(**limits):
         return answers.Served(model, config, ByteTokenizer(), served_folder.name, answers.Limits(**limits))
@@ -399,7 +401,7 @@ class Scripted:
 @pytest.fixture(scope="session")
 def scripted_with():
     """scripted_with(monkeypatch, text, permits): servers made from now on have an engine that says this."""
-    from lm import answers
+    from lm.serve import answers
 
     def make(monkeypatch, text, permits=None):
         kind = type("Scripted", (Scripted,), {"text": text.encode(), "permits": permits})

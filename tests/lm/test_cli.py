@@ -7,25 +7,17 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from lm import checkpoint, cli, count, data, decode, train
+from lm import checkpoint, cli, count, data, train
 from lm.config import Config, preset_names
-from lm.runs import read_metrics
+from lm.inference import generate as decode
+from lm.run import read_metrics
+from tests.helpers import ROOT, content
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "import sys; from lm.cli import main; sys.exit(main())"  # as the installed `lm` script
-
-
-def content(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def lm(*arguments, **how):

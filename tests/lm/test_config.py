@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tomllib
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 
 from lm.config import Config, Section, preset_names
 from lm.model import Transformer
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAIN = st.characters(exclude_categories=["Cs"])  # any text but lone surrogates, which no file holds
 TOML_VALUES = st.recursive(
     st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(PLAIN),

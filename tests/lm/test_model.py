@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lm.config import Config
-from lm.model import Output, Transformer, build_attention
+from lm.model import Output, Transformer
+from lm.parts import build_attention
 from mla import GroupedQueryAttention, Linear, Llama3, MultiheadLatentAttention, YaRN
 from moe import Gated, MoE, Routing, SigmoidRouter, SoftmaxRouter, SwiGLU
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.tokenizer import ByteTokenizer, open_tokenizer
+from lm.hub.tokenizer import open_tokenizer
+from lm.tokenizer import ByteTokenizer
 
 tokenizer = ByteTokenizer()
 

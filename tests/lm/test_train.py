@@ -10,23 +10,22 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lm import checkpoint, count, data, loss, machine, own, train
+from lm import checkpoint, count, data, loss, machine, parts, train
 from lm.config import Config
-from lm.decode import stream
+from lm.inference.generate import stream
 from lm.model import Transformer
 from lm.optim import learning_rate
-from lm.runs import read_metrics
-from lm.train import RunFailed, Trainer
+from lm.run import RunFailed, read_metrics
+from lm.train import Trainer
 from moe import balance
+from tests.helpers import ROOT, content
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("seconds", "tokens_per_second")
 LOSSES = {  # name in the config -> of a routing, with the step's counts so far
     "sequence_loss": lambda routing, counts: balance.sequence_loss(routing),
@@ -132,14 +131,6 @@ def stored(run):
             sums[key] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     state = json.loads((newest / "state.json").read_text())
     return sums, {key: state[key] for key in ("step", "tokens", "dtype")}
-
-
-def content(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def equal_runs(one, other):
@@ -365,9 +356,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 
 
 SLOW_SAVE = """
-import lm.train as t, time
-save = t.Trainer.save
-t.Trainer.save = lambda self, log: time.sleep(60) if self.signal else save(self, log)
+import lm.run, time
+save = lm.run.Run.save
+lm.run.Run.save = lambda self, *state: time.sleep(60) if self.signal else save(self, *state)
 """
 
 
@@ -1014,7 +1005,7 @@ def test_the_machine_is_asked_for_the_device_first(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "body, said",
     [
-        ("return x", "ValueError: Odd gave a Tensor, not a moe.Routing"),
+        ("return x", "ValueError: Odd returned a Tensor, not a moe.Routing"),
         ("return Routing(torch.full((*x.shape[:-1], 2), 99), x[..., :2], x, x)", ": "),
         ("raise RuntimeError('not this')", "RuntimeError: not this"),
         ("return Routing(x[..., :2].argsort(), x[..., :2], x[..., :3], x)", r"scores are \(2, 4, 3\)"),
@@ -1046,5 +1037,5 @@ def test_the_first_pass_is_one_of_a_copy(tiny):
     ungrouped = {"num_groups": 1, "top_groups": 1, "routed_scaling_factor": 1.0}
     annealed = {"router": "exercises.projects.annealed:AnnealedRouter", "arguments": {"passes": 7}}
     model = Transformer(tiny(moe=ungrouped | annealed).model)
-    own.try_parts(model.train())
+    parts.try_parts(model.train())
     assert [router.passed for router in model.routers()] == [0, 0]

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mla import KVCache, LatentCache, PagedLatentCache
+from mla import KVCache, LatentCache
 
 LATENT, ROPE, KV_HEADS, HEAD_DIM = 3, 2, 2, 4
 
@@ -17,10 +17,6 @@ def latent_cache(batch, max_length, **options):
 
 def kv_cache(batch, max_length, **options):
     return KVCache(batch, max_length, KV_HEADS, HEAD_DIM, **options)
-
-
-def paged_cache(batch, max_length, **options):
-    return PagedLatentCache(batch, max_length, LATENT, ROPE, **options)
 
 
 def parts(kind, values):
@@ -36,11 +32,9 @@ class CacheMachine(RuleBasedStateMachine):
     """Rows are lists of numbers; each number stands for a token."""
 
     kind = staticmethod(latent_cache)
-    unit = 1  # how many tokens a step of the machine's numbers is: pages need more to be crossed
 
     @initialize(batch=st.integers(1, 3), max_length=st.integers(1, 8))
     def start(self, batch, max_length):
-        max_length *= self.unit
         self.cache = self.kind(batch, max_length)
         self.rows = [[] for _ in range(batch)]
         self.max_length = max_length
@@ -48,7 +42,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(time=st.integers(1, 4))
     def append(self, time):
-        time *= self.unit
         values = torch.arange(self.written, self.written + len(self.rows) * time).view(-1, time).float()
         self.written += values.numel()
         total = max(map(len, self.rows)) + time
@@ -94,22 +87,9 @@ class KVCacheMachine(CacheMachine):
     kind = staticmethod(kv_cache)
 
 
-class PagedCacheMachine(CacheMachine):
-    kind = staticmethod(paged_cache)
-    unit = 40
-
-    @invariant()
-    def no_page_is_lost(self):
-        if hasattr(self, "cache"):
-            held = sum(len(row.pages) for row in self.cache.rows)
-            assert held + self.cache.pages.available == len(self.cache.pages.holders)
-            assert held == sum(-(-len(row) // 64) for row in self.rows)
-
-
-for machine in (CacheMachine, KVCacheMachine, PagedCacheMachine):
+for machine in (CacheMachine, KVCacheMachine):
     machine.TestCase.settings = settings(max_examples=50)
 TestLatentCacheEqualsAList = CacheMachine.TestCase
-TestPagedCacheEqualsAList = PagedCacheMachine.TestCase
 TestKVCacheEqualsAList = KVCacheMachine.TestCase
 
 
@@ -141,7 +121,7 @@ def test_without_gradients_the_memory_is_allocated_once(kind):
     assert cache.entries.data_ptr() == address
 
 
-@pytest.mark.parametrize("make", [LatentCache, KVCache, PagedLatentCache])
+@pytest.mark.parametrize("make", [LatentCache, KVCache])
 @pytest.mark.parametrize("sizes", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, -9, 2)])
 def test_sizes_below_1_are_refused(make, sizes):
     with pytest.raises(ValueError, match="must be at least 1"):
@@ -175,18 +155,3 @@ def test_keys_and_values_that_do_not_fit_are_refused(key, value):
 def test_lengths_that_do_not_fit_are_refused(length):
     with pytest.raises(ValueError, match=r"expected whole numbers, one or \(2,\)"):
         latent_cache(2, 4).truncate(length)
-
-
-def test_a_paged_cache_takes_memory_as_it_grows():
-    cache = paged_cache(2, 1000)
-    assert cache.nbytes == 0 and cache.max_length == 1000
-    cache.append(*parts(paged_cache, torch.rand(2, 65)))
-    assert cache.nbytes == 2 * 2 * 64 * (LATENT + ROPE) * 4
-    cache.truncate([64, 0])
-    assert cache.nbytes == 64 * (LATENT + ROPE) * 4
-
-
-def test_a_paged_cache_keeps_no_gradient_and_says_so():
-    latent, k_rope = (part.requires_grad_() for part in parts(paged_cache, torch.rand(1, 2)))
-    with pytest.raises(ValueError, match="keeps no gradient"):
-        paged_cache(1, 8).append(latent, k_rope)

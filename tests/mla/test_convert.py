@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mla import GroupedQueryAttention, Llama3, PagedLatentCache, RotaryEmbedding, YaRN, to_mla
+from mla import GroupedQueryAttention, Llama3, RotaryEmbedding, YaRN, to_mla
 from mla.convert import inputs, relative_error, turned
+from mla.paged import PAGE, Plan, entry_of, step_of
 
 BATCH, TIME, DIM, HEADS, HEAD_DIM = 2, 11, 50, 6, 8
 KV_HEADS = pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])  # MHA, GQA twice, MQA
@@ -57,14 +58,18 @@ def test_at_full_size_the_outputs_are_the_same(kv_heads, rope):
 def test_at_full_size_so_are_steps_through_every_kind_of_cache(kv_heads, rope):
     gqa, x = make(kv_heads, rope=rope), some_x()
     mla, want = to_mla(gqa), gqa(x)
-    paged = PagedLatentCache(BATCH, TIME, mla.kv_lora_rank, mla.qk_rope_head_dim, torch.float64)
     for sizes in ([TIME], [1] * TIME, [5, 1, 1, 4]):
         cache, old = mla.new_cache(BATCH, TIME), gqa.new_cache(BATCH, TIME)
         for chunk, part in zip(x.split(sizes, dim=1), want.split(sizes, dim=1)):
             close(mla(chunk, cache), part)
             close(gqa(chunk, old), part)
-    for chunk, part in zip(x.split(1, dim=1), want.split(1, dim=1)):
-        close(mla(chunk, paged), part)
+    step = step_of(type(mla))
+    heads, width, dtype, device = entry_of(mla, step)
+    pool = torch.zeros(BATCH, heads, PAGE, width, dtype=dtype, device=device)
+    for at, part in enumerate(want.unbind(1)):
+        plan = Plan([[row] for row in range(BATCH)], [at] * BATCH, 1, device)
+        rows = torch.nn.functional.pad(x[:, at], (0, 0, 0, plan.filled - BATCH))
+        close(step.run(mla, rows, pool, plan)[:BATCH], part)
     # positions 3 on, behind other texts of unequal length
     cache = mla.new_cache(BATCH, TIME)
     mla(x[:, :5], cache)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe import Experts, Gated, Routing, SwiGLU
+from moe import Experts, Gated, Routing, SwiGLU, fast
 
 NUM_EXPERTS, DIM, HIDDEN = 5, 7, 3
 FIRST = torch.zeros(4, 2, dtype=torch.int64)
@@ -64,16 +64,18 @@ def gradients(y, of):
 
 
 @pytest.mark.parametrize("experts", ROUTINGS.values(), ids=ROUTINGS)
-@pytest.mark.parametrize("path", ["forward", "reference", "by_block", "by_slot"])
+@pytest.mark.parametrize("path", ["forward", "product", "reference", "by_block", "by_slot"])
 def test_output_and_gradients_equal_the_equation(path, experts):
     layer = Experts(NUM_EXPERTS, DIM, HIDDEN).double()
     x, weights = inputs(experts)
     parameters = (x, weights, layer.gate_up, layer.down)
     want = by_hand(x, experts, weights, layer.gate_up, layer.down)
-    given = (x, routing_of(experts, weights))
     if path in ("by_block", "by_slot"):
-        given = (x, experts, weights, layer.gate_up, layer.down)
-    y = getattr(layer, path)(*given)
+        y = getattr(fast, path)(x, experts, weights, layer.gate_up, layer.down)
+    else:
+        layer.product = torch.nn.functional.linear if path == "product" else None
+        run = layer.reference if path == "reference" else layer
+        y = run(x, routing_of(experts, weights))
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-14)
     if y.requires_grad:  # not where the loop of the equation had nothing to do
         for mine, theirs in zip(gradients(y, parameters), gradients(want, parameters)):
@@ -87,7 +89,7 @@ def test_one_grouped_product_equals_the_equation(dtype, experts):
     x, weights = inputs(experts, dtype, dim=16)
     parameters = (x, weights, layer.gate_up, layer.down)
     want = by_hand(x.double(), experts, weights.double(), layer.gate_up.double(), layer.down.double())
-    y = layer.grouped(x, experts, weights, layer.gate_up, layer.down)
+    y = fast.grouped(x, experts, weights, layer.gate_up, layer.down)
     close = 1e-6 if dtype == torch.float32 else 2e-2
     pairs = [(y, want), *zip(gradients(y, parameters), gradients(want, parameters))]
     for mine, theirs in pairs:
@@ -98,11 +100,32 @@ def test_one_grouped_product_equals_the_equation(dtype, experts):
 def test_without_any_token_every_gradient_is_0_and_none_is_missing(name):
     layer = Experts(NUM_EXPERTS, 16, 8)
     x, weights = inputs(ROUTINGS[name], torch.float32, dim=16)
-    for run in (layer.by_block, layer.grouped):
+    for run in (fast.by_block, fast.grouped):
         y = run(x, ROUTINGS[name], weights, layer.gate_up, layer.down)
         assert y.shape == x.shape and not y.any()
         for gradient in torch.autograd.grad(y.sum(), (x, weights, layer.gate_up, layer.down)):
             assert not gradient.any()
+
+
+def test_a_product_of_your_own_is_called_for_every_expert_even_without_rows():
+    layer, called = Experts(NUM_EXPERTS, 16, 8), []
+
+    def product(rows, weight):
+        called.append((len(rows), tuple(weight.shape)))
+        return 2 * torch.nn.functional.linear(rows, weight)
+
+    experts = torch.zeros(5, 1, dtype=torch.int64)
+    x, weights = inputs(experts, torch.float32, dim=16)
+    layer.product = product
+    y = layer(x, routing_of(experts, weights))
+    assert sorted(called) == sorted(
+        [(5, (16, 16)), (5, (16, 8))] + (NUM_EXPERTS - 1) * [(0, (16, 16)), (0, (16, 8))]
+    )
+    gate, up = (4 * x @ layer.gate_up[0].T / 2).chunk(2, -1)
+    want = 2 * (torch.nn.functional.silu(gate) * up) @ layer.down[0].T * weights
+    torch.testing.assert_close(y, want)
+    y.sum().backward()
+    assert layer.gate_up.grad is not None and not layer.gate_up.grad[1:].any()
 
 
 def test_gradients_equal_finite_differences():
@@ -110,7 +133,7 @@ def test_gradients_equal_finite_differences():
     experts = torch.tensor([[0, 2], [2, -1]] * 9)
     x, weights = torch.randn(18, 4, dtype=torch.float64), torch.rand(18, 2, dtype=torch.float64)
     given = [t.detach().requires_grad_() for t in (x, weights, layer.gate_up, layer.down)]
-    assert torch.autograd.gradcheck(lambda x, *rest: layer.by_block(x, experts, *rest), given)
+    assert torch.autograd.gradcheck(lambda x, *rest: fast.by_block(x, experts, *rest), given)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +171,10 @@ def test_a_sick_token_does_not_disturb_the_others(path, tokens, sick, poison):
     experts = torch.randint(-1, NUM_EXPERTS, (tokens, 2))
     experts[sick, 0] = 1
     x, weights = inputs(experts, torch.float32, dim=16)
-    clean = getattr(layer, path)(x, experts, weights, layer.gate_up, layer.down)
+    clean = getattr(fast, path)(x, experts, weights, layer.gate_up, layer.down)
     bad = x.detach().clone()
     bad[sick] = poison
-    y = getattr(layer, path)(bad, experts, weights, layer.gate_up, layer.down)
+    y = getattr(fast, path)(bad, experts, weights, layer.gate_up, layer.down)
     others = torch.arange(tokens) != sick
     assert torch.equal(y[others], clean[others])
     assert not torch.equal(y[sick], clean[sick])

@@ -201,5 +201,5 @@ def test_a_router_that_gives_no_routing_is_refused(gives):
         def forward(self, x):
             return gives(x)
 
-    with pytest.raises(ValueError, match=r"^Odd gave a (Tensor|tuple), not a moe\.Routing"):
+    with pytest.raises(ValueError, match=r"^Odd returned a (Tensor|tuple), not a moe\.Routing"):
         MoE(Odd(), Experts(4, 6, 3))(torch.randn(2, 6))

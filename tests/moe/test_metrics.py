@@ -109,7 +109,7 @@ def test_without_a_token_a_metric_is_0(by_hand):
 @pytest.mark.parametrize("by_hand", BY_HAND)
 def test_leading_axes_make_no_difference(by_hand):
     routing, mask = uneven(), some_mask()
-    flat = Routing(*(field.flatten(0, 1) for field in routing))
+    flat = routing.map(lambda field: field.flatten(0, 1))
     want = measure(by_hand.__name__, routing, mask)
     assert torch.equal(measure(by_hand.__name__, flat, mask.flatten(), DOMAINS.flatten()), want)
 

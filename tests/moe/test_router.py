@@ -53,7 +53,7 @@ def make(kind, sizes, dim=5, bias=None, **options):
 
 def same(a: Routing, b: Routing) -> bool:
     """Equal to the last bit, NaN equal to NaN."""
-    return all(torch.equal(x.nan_to_num(nan=-7.0), y.nan_to_num(nan=-7.0)) for x, y in zip(a, b))
+    return all(torch.equal(x.nan_to_num(nan=-7.0), y.nan_to_num(nan=-7.0)) for x, y in zip(a[:4], b[:4]))
 
 
 def by_expert(routing: Routing, num_experts: int):
@@ -198,7 +198,7 @@ def test_logits_are_computed_in_fp32(kind, how):
         router = router.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         routing = router(x.float() if how == "autocast" else x)
-    assert {f.dtype for f in routing[1:]} == {torch.float32} and routing.experts.dtype == torch.int64
+    assert {f.dtype for f in routing[1:4]} == {torch.float32} and routing.experts.dtype == torch.int64
     exact = x.double() @ router.weight.double().T
     assert (routing.logits.double() - exact).abs().max() < 5e-6  # bf16 would be off by 1e-2
 
@@ -227,12 +227,12 @@ def test_a_token_is_routed_alike_to_the_last_bit_whoever_comes_with_it(kind, dim
     x = torch.randn(1000, dim)
     whole = router(x)
     for n in range(1, 41):
-        assert same(router(x[:n]), Routing(*(field[:n] for field in whole))), n
+        assert same(router(x[:n]), whole.map(lambda field, n=n: field[:n])), n
     shuffle = torch.randperm(1000)
-    assert same(router(x[shuffle]), Routing(*(field[shuffle] for field in whole)))
+    assert same(router(x[shuffle]), whole.map(lambda field: field[shuffle]))
     for hostile in (1e30, -1e38, math.inf, math.nan):
         crowd = torch.cat((x[:5], torch.full((12, dim), hostile)))
-        both = zip(router(crowd), whole)
+        both = zip(router(crowd)[:4], whole[:4])
         assert all(torch.equal(field[:5], alone[:5]) for field, alone in both), hostile
 
 

@@ -103,10 +103,10 @@ def test_routing_equals_a_loop_over_the_equations(name):
 def test_leading_axes_are_kept_and_router_numbers_are_fp32_or_better(name, shape):
     router, tokens = make(name, torch.bfloat16), torch.randint(VOCAB, shape)
     routing = run(router, torch.randn(*shape, DIM, dtype=torch.bfloat16), tokens)
-    assert all(field.shape[:-1] == shape for field in routing)
+    assert all(field.shape[:-1] == shape for field in routing[:4])
     assert routing.scores.shape == routing.logits.shape == (*shape, NUM_EXPERTS)
     assert routing.weights.shape == routing.experts.shape and routing.experts.dtype == torch.int64
-    assert {field.dtype for field in routing[1:]} == {torch.float32}
+    assert {field.dtype for field in routing[1:4]} == {torch.float32}
     torch.testing.assert_close(routing.logits.softmax(-1), routing.scores)
 
 
@@ -257,7 +257,7 @@ def test_training_has_the_gradient_of_the_equation_too(name):
 
 
 def rows(routing, at):
-    return [field[at] for field in routing]
+    return [field[at] for field in routing[:4]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -289,16 +289,6 @@ def test_expert_choice_lets_a_later_token_change_an_earlier_ones_experts(trainin
     for name in ("noisy", "switch", "gshard", "mixtral"):
         router = make(name).eval()
         assert torch.equal(router(x).experts[0, 0], router(later).experts[0, 0])
-
-
-def test_expert_choice_in_a_step_is_not_asked_for_the_rows_that_fill_up():
-    layer = MoE(make("expert_choice"), Experts(NUM_EXPERTS, DIM, 3).double()).eval()
-    x = torch.randn(5, DIM, dtype=torch.float64)
-    filled = torch.cat([x, 9 * layer.router.weight.detach()[:3]])
-    y, routing = layer.step(filled, 5)
-    assert torch.equal(routing.experts, layer(x)[1].experts)
-    torch.testing.assert_close(y[:5], layer(x)[0])
-    assert not torch.equal(layer(filled)[1].experts[:5], routing.experts)
 
 
 # --- Soft MoE

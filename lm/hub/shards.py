@@ -1,0 +1,102 @@
+"""Folders of safetensors as Hugging Face lays them out: one file, or many with an index."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import LONGEST_HEADER, Stored, read_header, read_json, write_json
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def survey(folder: Path, most: int = 200_000) -> dict[str, Stored]:
+    """All tensors of a folder's safetensors files, by name; only headers are read.
+
+    Args:
+        most: tensors that are wanted at most; headers that are much longer than theirs are not read.
+
+    Raises:
+        ValueError: no safetensors, a file that is not whole, an index that does not fit its files or leads
+            out of the folder; names the file.
+    """
+    index = folder / INDEX
+    if not index.is_file() and not (folder / ONE).is_file():
+        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+        if pickled:
+            raise ValueError(f"{folder / pickled[0]}: pickle is never read: convert to safetensors")
+        raise ValueError(f"{folder}: holds no {ONE} and no {INDEX}")
+    longest = min(4096 + 400 * most, LONGEST_HEADER)
+    placed = read_index(index, longest) if index.is_file() else None
+    files = sorted(set(placed.values())) if placed is not None else [ONE]
+    for name in files:
+        check_place(folder, name)
+    found: dict[str, Stored] = {}
+    for name in files:
+        for tensor, stored in read_header(folder / name, longest).items():
+            if placed is not None and placed.get(tensor) != name:
+                says = placed.get(tensor)
+                where = f"the index has it in {says}" if says else "it is not in the index"
+                raise ValueError(f"{folder / name}: holds {tensor}, but {where}")
+            found[tensor] = stored
+    for tensor, name in (placed or {}).items():
+        if tensor not in found:
+            raise ValueError(f"{folder / name}: lacks {tensor}, which {INDEX} has there")
+    return found
+
+
+def read_index(path: Path, longest: int) -> dict[str, str]:
+    """The index's map from tensor to file."""
+    placed = read_json(path, longest).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+        raise ValueError(f"{path}: weight_map must name a file for each tensor")
+    return placed
+
+
+def check_place(folder: Path, name: str) -> None:
+    """Raise ValueError unless a shard is a file in the folder itself."""
+    if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", name):
+        raise ValueError(f"{folder / INDEX}: {name!r:.200} is not a safetensors file in this folder")
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder / name}: there is no such file; {INDEX} names it")
+    check_link(folder / name)
+
+
+def check_link(path: Path) -> None:
+    """Raise ValueError for a link out of the folder, but for one into the hub's own cache beside it."""
+    home, target = path.parent.resolve(), path.resolve()
+    if target.parent not in (home, home.parent.parent / "blobs"):
+        raise ValueError(f"{path}: is a link that leads out of the folder, to {target}")
+
+
+def write(
+    folder: Path,
+    tensors: Iterable[tuple[str, int, Callable[[], Tensor]]],
+    shard_bytes: int,
+    stem: str = "model",
+) -> None:
+    """Write tensors, each made when its turn comes, to one file or to several of up to shard_bytes.
+
+    Args:
+        tensors: name, size in bytes, and a function that makes it.
+    """
+    shards: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
+    room, total = shard_bytes, 0
+    for name, size, make in tensors:
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, make))
+        room, total = room - size, total + size
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        several = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}.safetensors" if len(shards) == 1 else several
+        made = {name: make().contiguous() for name, make in shard}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        placed |= {name: file for name, _ in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        write_json(folder / f"{stem}.safetensors.index.json", index)

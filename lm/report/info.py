@@ -1,0 +1,179 @@
+"""What `lm info` shows: a model's counts as numbers, as text and as a picture. Loads no torch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .. import count
+from ..config import Config, ModelConfig
+
+# Pre-training on 14.8 T tokens of context 4096, context extension and post-training; rented H800 GPUs, whose
+# peak in BF16 is 989.5 TFLOP/s without sparsity (V3 table 1; NVIDIA's data sheet)
+V3_TRAINING = {
+    "tokens": 14.8e12,
+    "pretraining_hours": 2.664e6,
+    "all_hours": 2.788e6,
+    "dollars_per_hour": 2.0,
+    "peak_flops": 989.5e12,
+}
+LARGEST_DENSE = "llama-3.1-405b"
+COLOURS = {  # after Okabe and Ito's, which the colour-blind tell apart, light enough for black letters
+    "embedding": "#f0e442",
+    "attention": "#56b4e9",
+    "dense MLPs": "#e69f00",
+    "routed experts": "#35b898",
+    "shared experts": "#d996bd",
+    "routers": "#b0b0b0",
+    "norms": "#777777",
+    "head": "#e8854a",
+}
+
+
+def find_config(name: str) -> ModelConfig:
+    """The model that a preset, a TOML file, a run folder or a Hugging Face folder describes."""
+    path = Path(name)
+    if path.suffix == ".toml" or not path.exists():
+        return Config.preset(name).model
+    if (path / "config.toml").exists():  # as hub.folder.read_config does, but without torch
+        return Config.load(path / "config.toml").model
+    from ..hub.folder import read_config
+
+    return read_config(path).model
+
+
+def summary(config: ModelConfig, context: int, dtype: str = "bf16") -> dict[str, Any]:
+    """All counts of a model.
+
+    Its cache is put beside MHA, GQA and MQA with as many heads of the same width, and Llama 3.1 405B.
+
+    Args:
+        context: tokens, for the FLOPs of attention and the size of the cache.
+        dtype: of the cache, see `count.cache_bytes_per_token`.
+
+    Raises:
+        ValueError: a router or an attention of your own is in it, or the dtype is unknown.
+    """
+    embedding = config.vocab_size * config.dim
+    lookup = 0 if config.tie_embeddings else embedding
+    parameters: dict[str, Any] = {}
+    for name, active in (("total", False), ("active", True)):
+        parts = count.parameters_by_part(config, active)
+        number = sum(parts.values())
+        parameters |= {
+            name: number,
+            f"{name}_without_input_embedding": number - lookup,
+            f"{name}_without_embedding_and_head": number - lookup - embedding,
+            f"{name}_by_part": parts,
+        }
+    facts = {
+        "parameters": parameters,
+        "context": context,
+        "training_flops_per_token": count.training_flops_per_token(config, context),
+        "deepseek_training_flops_per_sequence": count.deepseek_training_flops(
+            config.num_layers, config.dim, config.vocab_size, context, count.feed_forwards(config)
+        ),
+        "cache_dtype": dtype,
+        "cache_elements_per_token": count.cache_elements_per_token(config),
+        "cache_bytes_per_token": cache_bytes(config, dtype),
+    }
+    if config == Config.preset("deepseek-v3").model:
+        flops = count.training_flops_per_token(config, 4096)
+        facts["published_training"] = V3_TRAINING | count.training_cost(flops, **V3_TRAINING)
+    return facts
+
+
+def cache_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
+    """Bytes a token in all layers: this model's cache and its rivals'."""
+    attention = config.attention
+    a_head = config.num_layers * 2 * count.built_in_attention(config).value_dim
+    heads = {
+        "MHA": attention.num_heads,
+        "GQA, 4 heads a group": max(1, attention.num_heads // 4),
+        "MQA": 1,
+    }
+    return {
+        "this model": count.cache_bytes_per_token(config, dtype),
+        **{name: a_head * number * count.BYTES[dtype] for name, number in heads.items()},
+        LARGEST_DENSE: count.cache_bytes_per_token(Config.preset(LARGEST_DENSE).model, dtype),
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """`summary` for a person."""
+    parameters, context = facts["parameters"], facts["context"]
+    rows = {"parameters": "", "without input embedding": "_without_input_embedding"}
+    rows["without embedding and head"] = "_without_embedding_and_head"
+    lines = [f"{'':28}{'total':>22}{'active a token':>22}"]
+    for name, key in rows.items():
+        lines.append(f"{name:28}{parameters['total' + key]:>22,}{parameters['active' + key]:>22,}")
+    for name, number in parameters["total_by_part"].items():
+        lines.append(f"  {name:26}{number:>22,}{parameters['active_by_part'][name]:>22,}")
+    flops, theirs = facts["training_flops_per_token"], facts["deepseek_training_flops_per_sequence"]
+    lines += [
+        f"training, FLOPs a token at {context:,} of context: {flops:,}",
+        f"  a sequence: {short(flops * context)}; by DeepSeekMoE's formula {short(theirs)}",
+    ]
+    if "published_training" in facts:
+        lines += training_lines(facts["published_training"])
+    lines.append(f"cache in {facts['cache_dtype']}, bytes a token and at {context:,} of context:")
+    ours = facts["cache_bytes_per_token"]["this model"]
+    for name, size in facts["cache_bytes_per_token"].items():
+        lines.append(f"  {name:26}{size:>14,}{size * context / 2**20:>16,.2f} MiB{size / ours:>9.2f} x")
+    return "\n".join(lines)
+
+
+def short(number: float, letters: str = "kMGTP") -> str:
+    """Four digits, and the thousands as a letter: 74.42 T"""
+    thousands = min(len(letters), int(math.log10(max(number, 1))) // 3)
+    return f"{number / 1000**thousands:.4g} {letters[thousands - 1] if thousands else ''}".rstrip()
+
+
+def training_lines(training: dict[str, float]) -> list[str]:
+    """DeepSeek-V3's training in words."""
+    return [
+        f"DeepSeek-V3's training: {training['flops']:.3g} FLOPs for {training['tokens'] / 1e12:.1f} T tokens "
+        f"in {training['pretraining_hours'] / 1e6:.3f} M GPU hours,",
+        f"  {training['flops_per_second_and_gpu'] / 1e12:.0f} TFLOP/s a GPU, "
+        f"{training['utilisation']:.0%} of the peak in BF16",
+        f"  {training['all_hours'] / 1e6:.3f} M GPU hours with all that followed, at "
+        f"{training['dollars_per_hour']:.0f} dollars each: {training['dollars'] / 1e6:.3f} M dollars",
+    ]
+
+
+def draw(parameters: dict[str, Any], title: str, path: Path) -> None:
+    """Write a PNG of two stacked bars: all parameters, and those that a token uses, by part.
+
+    Args:
+        parameters: that part of `summary`.
+
+    Raises:
+        ValueError: the path does not end in .png, or cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"plot={path}: a picture is written as PNG, so its name must end in .png")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2))
+    figure.suptitle(title, parse_math=False)
+    axis = figure.subplots()
+    bars = {"all": "total", "used by a token": "active"}
+    left = dict.fromkeys(bars, 0.0)
+    for name, colour in COLOURS.items():
+        parts = {bar: parameters[f"{key}_by_part"][name] for bar, key in bars.items()}
+        if not any(parts.values()):
+            continue
+        widths = [parts[bar] / parameters[key] for bar, key in bars.items()]
+        label = f"{name}: {short(parts['all'], 'kMBT')}, {short(parts['used by a token'], 'kMBT')}"
+        drawn = axis.barh(list(bars), widths, left=list(left.values()), color=colour, label=label)
+        axis.bar_label(drawn, [f"{w:.0%}" if w > 0.03 else "" for w in widths], label_type="center")
+        left = {bar: at + width for (bar, at), width in zip(left.items(), widths)}
+    axis.set_yticks([0, 1], [f"{bar}\n{parameters[key]:,}" for bar, key in bars.items()])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.xaxis.set_visible(False)
+    axis.spines[:].set_visible(False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, fontsize=9, frameon=False)
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except OSError as error:
+        raise ValueError(f"plot={path}: cannot be written: {error.strerror}") from None

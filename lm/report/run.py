@@ -1,0 +1,59 @@
+"""report.html: one page that shows what a run learnt, and what its experts do."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, data, files
+from ..hub import folder
+from ..run import read_metrics
+from . import figures, measure, page
+
+
+def write(run: Path, trust_code: bool = False) -> Path:
+    """Write report.html, self-contained, and its pictures as PNG beside it -> the page's path.
+
+    Raises:
+        ValueError: the folder is not a run with a whole checkpoint.
+    """
+    folder.need(run, folder.RUN)
+    config = checkpoint.read_config(run, trust_code)
+    newest = checkpoint.newest_checkpoint(run)
+    state = checkpoint.read_state(newest)
+    model = checkpoint.load_model(config.model, newest / "model.safetensors")
+    rows = read_metrics(run)
+    if not rows:
+        raise ValueError(f"{run / 'metrics.jsonl'}: holds no row yet")
+    validation = data.Windows(data.load(config.data, config.model.vocab_size)[1], config.train.context)
+    baseline = measure.read_baseline(config)
+    caches = measure.cache_bytes(model, config)
+    pictures = {"loss": figures.draw_loss(rows, baseline), "cache": figures.draw_cache(caches)}
+    passage: list[list[dict[str, Any]]] = []
+    if model.routers():
+        passage = measure.passage_experts(model, validation)
+        pictures["balance"] = figures.draw_balance(rows)
+        pictures["load"] = figures.draw_load(measure.expert_load(model, validation))
+        pictures["experts"] = figures.draw_passage(passage)
+    images = {}
+    for name, figure in pictures.items():
+        figure.savefig(run / f"{name}.png", dpi=110, bbox_inches="tight")
+        figures.plt.close(figure)
+        images[name] = base64.b64encode((run / f"{name}.png").read_bytes()).decode()
+    samples = run / "samples.txt"
+    text = page.render(
+        Path(__file__).parent / "report.html",
+        name=run.resolve().name,
+        config=config,
+        state=state,
+        last=rows[-1],
+        evaluated=[row for row in rows if "val_loss" in row][-1:],
+        baseline=baseline,
+        images=images,
+        passage=passage,
+        caches=caches,
+        counts=measure.counts(config, model),
+        samples=samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else "",
+        hue=measure.hue,
+    )
+    files.write_file(run / "report.html", text)
+    return run / "report.html"

@@ -1,0 +1,242 @@
+"""Answers to requests: prompts into the engine, its tokens into text, whole or as they come."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from ..config import Config
+from ..hub import template
+from ..hub.folder import Tokenizer
+from ..inference.engine import Engine
+from ..model import Transformer
+from .protocol import Ask, Chat, Completion, Problem, Shape, reason
+from .worker import Full, Job, Refused, Visible, Worker
+
+COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # of an answer that is asked for without a length; 16 is OpenAI's
+LONGEST = 4096  # tokens of an answer, or the model's context where that is more
+SLACK = 15  # seconds beside a request's own: for the chat template, and for a client that reads slowly
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server bears."""
+
+    max_batch: int = 64  # texts made together
+    max_queue: int = 8  # requests that wait for a place among them
+    max_seconds: float = 300  # for a request, waiting included
+    body_seconds: float = 10  # for its body to arrive
+
+
+class Served:
+    """A model as it is served.
+
+    Attributes:
+        context: tokens of the longest prompt; an answer that goes beyond is made from the newest, as in
+            `lm generate`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: Config,
+        tokenizer: Tokenizer,
+        name: str,
+        limits: Limits,
+        compile: bool = False,
+    ):
+        self.tokenizer, self.name, self.limits = tokenizer, name, limits
+        self.vocab_size = config.model.vocab_size
+        self.context = config.model.max_length or config.train.context
+        self.longest = max(self.context, LONGEST)
+
+        def make_engine() -> Engine:
+            return Engine(model, limits.max_batch, compile=compile)
+
+        self.worker = Worker(make_engine, limits.max_batch, limits.max_queue)
+
+    def encode(self, ask: Ask) -> list[list[int]]:
+        """The token ids of each prompt.
+
+        Raises:
+            Problem: one is empty, longer than the context, or no text of this model.
+        """
+        name = "messages" if isinstance(ask, Chat) else "prompt"
+        try:
+            prompts = [self.encode_chat(ask)] if isinstance(ask, Chat) else self.encode_prompts(ask)
+        except ValueError as error:
+            raise Problem(400, f"{name}: {error}", name) from None
+        for tokens in prompts:
+            if len(tokens) > self.context:
+                said = f"{name}: {len(tokens)} tokens; the model's context is {self.context}"
+                raise Problem(400, said, name, "context_length_exceeded")
+            if not tokens or max(tokens) >= self.vocab_size:
+                said = f"{name}: needs at least one token, each in 0..{self.vocab_size - 1}"
+                raise Problem(400, said, name)
+        return prompts
+
+    def encode_prompts(self, ask: Ask) -> list[list[int]]:
+        """The token ids of /v1/completions' prompts."""
+        prompts = ask.prompts() if isinstance(ask, Completion) else []
+        return [self.tokenizer.encode(text) if isinstance(text, str) else text for text in prompts]
+
+    def encode_chat(self, ask: Chat) -> list[int]:
+        """The token ids of a conversation: by the chat template, or a line a message, as in `lm chat`."""
+        messages = [message.plain() for message in ask.messages]
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode("".join(message["content"] + "\n" for message in messages))
+        said = template.render(self.tokenizer.chat_template, messages, self.tokenizer.special)
+        return self.tokenizer.encode(said, special=False)  # the template has put them in
+
+    def arguments(self, ask: Ask, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        """Of Engine.submit, for each text: n of the first prompt, n of the second, ..."""
+        default = CHAT_TOKENS if isinstance(ask, Chat) else COMPLETION_TOKENS
+        same: dict[str, Any] = {
+            "max_new_tokens": ask.max_new_tokens(default),
+            "temperature": ask.temperature,
+            "top_k": None if ask.top_k is None else min(ask.top_k, self.vocab_size),
+            "top_p": ask.top_p,
+            "ends": self.tokenizer.ends,
+            "window": self.context,
+        }
+        seeds = [None if ask.seed is None else (ask.seed + i) % 2**63 for i in range(ask.n)]
+        return [{**same, "prompt": prompt, "seed": seed} for prompt in prompts for seed in seeds]
+
+
+class Answer(Response):
+    """The answer to one request, whole or streamed; when the client leaves, its texts are cancelled."""
+
+    def __init__(self, served: Served, ask: Ask):
+        super().__init__()
+        ask.check(served.name, served.longest)
+        self.served, self.ask, self.shape = served, ask, Shape(ask, served.name)
+        texts = ask.n * (len(ask.prompts()) if isinstance(ask, Completion) else 1)
+        self.visible = [Visible(served.tokenizer, ask.stops()) for _ in range(texts)]
+        self.said = [""] * texts
+        self.finished: list[str | None] = [None] * texts
+        self.tokens = 0  # of the answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def until_gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        work = asyncio.create_task(self.answer(scope, receive, send))
+        watch = asyncio.create_task(until_gone())
+        watch.add_done_callback(lambda _: work.cancel())
+        try:
+            async with asyncio.timeout(self.served.limits.max_seconds + SLACK):
+                await work
+        except TimeoutError:
+            pass  # the client reads too slowly; the connection is closed
+        except asyncio.CancelledError:
+            if not watch.done():  # not the client left, but the server stops
+                raise
+        finally:
+            watch.cancel()
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wait for a place, then for tokens; say them as they come or together."""
+        try:
+            with self.served.worker.job(len(self.visible)) as job:
+                prompts = await asyncio.to_thread(self.served.encode, self.ask)
+                self.served.worker.submit(job, self.served.arguments(self.ask, prompts))
+                pieces = self.pieces(job)
+                if self.ask.stream:
+                    await self.stream(pieces, prompts, send)
+                    return
+                async for _ in pieces:
+                    pass
+        except Full:
+            raise Problem(503, "as many requests wait as may; try again", Retry_After="1") from None
+        texts = [(text, finished or "length") for text, finished in zip(self.said, self.finished)]
+        await JSONResponse(self.shape.whole(texts, self.usage(prompts)))(scope, receive, send)
+
+    async def stream(self, pieces: AsyncIterator[Any], prompts: list[list[int]], send: Send) -> None:
+        """Server-sent events; the status waits for the first, so that an error before it has its own."""
+        started: set[int] = set()
+
+        async def say(data: Any) -> None:
+            body = f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        try:
+            async for index, text, finished in pieces:
+                if not started:
+                    kind = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+                    await send({"type": "http.response.start", "status": 200, "headers": kind})
+                await say(self.shape.piece(index, text, finished, index not in started))
+                started.add(index)
+            if self.shape.counted:
+                await say(self.shape.last(self.usage(prompts)))
+            await say("[DONE]")
+        except Problem as problem:
+            if not started:
+                raise
+            await say(problem.body())
+        await send({"type": "http.response.body", "body": b""})
+
+    async def pieces(self, job: Job) -> AsyncIterator[tuple[int, str, str | None]]:
+        """As tokens come: of which text, what it gains, why it is finished if it is; ends when all are.
+
+        Raises:
+            Problem: the engine refused or failed, or time was over before the first token.
+        """
+        until = asyncio.get_running_loop().time() + self.served.limits.max_seconds
+        while None in self.finished:
+            try:
+                async with asyncio.timeout_at(until):
+                    event = await job.events.get()
+            except TimeoutError:
+                if not job.started:
+                    raise Problem(503, "no place became free in time; try again", Retry_After="1") from None
+                for index, finished in enumerate(self.finished):
+                    if finished is None:
+                        yield index, self.end(index, "length"), "length"
+                return
+            if isinstance(event, Problem):
+                raise event
+            if isinstance(event, Refused):  # all else was looked at before
+                raise Problem(400, f"max_tokens: {event}", "max_tokens")
+            if isinstance(event, Exception):
+                said = f"the model failed: {reason(event)}"
+                print(f"lm serve: {said}", file=sys.stderr)
+                raise Problem(500, said)
+            index, tokens, finished = event
+            if self.finished[index] is not None:
+                continue  # made before its cancelling was known
+            gained = ""
+            for token in tokens:
+                gained += self.visible[index].add(token)
+                self.tokens += 1
+                if self.visible[index].stopped:
+                    finished = "stop"
+                    self.served.worker.cancel(job, index)
+                    break
+            self.said[index] += gained
+            if finished is not None:
+                gained += self.end(index, finished)
+            if gained or finished is not None:
+                yield index, gained, self.finished[index]
+
+    def end(self, index: int, finished: str) -> str:
+        """A text is finished -> what was held back of it"""
+        held = self.visible[index].end()
+        self.said[index] += held
+        self.finished[index] = "stop" if self.visible[index].stopped else finished
+        return held
+
+    def usage(self, prompts: list[list[int]]) -> dict[str, int]:
+        """Tokens read and made."""
+        read = sum(map(len, prompts))
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": self.tokens,
+            "total_tokens": read + self.tokens,
+        }

@@ -1,0 +1,240 @@
+"""`lm serve`: the OpenAI API and a chat page over HTTP, for this machine unless told otherwise."""
+
+import asyncio
+import ipaddress
+import os
+import re
+import signal
+import socket
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..hub.folder import open_folder
+from ..report.page import policy
+from .answers import Answer, Limits, Served
+from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason
+
+MAX_BODY = 2**20  # bytes
+GRACE = 5  # seconds that requests get to end by themselves when the server stops
+
+
+def serve(options: Any) -> int:
+    """`lm serve`: answer until a signal comes -> 128 + the signal"""
+    limits = Limits(options.max_batch, options.max_queue, options.max_seconds)
+    for name, least in (("max_batch", 1), ("max_queue", 0), ("max_seconds", 1)):
+        if not least <= getattr(limits, name) < float("inf"):
+            raise ValueError(f"{name}={getattr(limits, name)} must be at least {least}")
+    listener = listen(options.host, options.port)
+    if not is_loopback(options.host):
+        warnings.warn(f"host {options.host}: all who reach this machine can use the model", stacklevel=1)
+    model, config, tokenizer = open_folder(options.run, options.trust_code, options.device)
+    served = Served(model, config, tokenizer, options.run.resolve().name, limits, options.compile)
+    server = Server(served, options.host)
+    stopped: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        server.should_exit = True
+
+    # while it runs, uvicorn has handlers of its own, and at its end it sends what came to these
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{served.name}: chat at {address}/, OpenAI API at {address}/v1; Ctrl-C ends it", flush=True)
+    server.run(sockets=[listener])
+    return 128 + stopped[0] if stopped else 1
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        ValueError: the port is none or in use, or the host is not this machine's.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port={port} must lie in 0..65535; 0 is any that is free")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, UnicodeError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ValueError(f"{host}, port {port}: cannot be listened on: {why}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Server(uvicorn.Server):
+    """uvicorn around a served model, silent; when it stops, requests get GRACE seconds to end."""
+
+    def __init__(self, served: Served, host: str):
+        app = Guard(make_app(served), host, served.limits.body_seconds)
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
+        plain: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "server_header": False}
+        super().__init__(uvicorn.Config(app, **quiet, **plain, timeout_graceful_shutdown=GRACE + 2))
+        self.worker = served.worker
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to make tokens, then to answer."""
+        self.worker.start()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what runs, then the engine's thread."""
+        stopping = Problem(503, "the server is stopping", Retry_After="10")
+        asyncio.get_running_loop().call_later(GRACE, self.worker.fail, stopping)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            await asyncio.to_thread(self.worker.stop)
+
+
+class Guard:
+    """Around the app: who is heard, and how much of a body is read. Prints what failed inside.
+
+    The Host header must name this server, so that no page of another site reaches it by a name of its own
+    that leads here; nor may one send from its own origin.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, body_seconds: float):
+        self.app, self.host, self.body_seconds = app, host, body_seconds
+        self.open = not is_loopback(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body: bytes | None = None
+
+        async def receive_whole() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            whole, body = body, None
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self.check_names(headers)
+            body = await self.read(headers, receive)
+            if body is not None:
+                await self.app(scope, receive_whole, send)
+        except Problem as problem:
+            await problem.response()(scope, receive, send)
+        except Exception as error:  # the client was told, unless it hears the answer already
+            print(f"lm serve: {scope['path']!a}: {reason(error)}", file=sys.stderr)
+
+    def check_names(self, headers: dict[str, str]) -> None:
+        """Raise Problem unless Host, and Origin where there is one, name this server."""
+        origin = headers.get("origin")
+        for address in [headers.get("host", "")] + ([origin.partition("://")[2]] if origin else []):
+            if not self.is_name(re.sub(r":\d*$", "", address).strip("[]").lower()):
+                said = f"{address!a} is no name of this server; it is heard as {self.host}"
+                raise Problem(403, said, code="host_not_allowed", Connection="close")
+
+    def is_name(self, name: str) -> bool:
+        """Whether this server is called so; one open to all, by any address and by the machine's name."""
+        if name in ("localhost", self.host.lower()):
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback or self.open
+        except ValueError:
+            return self.open and name == socket.gethostname().lower()
+
+    async def read(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+        """The body; None: the client left.
+
+        Raises:
+            Problem: it is too large or too slow.
+        """
+        large = Problem(413, f"the body is larger than {MAX_BODY} bytes", Connection="close")
+        if int(headers.get("content-length", 0)) > MAX_BODY:
+            raise large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > MAX_BODY:
+                        raise large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            slow = f"the body took more than {self.body_seconds} seconds"
+            raise Problem(408, slow, Connection="close") from None
+
+
+def make_app(served: Served) -> FastAPI:
+    """The paths, and how errors are told."""
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorShape} for status in ("4XX", "5XX")}
+    # without FastAPI's pages of documentation, which load scripts from elsewhere
+    app = FastAPI(title="lm serve", docs_url=None, redoc_url=None, redirect_slashes=False, responses=errors)
+    page, headers = read_page()
+
+    @app.get("/", response_class=HTMLResponse)
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "requests": len(served.worker.jobs), "waiting": served.worker.count()[1]}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"id": served.name, "object": "model", "created": 0, "owned_by": "lm"}
+        return {"object": "list", "data": [entry]}
+
+    @app.post("/v1/completions", response_class=JSONResponse)
+    async def completions(ask: Completion) -> Response:
+        return Answer(served, ask)
+
+    @app.post("/v1/chat/completions", response_class=JSONResponse)
+    async def chat_completions(ask: Chat) -> Response:
+        return Answer(served, ask)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return Problem(500, "the server failed").response()
+
+    @app.exception_handler(Problem)
+    async def told(_: Request, problem: Problem) -> Response:
+        return problem.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return problem_of(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        problem = Problem(error.status_code, f"{request.method} {request.scope['path']!a}: {error.detail}")
+        problem.headers |= dict(error.headers or {})
+        return problem.response()
+
+    return app
+
+
+def read_page() -> tuple[str, dict[str, str]]:
+    """The chat page, and headers that let a browser run its own script and nothing else."""
+    page = (Path(__file__).parent / "chat.html").read_text(encoding="utf-8")
+    return page, {
+        "Content-Security-Policy": policy(page, "connect-src 'self'", "frame-ancestors 'none'"),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }

@@ -1,0 +1,84 @@
+"""What both attentions share: positions, the keys that a query may see, and softmax over them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def positions_and_visible(
+    x: Tensor, dim: int, cache: Any, positions: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check a call's arguments, and find the new tokens' positions and the keys that each may see.
+
+    -> positions (time,) or (batch, time); visible (time, total) or (batch, time, total) bool, or None where
+    plain causality is enough: query i of as many keys sees the first i + 1, a single query sees them all
+    """
+    if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1 or not x.is_floating_point():
+        wanted = f"floating-point (batch, time >= 1, dim={dim})"
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {wanted}")
+    batch, time, _ = x.shape
+    start = [0] * batch if cache is None else cache.lengths
+    if len(start) != batch:
+        raise ValueError(f"x has batch {batch}; the cache was made for batch {len(start)}")
+    place = slots(start or [0], time, x.device)  # (time,) or (batch, time)
+    if positions is None:
+        positions = place
+    elif positions.shape not in (x.shape[1:2], x.shape[:2]):
+        shape = tuple(positions.shape)
+        raise ValueError(f"positions have shape {shape}; expected ({time},) or ({batch}, {time})")
+    longest = max(start, default=0)
+    if mask is None and place.ndim == 1 and (longest == 0 or time == 1):
+        return positions, None
+    total = longest + time
+    keys = torch.arange(total, device=x.device)
+    visible = keys <= place.unsqueeze(-1)  # (time, total) or (batch, time, total)
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape not in ((batch, total), (batch, time, total)):
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({batch}, {total}) or "
+                f"({batch}, {time}, {total}), True where a key may be seen"
+            )
+        mask = mask.unsqueeze(1) if mask.ndim == 2 else mask
+        visible = visible & mask | (keys == place.unsqueeze(-1))  # itself: no row of softmax may be empty
+    return positions, visible
+
+
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None
+) -> Tensor:
+    """softmax(query key^T x scale) value over the visible keys, softmax in fp32, by PyTorch's fused kernels.
+
+    query (batch, time, heads, width), key (batch, total, kv_heads, width),
+    value (batch, total, kv_heads, value) -> (batch, time, heads, value)
+    """
+    value_width = value.shape[-1]
+    # On a CPU a value narrower than the key would take a path three times slower: pad it, cut the result.
+    padding = key.shape[-1] - value_width
+    if padding > 0 and value.device.type == "cpu":
+        value = F.pad(value, (0, padding))
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    if visible is not None and visible.ndim == 3:
+        visible = visible.unsqueeze(1)
+    causal = visible is None and query.shape[2] > 1
+    grouped = key.shape[1] != query.shape[1]
+    y = F.scaled_dot_product_attention(
+        query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return y.transpose(1, 2)[..., :value_width]
+
+
+def slots(start: list[int], time: int, device: torch.device) -> Tensor:
+    """Where `time` new tokens of each row go -> (time,) if all rows have one start, else (batch, time)"""
+    steps = torch.arange(time, device=device)
+    if min(start) == max(start):
+        return steps + start[0]
+    return torch.tensor(start, device=device).unsqueeze(1) + steps
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise ValueError for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")

@@ -1,0 +1,159 @@
+"""A student's function in the package: the package is as it was, but for that."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exercises.grader import overlay
+from tests.helpers import ROOT
+
+ANSWER = '''"""Another docstring."""
+
+import colorsys
+import math
+from torch import Tensor
+
+EXTRA = 7
+
+
+def helper(x):
+    return x * EXTRA
+
+
+class SigmoidRouter:
+    def __init__(self):
+        raise RuntimeError("never used")
+
+    def forward(self, x):
+        assert colorsys.rgb_to_hsv and math.pi
+        if x.shape[0] == 13:
+            raise RuntimeError("thirteen")
+        routing = super().__getattribute__("other")(x) if hasattr(self, "other") else None
+        logits = router_logits(x, self.weight)
+        scores = logits.sigmoid()
+        experts = scores.topk(self.top_k).indices
+        return Routing(experts, helper(scores.gather(-1, experts)), scores, logits)
+
+
+def sigmoid(logits):
+    return 0 * logits
+'''
+CHECKS = """
+import inspect, pathlib, sys, traceback
+from exercises.grader import overlay
+path = pathlib.Path(sys.argv[1])
+overlay.install([overlay.Piece("moe.router", "SigmoidRouter.forward", path)])
+import torch, moe
+from moe import SigmoidRouter, SoftmaxRouter
+from moe.router import SigmoidRouter as again, sigmoid
+import moe.router
+assert again is SigmoidRouter is moe.router.SigmoidRouter is moe.SigmoidRouter
+router = SigmoidRouter(4, 6, 2)
+routing = router(torch.randn(5, 4))
+assert isinstance(routing, moe.Routing)
+torch.testing.assert_close(routing.weights, 7 * routing.scores.gather(-1, routing.experts))
+assert sigmoid(torch.zeros(1)) == 0.5  # what else is changed in the file has no effect
+assert SigmoidRouter.__doc__.startswith("Token-choice router of DeepSeek-V3")
+assert moe.router.__file__.endswith("moe/router.py")
+try:
+    router(torch.randn(13, 4))
+except RuntimeError:
+    frame = traceback.extract_tb(sys.exc_info()[2])[-1]
+    assert frame.filename == str(path) and frame.line == 'raise RuntimeError("thirteen")', frame
+shown = inspect.getsource(SigmoidRouter.forward)
+assert shown.startswith("    def forward(self, x):\\n        assert colorsys")
+assert inspect.getsourcefile(SoftmaxRouter.forward).endswith("moe/router.py")
+assert moe.router.helper.__code__.co_filename == str(path)
+layer = moe.MoE(router, moe.Experts(6, 4, 3))
+assert layer(torch.randn(2, 5, 4))[0].shape == (2, 5, 4)
+print("all right")
+"""
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_one_function_is_the_students_and_all_else_the_packages(tmp_path):
+    path = tmp_path / "router.py"
+    path.write_text(ANSWER)
+    done = run(CHECKS, path)
+    assert (done.returncode, done.stdout) == (0, "all right\n"), done.stderr
+
+
+def test_two_functions_of_one_module_each_name_their_own_file(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("\n\n\ndef gather(x, order):\n    return 1 / 0\n")
+    two.write_text("def weighted_sum(slots, weights):\n    return [] + 1\n")
+    code = """
+import sys, traceback
+from pathlib import Path
+from exercises.grader import overlay
+one, two = map(Path, sys.argv[1:])
+pieces = (("gather", one), ("weighted_sum", two))
+overlay.install([overlay.Piece("moe.dispatch", name, path) for name, path in pieces])
+from moe import dispatch
+for call, path, line in ((dispatch.gather, one, 5), (dispatch.weighted_sum, two, 2)):
+    try:
+        call(1, 2)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        assert (frame.filename, frame.lineno) == (str(path), line), frame
+    else:
+        raise SystemExit("nothing raised")
+"""
+    done = run(code, one, two)
+    assert done.returncode == 0, done.stderr
+
+
+def test_decorators_stay_the_packages(tmp_path):
+    path = tmp_path / "rope.py"
+    path.write_text("def frequencies(dim, theta, scaling, device):\n    return object()\n")
+    code = """
+import sys
+from pathlib import Path
+from exercises.grader import overlay
+overlay.install([overlay.Piece("mla.rope", "frequencies", Path(sys.argv[1]))])
+from mla import rope
+assert rope.frequencies(1, 2, None, None) is rope.frequencies(1, 2, None, None)  # lru_cache
+"""
+    done = run(code, path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        (
+            "def g(x, y=1):\n    return x\n",
+            "answer.py: has no f; the function's name, and its class's, must stay",
+        ),
+        ("def f(x, z=1):\n    return x\n", r"answer.py:1: f\(x, z=1\): must stay f\(x, y=1, \*, k=2\)"),
+        ("\ndef f(x, y=2, *, k=2):\n    return x\n", r"answer.py:2: f\(x, y=2, \*, k=2\): must stay"),
+        ("async def f(x, y=1, *, k=2):\n    return x\n", "must stay"),
+        ("class f:\n    pass\n", "has no f"),
+        ("def f(x, y=1, *, k=2)\n    return x\n", "answer.py:1: expected ':'"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused_in_a_line(answer, said, tmp_path):
+    tree = ast.parse("def f(x: int, y: int = 1, *, k: float = 2) -> int:\n    return x\n")
+    with pytest.raises(ValueError, match=said) as caught:
+        overlay.merge(tree, answer, "f", Path("answer.py"))
+    assert "\n" not in str(caught.value)
+
+
+def test_annotations_may_go_and_the_last_definition_counts():
+    tree = ast.parse("def f(x: int, y: int = 1) -> int:\n    return x\n")
+    overlay.merge(
+        tree, "def f(x, y=1):\n    return 1\n\n\ndef f(x, y=1):\n    return 2\n", "f", Path("answer.py")
+    )
+    assert ast.unparse(tree) == "def f(x, y=1):\n    return 2"
+
+
+def test_a_module_that_is_imported_already_is_not_laid_over():
+    with pytest.raises(ImportError, match=r"^lm\.overlay is imported already"):
+        overlay.install([overlay.Piece("exercises.grader.overlay", "find", Path("x.py"))])

@@ -1,0 +1,495 @@
+"""The engine against each request alone: the same tokens and, in fp32, the same logits bit for bit."""
+
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lm.inference import engine as engine_module
+from lm.inference.engine import CHUNK, Engine
+from lm.inference.pages import Pages
+from lm.inference.step import Decoder
+from lm.model import Transformer
+from mla import MultiheadLatentAttention
+from mla.paged import Plan
+
+PREFIX = random.Random(7).choices(range(256), k=200)
+WIDE = {"q_lora_rank": 32, "kv_lora_rank": 32}
+WIDE |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+KINDS = {
+    "mla": {"model": {"dim": 48, "hidden_dim": 32}, "attention": WIDE, "moe": {"hidden_dim": 16}},
+    "gqa": {
+        "model": {"dim": 32, "hidden_dim": 32},
+        "attention": {"kind": "gqa", "num_heads": 6, "num_kv_heads": 2, "head_dim": 16},
+        "moe": {"router": "softmax", "num_experts": 16, "top_k": 3, "hidden_dim": 16, "top_groups": 4},
+    },
+}  # widths in multiples of 16, as models have them: in odd ones a CPU rounds a row by its place
+
+
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+def model(request, tiny, make_model):
+    return make_model(tiny(**request.param).model, std=0.3).float()
+
+
+@pytest.fixture(scope="module")
+def mla(tiny, make_model):
+    return make_model(tiny(**KINDS["mla"]).model, std=0.3).float()
+
+
+class Recorder(Engine):
+    """An engine that keeps the logits that each token was drawn from."""
+
+    def write(self, requests, logits):
+        for request, row in zip(requests, logits):
+            request.__dict__.setdefault("logits", []).append(row.clone())
+        super().write(requests, logits)
+
+
+def a_request(draw):
+    """Arguments of submit: prompts that begin alike or not, all lengths and kinds of sampling."""
+    shared = PREFIX[: draw.choice([0, 0, 64, 100, 130, 200])]
+    prompt = shared + draw.choices(range(256), k=draw.randint(1, 70))
+    return {
+        "prompt": prompt,
+        "max_new_tokens": draw.randint(1, 20),
+        "temperature": draw.choice([0, 0.8, 1.0]),
+        "top_k": draw.choice([None, 20]),
+        "top_p": draw.choice([1.0, 0.9]),
+        "seed": draw.randint(0, 1000),
+        "ends": draw.choice([(), range(0, 256, 16)]),
+        "window": draw.choice([None, None, 300, 40]),
+    }
+
+
+def check_mixes(model, mixes, same=torch.equal):
+    draw = random.Random(0)
+    known = [a_request(draw) for _ in range(30)]
+    known.append({**known[0], "seed": 5})  # the same prompt again
+    alone = []
+    for options in known:
+        one = Recorder(model, 1, 600)
+        alone.append(one.submit(**options))
+        one.run()
+    for _ in range(mixes):
+        together = Recorder(model, draw.choice([2, 5, 32]), draw.choice([600, 1500, 6000]))
+        chosen = draw.choices(range(len(known)), k=draw.randint(2, 20))
+        requests = []
+        for at in chosen:
+            requests.append(together.submit(**known[at]))
+            for _ in range(draw.choice([0, 0, 1, 3])):
+                together.step()
+        together.run()
+        for at, request in zip(chosen, requests):
+            assert (request.tokens, request.finished) == (alone[at].tokens, alone[at].finished)
+            assert same(torch.stack(request.logits), torch.stack(alone[at].logits))
+        assert together.pages.available == len(together.pages.holders) and together.nbytes == 0
+
+
+def test_neighbours_change_no_bit_of_a_text(model):
+    check_mixes(model, 12)
+
+
+@pytest.mark.long
+def test_neighbours_change_no_bit_of_a_text_in_200_mixes(model):
+    check_mixes(model, 200)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 5, 64, 200])
+def test_steps_are_the_model(model, chunk):
+    model = Transformer(model.config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(256, (1, 200))
+    want = model(tokens).logits[0]
+    recorder = Recorder(model, 1, 256)
+    request = recorder.submit(tokens[0].tolist(), 1)
+    found = {}
+    while recorder.waiting or request.unread:
+        if not recorder.active:
+            recorder.let_in(request)
+        logits = recorder.read([request], min(chunk, request.unread))[0]
+        found[request.row.length - 1] = logits
+    for at, logits in found.items():
+        torch.testing.assert_close(logits, want[at], rtol=1e-9, atol=1e-9)
+
+
+def test_a_shared_beginning_is_read_once_and_held_once(mla, monkeypatch):
+    read, engine = [], Engine(mla, 16, 16 * 300)
+    step = engine.decoder.step
+    monkeypatch.setattr(
+        engine.decoder, "step", lambda t, p, plan: read.append(plan.tokens) or step(t, p, plan)
+    )
+    for tail in range(16):
+        engine.submit([*PREFIX[:192], tail, tail], 3)
+    page = sum(pool[0].nbytes for pool in engine.pools)
+    held = 0
+    while engine.busy:
+        engine.step()
+        held = max(held, engine.nbytes)
+    assert sum(read) == 192 + 16 * 2 + 16 * 2  # the beginning, each end, and two of three new tokens
+    assert held == (3 + 16) * page
+    layers, entry = len(mla.blocks), mla.config.attention.kv_lora_rank + mla.config.attention.qk_rope_head_dim
+    assert page == layers * 64 * entry * 4
+
+
+def test_equal_prompts_share_their_last_page_until_one_writes(mla):
+    engine = Engine(mla, 4, 1000)
+    first = engine.submit(PREFIX[:100], 30, seed=0)
+    engine.step()
+    others = [engine.submit(PREFIX[:100], 30, seed=seed) for seed in (1, 2)]
+    engine.step()
+    assert first.row.pages[0] == others[0].row.pages[0] == others[1].row.pages[0]
+    assert len({request.row.pages[1] for request in (first, *others)}) == 3
+    engine.run()
+    assert first.tokens != others[0].tokens != others[1].tokens
+
+
+def test_a_later_turn_goes_on_from_what_is_in_the_cache(mla, monkeypatch):
+    engine = Engine(mla, 2, 1000)
+    turn = engine.submit(PREFIX[:60], 70)
+    engine.run()
+    engine.step()
+    read = []
+    step = engine.decoder.step
+    monkeypatch.setattr(
+        engine.decoder, "step", lambda t, p, plan: read.append(plan.tokens) or step(t, p, plan)
+    )
+    engine.submit(turn.prompt + turn.tokens + [1, 2, 3], 1)
+    engine.run()
+    assert sum(read) == 133 - 128
+
+
+def through_data(model):
+    model.blocks[0].attention.kv_a.weight.data.mul_(-1)
+
+
+def in_place(model):
+    model.blocks[1].mlp.experts.down.mul_(-1)
+
+
+def by_optimizer(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.03).step()
+    model.zero_grad()
+
+
+def other_storage(model):
+    model.head.weight.data = -model.head.weight.data
+
+
+def other_parameter(model):
+    model.blocks[0].mlp.gate_up.weight = torch.nn.Parameter(-model.blocks[0].mlp.gate_up.weight)
+
+
+def exchanged_rows(model):
+    weight = model.blocks[1].mlp.experts.gate_up.data
+    weight.copy_(weight.flip(0))  # the same numbers in all, and in every column
+
+
+def a_norm(model):
+    model.blocks[0].attention.kv_norm.weight.data[3] *= -1
+
+
+def a_selection_bias(model):
+    model.routers()[0].bias.copy_(-model.routers()[0].bias + torch.arange(8))
+
+
+CHANGES = [through_data, in_place, by_optimizer, other_storage, other_parameter, exchanged_rows, a_norm]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [*CHANGES, a_selection_bias], ids=lambda change: change.__name__)
+def test_new_weights_make_the_cache_old_however_they_came(tiny, make_model, change):
+    model = make_model(tiny().model, std=0.3).float()
+    engine = Recorder(model, 2, 1000)
+    engine.submit(PREFIX, 1)
+    engine.run()
+    old = engine.submit(PREFIX[:150], 20)
+    engine.step()
+    change(model)
+    engine.submit([1, 2], 1)  # comes with the new weights, while a text of the old ones goes on
+    engine.run()  # which must not be known afterwards, either
+    assert len(old.tokens) == 20
+    request = engine.submit([*old.prompt, *old.tokens, *PREFIX], 1)
+    engine.run()
+    want = model(torch.tensor([request.prompt])).logits[0, -1]
+    torch.testing.assert_close(request.logits[0], want)
+    assert not engine.refresh()  # nothing has changed since
+    change(model)
+    assert engine.refresh() and not engine.refresh()
+
+
+def test_weights_of_another_dtype_need_another_engine(tiny, make_model):
+    model = make_model(tiny().model, std=0.3).float()
+    engine = Engine(model, 1, 100)
+    model.double()
+    with pytest.raises(ValueError, match=r"is torch.float64 .* was torch.float32 .* make a new one"):
+        engine.submit([1], 1)
+        engine.step()
+
+
+@pytest.mark.parametrize("max_batch, max_tokens", [(1, 64), (3, 200), (64, 1000)])
+def test_ten_thousand_requests_leave_no_page_behind(mla, monkeypatch, max_batch, max_tokens):
+    monkeypatch.setattr(Decoder, "step", lambda _, tokens, pools, plan: torch.zeros(plan.rows, 1, 256))
+    greedy = engine_module.sampler(0, None, 1.0, [])
+    monkeypatch.setattr(engine_module, "sampler", lambda *arguments: greedy)
+    draw, engine = random.Random(0), Engine(mla, max_batch, max_tokens)
+    engine.pages.pools.clear()  # bookkeeping alone
+    most = 0
+    for _ in range(10_000 // 3):
+        length = draw.choice([1, 5, 63, 64])
+        prompt = PREFIX[:length] if draw.random() < 0.5 else draw.choices(range(256), k=length)
+        request = engine.submit(prompt, draw.randint(1, max(1, min(3, max_tokens - length))))
+        if draw.random() < 0.1:
+            request.cancel()
+        engine.step()
+        most = max(most, len(engine.active))
+    engine.run()
+    pages = engine.pages
+    assert most <= max_batch and not any(pages.holders)
+    assert sorted([*pages.free, *pages.idle]) == list(range(len(pages.holders)))
+
+
+def test_who_does_not_fit_waits_and_is_served(mla):
+    engine = Engine(mla, 8, 384)
+    requests = [engine.submit(PREFIX[i : i + 100], 20) for i in range(5)]
+    seen = 0
+    while engine.busy:
+        engine.step()
+        seen = max(seen, len(engine.active))
+    assert 1 < seen < 5 and [len(request.tokens) for request in requests] == [20] * 5
+
+
+def test_long_prompts_are_read_in_pieces_while_others_write(mla):
+    engine = Engine(mla, 4, 4000)
+    quick = engine.submit([1, 2], 50)
+    engine.step()
+    slow = engine.submit(PREFIX * 5, 3)
+    for made in range(2, 5):
+        assert engine.step() == [quick] and len(quick.tokens) == made
+        assert slow.row.length == (made - 1) * CHUNK
+    assert set(engine.step()) == {quick, slow}
+
+
+def test_scores_of_a_chunk_are_bounded(mla, monkeypatch):
+    sizes, engine = [], Engine(mla, 1)
+    step = engine.decoder.step
+    monkeypatch.setattr(
+        engine.decoder, "step", lambda t, p, plan: sizes.append(plan.tokens) or step(t, p, plan)
+    )
+    monkeypatch.setattr(engine_module, "SCORES", 2 * 200 * 30)  # heads x text x chunk
+    request = engine.submit(PREFIX, 1)
+    engine.run()
+    assert max(sizes) == 30 and request.finished == "length"
+
+
+def test_cancelling_gives_the_place_back(mla):
+    engine = Engine(mla, 1, 300)
+    first, second, third = (engine.submit(PREFIX[:10], 100) for _ in range(3))
+    engine.step()
+    first.cancel()
+    second.cancel()
+    assert engine.step() == [third]
+    assert first.finished == second.finished == "cancelled"
+    assert len(first.tokens) == 1 and second.tokens == []
+    assert engine.active == [third] and not engine.waiting
+    third.cancel()
+    engine.run()
+    third.cancel()
+    assert engine.nbytes == 0 and not engine.busy
+
+
+def test_a_text_ends_with_the_token_that_ends_it(mla):
+    engine = Engine(mla, 1, 300)
+    whole = engine.submit(PREFIX[:10], 40, 0)
+    engine.run()
+    end = whole.tokens[20]
+    request = engine.submit(PREFIX[:10], 40, 0, ends={end})
+    engine.run()
+    assert request.finished == "stop" and request.tokens == whole.tokens[: whole.tokens.index(end)]
+    assert whole.finished == "length" and len(whole.tokens) == 40
+
+
+def test_a_failed_pass_through_caches_leaves_them_as_they_were(tiny, make_model, monkeypatch):
+    model = make_model(tiny(attention={"kind": f"{__name__}:OwnAttention"}).model, std=0.3)
+    alone, engine = Engine(model, 1, 300), Engine(model, 1, 300)
+    want, request = (e.submit(PREFIX[:20], 5, 0) for e in (alone, engine))
+    alone.run()
+    engine.step()
+    last = model.blocks[-1]
+    monkeypatch.setattr(last, "forward", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    monkeypatch.undo()
+    engine.run()
+    assert request.tokens == want.tokens
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_a_failed_step_loses_no_request(mla, monkeypatch, good):
+    """The step that fails has two prompts to read and a text to write on: after `good` of them it does."""
+    alone = Engine(mla, 1, 1000)
+    want = [alone.submit(PREFIX[at:70], 5, 0) for at in range(3)]
+    alone.run()
+    engine = Engine(mla, 4, 1000)
+    requests = [engine.submit(PREFIX[:70], 5, 0)]
+    engine.step()
+    requests += [engine.submit(PREFIX[at:70], 5, 0) for at in (1, 2)]
+    step, calls = engine.decoder.step, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) > good:
+            raise RuntimeError("out of memory")
+        return step(*arguments)
+
+    monkeypatch.setattr(engine.decoder, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step()
+    monkeypatch.setattr(engine.decoder, "step", step)
+    engine.run()
+    assert [request.tokens for request in requests] == [request.tokens for request in want]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"prompt": []}, "the prompt is empty; it needs at least one token"),
+        ({"prompt": [1, 256]}, "token 256 is not in the vocabulary, 0..255"),
+        ({"prompt": [-1]}, "token -1 is not in the vocabulary"),
+        ({"prompt": [1] * 90, "max_new_tokens": 20}, "of 90 tokens and max_new_tokens=20 are more than"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be finite"),
+        ({"top_p": 0}, "top_p=0 must lie above 0"),
+        ({"window": 0}, "window=0 must be at least 1"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused(mla, options, said):
+    engine = Engine(mla, 2, 100)
+    with pytest.raises(ValueError, match=said):
+        engine.submit(**{"prompt": [1, 2], "max_new_tokens": 3, **options})
+    assert not engine.busy
+    engine.submit([1] * 81, 20)  # the last token made is never read
+    engine.run()
+    assert engine.submit([1], 0).finished == "length" and not engine.busy
+
+
+def test_a_text_of_the_models_own_length_fits(tiny, make_model):
+    model = make_model(tiny(model={"max_length": 3000}).model)
+    assert Engine(model, 2).max_tokens == 3000 and Engine(model, 4).max_tokens == 4096
+    assert Engine(make_model(tiny().model), 2).max_tokens == 2048
+
+
+@pytest.mark.parametrize("sizes", [(0, 100), (2, 0), (-1, None)])
+def test_sizes_below_1_are_refused(mla, sizes):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Engine(mla, *sizes)
+
+
+class OwnAttention(torch.nn.Module):
+    """An attention of one's own: knows caches, but neither pages nor steps."""
+
+    def __init__(self, dim):
+        super().__init__()
+        from mla import GroupedQueryAttention
+
+        self.inner = GroupedQueryAttention(dim, 2, 1, 8)
+        self.new_cache = self.inner.new_cache
+
+    def forward(self, x, cache=None, positions=None, mask=None):
+        return self.inner(x, cache, positions, mask)
+
+
+def test_an_attention_without_steps_is_run_from_its_caches(tiny, make_model):
+    model = make_model(tiny(attention={"kind": f"{__name__}:OwnAttention"}).model, std=0.3)
+    check_mixes(model, 3, torch.allclose)
+
+
+def test_odd_widths_give_the_same_text_too(tiny, make_model):
+    check_mixes(make_model(tiny().model, std=0.3), 3, torch.allclose)
+
+
+@torch.no_grad()
+def test_the_models_memory_is_as_it_was(model):
+    def memory():
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: (id(t), t.data_ptr(), t.stride(), t.requires_grad) for name, t in named.items()}
+
+    before, state = memory(), {name: t.clone() for name, t in model.state_dict().items()}
+    modules = [id(module) for module in model.modules()]
+    engine = Engine(model, 2, 1000)
+    engine.submit(PREFIX, 3)
+    engine.run()
+    assert memory() == before and [id(module) for module in model.modules()] == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    experts = engine.decoder.view.blocks[1].mlp.experts
+    assert not experts.down.is_contiguous() and torch.equal(experts.down, model.blocks[1].mlp.experts.down)
+    assert engine.decoder.view.norm is model.norm and engine.decoder.view.head is model.head
+
+
+@torch.no_grad()
+def test_a_model_too_large_for_a_second_copy_is_run_as_it_is(model, monkeypatch):
+    monkeypatch.setattr("lm.machine.memory", lambda: 10_000)
+    engine = Recorder(model, 1, 1000)
+    request = engine.submit(PREFIX, 1)
+    engine.run()
+    assert engine.decoder.view is model and not engine.decoder.copies
+    torch.testing.assert_close(request.logits[0], model(torch.tensor([PREFIX])).logits[0, -1])
+
+
+@pytest.mark.parametrize("last", [1, 2, 5])
+@torch.no_grad()
+def test_a_step_gives_the_logits_of_as_many_places_as_are_asked_for(model, last):
+    decoder, pages, texts = Decoder(model), Pages(8), torch.randint(256, (3, 70))
+    pools, rows = [pages.new_pool(*entry) for entry in decoder.entries], [pages.open() for _ in texts]
+    pages.grow(rows, 70)
+    for length, time in ((0, 65), (65, 5)):
+        plan = Plan([row.pages for row in rows], [length] * 3, time, "cpu")
+        logits = decoder.step(texts[:, length : length + time].flatten(), pools, plan, last)
+        want = model(texts[:, : length + time]).logits[:, -last:]
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+
+
+# --- an attention that is not the one that the step stands for
+
+
+class Scaled(MultiheadLatentAttention):
+    def __init__(self, dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim):
+        super().__init__(dim, num_heads, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
+        self.scale *= 0.5
+
+
+class Windowed(MultiheadLatentAttention):
+    def forward(self, x, cache=None, positions=None, mask=None):
+        return super().forward(x, cache, positions, mask) * 0.5
+
+
+def test_a_subclass_that_changes_nothing_of_the_step_keeps_its_pages(tiny, make_model):
+    model = make_model(with_attention(tiny(**KINDS["mla"]).model, "Scaled"), std=0.3).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Engine(model, 1, 100).paged
+    check_mixes(model, 2)
+
+
+def test_one_that_changes_it_says_so_once_and_is_run_from_its_caches(tiny, make_model):
+    model = make_model(with_attention(tiny(**KINDS["mla"]).model, "Windowed"), std=0.3)
+    with pytest.warns(UserWarning, match="Windowed overrides forward; it is run without pages"):
+        assert not Engine(model, 1, 100).paged
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = Recorder(model, 1, 1000)
+    request = engine.submit(PREFIX[:70], 1)
+    engine.run()
+    torch.testing.assert_close(request.logits[0], model(torch.tensor([request.prompt])).logits[0, -1])
+
+
+def with_attention(config, name):
+    return replace(config, attention=replace(config.attention, kind=f"{__name__}:{name}"))

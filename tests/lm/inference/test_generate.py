@@ -1,0 +1,297 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.inference import engine
+from lm.inference.generate import generate, stream
+from lm.inference.sampling import sampler
+from lm.inference.step import Decoder
+
+KINDS = {"mla": {}, "gqa": {"attention": {"kind": "gqa"}}, "all dense": {"model": {"num_dense_layers": 3}}}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+def model(request, tiny, make_model):
+    return make_model(tiny(**request.param).model, std=0.5)
+
+
+@pytest.fixture(scope="module")
+def mla(tiny, make_model):
+    return make_model(tiny().model, std=0.5)
+
+
+def prompts_of(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(256, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def greedy_without_cache(model, prompt, new, window=None):
+    """The most likely token after all that may be seen, again and again; of a full window half is left."""
+    text, start = list(prompt), 0
+    for _ in range(new):
+        if window is not None and len(text) - start > window:
+            start = len(text) - max(1, window // 2)
+        text.append(int(model(torch.tensor([text[start:]])).logits[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+def written(model, prompts, *arguments, **options):
+    """The new tokens of each row."""
+    return torch.stack(list(stream(model, prompts, *arguments, **options)), dim=1).tolist()
+
+
+@pytest.mark.parametrize("length", [1, 2, 31])
+def test_greedy_equals_the_uncached_model_token_for_token(model, length):
+    tokens = torch.tensor(prompts_of(length, length, length))
+    want = [greedy_without_cache(model, row, 25) for row in tokens.tolist()]
+    assert len({token for row in want for token in row}) > 10  # not one token again and again
+    out = generate(model, tokens, 25, temperature=0)
+    assert out.dtype == torch.int64 and torch.equal(out[:, :length], tokens)
+    assert out[:, length:].tolist() == want
+
+
+def test_ragged_prompts_write_greedily_what_each_writes_alone(model):
+    prompts = prompts_of(*range(1, 21))
+    together = written(model, prompts, 12, 0)
+    assert together == [greedy_without_cache(model, prompt, 12) for prompt in prompts]
+
+
+def test_ragged_prompts_draw_with_their_seeds_what_each_draws_alone(mla):
+    prompts = prompts_of(*range(1, 21))
+    together = written(mla, prompts, 12, 1.0, seed=100)
+    assert together == [
+        written(mla, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)
+    ]
+
+
+def test_neighbours_and_their_order_change_nothing(model):
+    prompts = prompts_of(3, 17, 1, 9)
+    first = written(model, prompts, 8, 0)
+    assert written(model, prompts[::-1], 8, 0) == first[::-1]
+    assert written(model, [prompts[1]] * 3, 8, 0) == [first[1]] * 3
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 20, 1000])
+def test_a_prompt_read_in_chunks_is_the_prompt(mla, monkeypatch, chunk):
+    prompts = prompts_of(20, 8, 7, 1, 15, 16)
+    whole = written(mla, prompts, 6, 0)
+    monkeypatch.setattr(engine, "CHUNK", chunk)
+    assert written(mla, prompts, 6, 0) == whole
+
+
+def test_a_prompt_longer_than_a_chunk_is_read_whole(mla):
+    prompts = prompts_of(2 * engine.CHUNK + 3, engine.CHUNK, 5)
+    assert written(mla, prompts, 5, 0) == [greedy_without_cache(mla, prompt, 5) for prompt in prompts]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
+def test_a_full_window_is_read_again_from_its_middle(mla, window):
+    for prompt in prompts_of(1, window, window + 1, 20):
+        assert written(mla, [prompt], 20, 0, window=window) == [greedy_without_cache(mla, prompt, 20, window)]
+
+
+@pytest.mark.parametrize("window", [8, 13])
+def test_with_a_window_too_neighbours_change_nothing(mla, window):
+    prompts = prompts_of(*range(1, 21))
+    together = written(mla, prompts, 15, 0, window=window)
+    assert together == [greedy_without_cache(mla, prompt, 15, window) for prompt in prompts]
+
+
+def test_a_window_that_is_never_full_changes_nothing(mla):
+    prompts = prompts_of(5, 9)
+    assert written(mla, prompts, 10, 0, window=100) == written(mla, prompts, 10, 0)
+
+
+def test_the_model_never_sees_more_than_the_window(mla, monkeypatch):
+    seen = []
+    step = Decoder.step
+
+    def spy(decoder, tokens, pools, plan):
+        seen.append(int(plan.positions.max()) + 1)
+        return step(decoder, tokens, pools, plan)
+
+    monkeypatch.setattr(Decoder, "step", spy)
+    written(mla, prompts_of(50, 3), 40, 0, window=16)
+    assert max(seen) == 16
+
+
+def by_hand(logits, temperature=1.0, top_k=None, top_p=1.0):
+    """The distribution to draw from, in plain Python: the most likely first, cut, made to sum to 1."""
+    weights = {i: math.exp((z - max(logits)) / temperature) for i, z in enumerate(logits)}
+    ranked = sorted(weights, key=lambda i: -weights[i])[:top_k]
+    total, kept, so_far = sum(weights[i] for i in ranked), [], 0.0
+    for i in ranked:
+        kept.append(i)
+        so_far += weights[i]
+        if so_far >= top_p * total:
+            break
+    total = sum(weights[i] for i in kept)
+    return {i: weights[i] / total for i in kept}
+
+
+LOGITS = [1.3, -0.4, 0.9, 2.1, -3.0, 0.2, 1.1, -1.0]
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, None, 1.0),
+        (0.5, None, 1.0),
+        (3.0, None, 1.0),
+        (1.0, 1, 1.0),
+        (1.0, 3, 1.0),
+        (1.0, 100, 1.0),
+        (1.0, None, 0.8),
+        (1.0, None, 0.01),
+        (1.0, None, 5e-324),  # 0 in fp32
+        (2.0, 4, 0.7),
+    ],
+)
+def test_draws_follow_the_distribution(temperature, top_k, top_p):
+    rows = 6000
+    generators = [torch.Generator().manual_seed(row) for row in range(rows)]
+    drawn = sampler(temperature, top_k, top_p, generators)(torch.tensor([LOGITS] * rows))
+    assert drawn.shape == (rows,) and drawn.dtype == torch.int64
+    counts = torch.bincount(drawn, minlength=len(LOGITS)).tolist()
+    want = by_hand(LOGITS, temperature, top_k, top_p)
+    assert {i for i, number in enumerate(counts) if number} <= set(want)
+    chi_square = sum((counts[i] - rows * p) ** 2 / (rows * p) for i, p in want.items())
+    assert chi_square < 30  # 7 degrees of freedom: one in ten thousand is above 29.9
+
+
+@settings(max_examples=100)
+@given(
+    logits=st.lists(st.integers(-40, 40).map(lambda z: z / 8), min_size=2, max_size=8, unique=True),
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 4.0]),
+    top_k=st.none() | st.integers(1, 9),
+    top_p=st.sampled_from([0.05, 0.31, 0.57, 0.83, 0.97, 1.0]),
+)
+def test_only_what_the_cuts_leave_is_ever_drawn(logits, temperature, top_k, top_p):
+    want = by_hand(logits, temperature, top_k, top_p)
+    generators = [torch.Generator().manual_seed(row) for row in range(200)]
+    drawn = set(sampler(temperature, top_k, top_p, generators)(torch.tensor([logits] * 200)).tolist())
+    assert drawn <= set(want)
+    assert {i for i, p in want.items() if p > 0.2} <= drawn  # missed once in 10^19
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
+def test_the_coldest_temperature_is_greedy(temperature):
+    generators = [torch.Generator().manual_seed(row) for row in range(50)]
+    assert set(sampler(temperature, None, 1.0, generators)(torch.tensor([LOGITS] * 50)).tolist()) == {3}
+
+
+def test_the_hottest_temperature_is_even():
+    generators = [torch.Generator().manual_seed(row) for row in range(4000)]
+    drawn = sampler(1e300, None, 1.0, generators)(torch.tensor([LOGITS] * 4000))
+    counts = torch.bincount(drawn, minlength=8).tolist()
+    assert sum((number - 500) ** 2 / 500 for number in counts) < 30
+
+
+def test_narrow_logits_are_drawn_in_fp32():
+    generators = [torch.Generator().manual_seed(row) for row in range(100)]
+    logits = torch.tensor([LOGITS] * 100)
+    wide = sampler(1.0, None, 1.0, generators)(logits.bfloat16().float())
+    generators = [torch.Generator().manual_seed(row) for row in range(100)]
+    assert torch.equal(sampler(1.0, None, 1.0, generators)(logits.bfloat16()), wide)
+
+
+def test_a_seed_repeats_and_another_differs(mla):
+    tokens = torch.tensor(prompts_of(4, 4))
+    torch.manual_seed(1)
+    first = generate(mla, tokens, 30, seed=5)
+    torch.manual_seed(2)
+    assert torch.equal(generate(mla, tokens, 30, seed=5), first)
+    assert not torch.equal(generate(mla, tokens, 30, seed=6), first)
+    assert not torch.equal(generate(mla, tokens, 30), generate(mla, tokens, 30))
+
+
+def test_drawing_leaves_the_global_generator_alone(mla):
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    torch.manual_seed(1)
+    generate(mla, torch.tensor([[1, 2]]), 5, seed=0)
+    generate(mla, torch.tensor([[1, 2]]), 5)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_equal_prompts_in_a_batch_draw_differently(mla):
+    out = generate(mla, torch.tensor([[1, 2, 3]] * 3), 20, seed=0)
+    assert len({tuple(row) for row in out.tolist()}) == 3
+
+
+def test_no_new_tokens_is_the_prompt(mla):
+    tokens = torch.tensor(prompts_of(4, 4))
+    assert torch.equal(generate(mla, tokens, 0), tokens)
+    assert list(stream(mla, tokens.tolist(), 0)) == []
+
+
+def test_generating_keeps_no_gradient(mla):
+    assert not any(step.requires_grad for step in stream(mla, [[1, 2]], 3))
+    assert torch.is_grad_enabled()
+
+
+def test_tokens_are_yielded_as_they_are_made(mla, monkeypatch):
+    calls = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *a: (calls.append(1), step(*a))[1])
+    steps = stream(mla, [[1, 2]], 1000, 0)
+    for made in range(1, 4):
+        next(steps)
+        assert len(calls) == made
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be at least 0"),
+        ({"temperature": math.inf}, "temperature=inf must be finite and at least 0"),
+        ({"temperature": math.nan}, "temperature=nan must be finite"),
+        ({"temperature": -0.5}, "temperature=-0.5 must be finite and at least 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": -1}, "top_k=-1 must be at least 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must lie above 0 and at most at 1"),
+        ({"top_p": 1.5}, "top_p=1.5 must lie above 0"),
+        ({"top_p": math.nan}, "top_p=nan must lie above 0"),
+        ({"window": 0}, "window=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must lie in 0.."),
+        ({"seed": 2**64}, f"seed={2**64} must lie in 0.."),
+    ],
+)
+def test_options_out_of_their_range_are_refused(mla, options, said):
+    with pytest.raises(ValueError) as caught:
+        generate(mla, torch.tensor([[1, 2]]), **{"max_new_tokens": 3, **options})
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.zeros(2, 0, dtype=torch.int64),
+        torch.zeros(0, 2, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(1, 2),
+        torch.tensor([[-1]]),
+        torch.tensor([[256]]),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused(mla, tokens):
+    with pytest.raises(ValueError):
+        generate(mla, tokens, 3)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
+def test_an_empty_prompt_is_refused(mla, prompts):
+    with pytest.raises(ValueError, match="each needs at least one"):
+        list(stream(mla, prompts, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_models_write_too(tiny, make_model, dtype):
+    model = make_model(tiny().model, dtype)
+    out = generate(model, torch.tensor(prompts_of(5, 5)), 6, seed=0)
+    assert out.shape == (2, 11) and set(out.flatten().tolist()) <= set(range(256))

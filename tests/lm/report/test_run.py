@@ -1,0 +1,314 @@
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from lm import checkpoint, count, data, train
+from lm.report import figures, measure
+from lm.report import run as report
+from lm.run import read_metrics
+from mla import GroupedQueryAttention
+from moe import balance
+
+HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028 &amp; {{ 7 * 7 }} \"'</pre><h1>"
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, every text with the tags around it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append((tuple(self.open), text))
+
+    def handle_comment(self, text):
+        raise AssertionError(f"a comment: {text}")
+
+    def text_in(self, tag):
+        return "".join(text for around, text in self.texts if tag in around)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def plain_pictures(monkeypatch):
+    """No picture is drawn, where it is the words that matter."""
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **options: path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    )
+
+
+@pytest.fixture(scope="module")
+def page(trained_once):
+    return Page(trained_once / "report.html")
+
+
+def run_of(config, folder):
+    assert train.train(config, folder) == 0
+    report.write(folder)
+    return Page(folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "run"
+    config = tiny(
+        model={"num_dense_layers": 3},
+        attention={"kind": "gqa", "num_heads": 4, "num_kv_heads": 2},
+        train={"steps": 2},
+    )
+    return folder, run_of(config, folder)
+
+
+TAGS = "html head meta title style body h1 h2 h3 p strong img div span small br table tr th td pre"
+
+
+def test_the_page_is_well_formed(page, dense):
+    assert page.open == dense[1].open == []
+    for one in (page, dense[1]):
+        assert {tag for tag, _ in one.tags} <= set(TAGS.split())
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(page, dense):
+    for one in (page, dense[1]):
+        assert all(image["src"].startswith("data:image/png;base64,") for image in one.all("img"))
+        for _, attributes in one.tags:
+            assert not {"href", "srcset", "action", "data", "background"} & set(attributes)
+            assert not any(name.startswith("on") for name in attributes)
+        written = re.sub(r'src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", one.source).replace(
+            one.text_in("pre"), ""
+        )
+        assert not re.search(r"https?:|//|url\(|@import|javascript:", written)
+        policy = [
+            meta["content"] for meta in one.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+        ]
+        assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+        assert {"charset": "utf-8"} in one.all("meta")
+
+
+def test_every_picture_has_words_and_is_the_file_beside_the_page(trained_once, page):
+    pictures = {path.read_bytes() for path in trained_once.glob("*.png")}
+    assert {path.name for path in trained_once.glob("*.png")} == {
+        "loss.png",
+        "cache.png",
+        "balance.png",
+        "load.png",
+        "experts.png",
+    }
+    for image in page.all("img"):
+        content = base64.b64decode(image["src"].partition(",")[2])
+        assert content.startswith(b"\x89PNG\r\n\x1a\n") and content in pictures
+        assert len(image["alt"]) > 10
+    assert len(page.all("img")) == 4  # the passage is text in the page
+
+
+def test_parameters_and_losses_are_the_computed_ones(trained_once, page):
+    model = checkpoint.load(trained_once)
+    total = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    active = count.active_parameters(model.config)
+    said = " ".join(page.text_in("p").split())
+    assert f"{total:,} parameters, of which a token meets {active:,} ({100 * active / total:.0f} %)" in said
+    last = read_metrics(trained_once)[-1]
+    assert f"Held-out loss: {last['val_loss']:.3f} nats a token" in said
+    assert f"12 steps, {12 * 4 * 16:,} tokens" in said and "torch.float32 on 1 threads" in said
+
+
+def rows_of(page):
+    """The cache table: kind -> bytes, share of MHA."""
+    cells = [text for around, text in page.texts if "td" in around]
+    return {kind: (int(size.replace(",", "")), share) for kind, size, share in zip(*[iter(cells)] * 3)}
+
+
+def test_cache_sizes_are_those_of_live_caches(trained_once, page):
+    model = checkpoint.load(trained_once)
+    found = rows_of(page)
+    ours = sum(cache.entries.nbytes for cache in model.new_caches(1, 50)) // 50
+    assert ours == 3 * (8 + 4) * 4  # layers x (latent + rope) x bytes of fp32
+    assert found["this model (mla)"][0] == ours
+    for kind, heads in (("MHA", 2), ("MQA", 1)):  # two heads of value width 6
+        rival = GroupedQueryAttention(16, 2, heads, 6).new_cache(1, 50)
+        assert found[kind][0] == 3 * rival.entries.nbytes // 50 == 3 * 2 * heads * 6 * 4
+    assert (
+        found["MHA"][1] == "100 %"
+        and found["this model (mla)"][1] == f"{100 * ours / (3 * 2 * 2 * 6 * 4):.0f} %"
+    )
+
+
+def test_a_dense_run_has_a_page_without_experts(dense):
+    folder, one = dense
+    assert {path.name for path in folder.glob("*.png")} == {"loss.png", "cache.png"}
+    assert len(one.all("img")) == 2 and not one.all("small") and "expert" not in one.text_in("h2")
+    model = checkpoint.load(folder)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{total:,} parameters, of which a token meets {total:,} (100 %)" in " ".join(
+        one.text_in("p").split()
+    )
+    found = rows_of(one)
+    assert found["this model (gqa)"][0] == 3 * 2 * 2 * 8 * 4
+    assert (found["MHA"][0], found["GQA"][0], found["MQA"][0]) == (
+        3 * 2 * 4 * 8 * 4,
+        3 * 2 * 8 * 4,
+        3 * 2 * 8 * 4,
+    )
+
+
+def test_the_passage_shows_each_token_with_the_number_of_its_strongest_expert(trained_once, page):
+    model, config = checkpoint.load(trained_once), checkpoint.read_config(trained_once, False)
+    held_out = data.load(config.data, 256)[1]
+    passage = held_out[:384] if len(held_out) <= 2000 else held_out[2000:2384]
+    tokens = torch.tensor(passage.tolist()).unsqueeze(0)
+    want = []
+    for routing in model(tokens).routings:
+        for token, experts, weights in zip(
+            passage.tolist(), routing.experts[0].tolist(), routing.weights[0].tolist()
+        ):
+            best = max(zip(weights, experts))[1]
+            want.append(({32: "␣", 10: "↵"}.get(token, chr(token)), str(best)))
+    shown = [text for around, text in page.texts if "span" in around and "small" not in around]
+    numbers = [text for around, text in page.texts if "small" in around]
+    assert list(zip(shown, numbers)) == want
+    assert len(page.all("span")) == 2 * len(passage)
+    colours = {number: span["style"] for number, span in zip(numbers, page.all("span"))}
+    assert len(set(colours.values())) == len(colours)  # an expert, a colour
+
+
+def test_the_load_is_counted_on_the_held_out_text(trained_once):
+    model, config = checkpoint.load(trained_once), checkpoint.read_config(trained_once, False)
+    windows = data.Windows(data.load(config.data, 256)[1], 16)
+    got = measure.expert_load(model, windows)
+    assert got.shape == (2, 8)
+    counts = torch.zeros(2, 8, dtype=torch.float64)
+    for index in range(len(windows)):
+        for layer, routing in enumerate(model(windows[index][:-1].unsqueeze(0)).routings):
+            counts[layer] += balance.tokens_per_expert(routing)
+    torch.testing.assert_close(got, counts / counts.sum(1, keepdim=True), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "token, shown",
+    [
+        (32, "␣"),
+        (10, "↵"),
+        (3, "∎"),
+        (65, "A"),
+        (126, "~"),
+        (0, "00"),
+        (127, "7f"),
+        (195, "c3"),
+        (255, "ff"),
+        (60, "<"),
+    ],
+)
+def test_every_byte_can_be_seen(token, shown):
+    assert measure.show(token) == shown
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_hostile_text_is_text(trained, tmp_path):
+    (trained / "samples.txt").write_text(f"--- step 12\n{HOSTILE}\n", encoding="utf-8")
+    hostile = tmp_path / HOSTILE.replace("/", "∕")
+    trained.rename(hostile)
+    report.write(hostile)
+    one = Page(hostile / "report.html")
+    assert one.text_in("pre") == f"--- step 12\n{HOSTILE}\n"
+    assert one.text_in("h1") == hostile.name
+    assert one.text_in("title").startswith(hostile.name)
+    assert not one.all("script") and len(one.all("img")) == 4 and len(one.all("h1")) == 1
+    assert not any(name.startswith("on") for _, attributes in one.tags for name in attributes)
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_hostile_bytes_in_the_held_out_text_are_text(tiny, tmp_path):
+    (tmp_path / "text").write_bytes(b'<img src=x onerror=alert(1)>&$\\"\x00\xff' * 200)
+    one = run_of(tiny(data={"path": str(tmp_path / "text")}, train={"steps": 2}), tmp_path / "run")
+    shown = "".join(text for around, text in one.texts if "span" in around and "small" not in around)
+    assert '<img␣src=x␣onerror=alert(1)>&$\\"00ff' in shown
+    assert len(one.all("img")) == 4 and not one.all("script")
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_samples_cut_within_a_character_are_shown(trained):
+    (trained / "samples.txt").write_bytes("--- step 12\né".encode()[:-1])
+    report.write(trained)
+    assert Page(trained / "report.html").text_in("pre") == "--- step 12\n\ufffd"
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_without_samples_the_page_is_made_all_the_same(trained):
+    (trained / "samples.txt").unlink()
+    report.write(trained)
+    assert Page(trained / "report.html").text_in("pre") == ""
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_a_damaged_newest_checkpoint_is_warned_of_once_and_the_one_before_shown(trained):
+    (trained / "checkpoints" / "step-000012" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-000012") as caught:
+        report.write(trained)
+    assert len(caught) == 1
+    assert "10 steps" in Page(trained / "report.html").text_in("p")
+
+
+def test_what_is_no_run_is_refused(trained, tmp_path):
+    (trained / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"metrics.jsonl: holds no row yet"):
+        report.write(trained)
+    shutil.rmtree(trained / "checkpoints")
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        report.write(trained)
+    with pytest.raises(ValueError, match="is not a folder"):
+        report.write(tmp_path / "absent")
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_the_best_ngram_is_named_only_for_the_packages_own_text(tiny, trained, page, monkeypatch, tmp_path):
+    assert "n-gram" not in page.source
+    monkeypatch.setattr(data, "CORPUS", tmp_path)
+    baseline = {"best": 1.2345, "best_order": 6}
+    (tmp_path / "baselines.json").write_text(json.dumps(baseline))
+    shutil.copy(Path(tiny().data.path), tmp_path / "train.txt")
+    shutil.copy(Path(tiny().data.path), tmp_path / "validation.txt")
+    (trained / "config.toml").write_text(tiny(data={"path": ""}).to_toml())
+    report.write(trained)
+    assert "The best n-gram model reaches 1.234" in " ".join(
+        Page(trained / "report.html").text_in("p").split()
+    )
+    for axis in figures.draw_loss(read_metrics(trained), baseline).axes:  # it is a line in the picture too
+        assert [1.2345, 1.2345] in [list(line.get_ydata()) for line in axis.lines]
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_a_run_of_one_step_and_one_window_has_a_page(tiny, tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(97, 114)))
+    config = tiny(
+        data={"path": str(tmp_path / "text"), "validation": str(tmp_path / "text")}, train={"steps": 1}
+    )
+    assert len(run_of(config, tmp_path / "run").all("span")) == 2 * 17
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_narrow_words_of_a_tied_bf16_run_count_once(tiny, tmp_path):
+    config = tiny(model={"tie_embeddings": True}, train={"steps": 1, "dtype": "bfloat16"})
+    one = run_of(config, tmp_path / "run")
+    assert f"{count.total_parameters(config.model):,} parameters" in " ".join(one.text_in("p").split())
+    assert "torch.bfloat16" in one.text_in("p")

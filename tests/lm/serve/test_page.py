@@ -1,0 +1,284 @@
+"""The chat page, used in headless Chromium. What its script does is seen there alone."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+
+import httpx
+import pytest
+
+from lm.serve import app as serve
+
+pytest.importorskip("selenium")
+from selenium.webdriver.common.keys import Keys
+
+HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>&lt;\u2028"
+SECONDS = 60  # after which something has not come at all
+
+
+class Page:
+    """The page of a running server, as a person sees and uses it."""
+
+    def __init__(self, browser, running):
+        self.browser, self.running = browser, running
+        browser.get_log("browser")  # of the page before
+        browser.get(running.url)
+        self.wait_for(lambda: browser.title == running.served.name)
+
+    def wait_for(self, found):
+        until = time.monotonic() + SECONDS
+        while not found():
+            assert time.monotonic() < until, f"nothing came; the page shows {self.shown()}"
+            time.sleep(0.01)
+
+    def get(self, name):
+        return self.browser.find_element("id", name)
+
+    def set(self, name, value):
+        self.get(name).clear()
+        self.get(name).send_keys(str(value))
+
+    def type(self, text, *keys):
+        """Into the message, as by keyboard."""
+        self.get("text").send_keys(text, *keys)
+
+    def say(self, text):
+        """Send a message and wait until the answer is whole."""
+        self.type(text, Keys.ENTER)
+        self.wait_for(self.idle)
+
+    def idle(self):
+        return self.get("send").is_displayed()
+
+    def shown(self):
+        """What the conversation shows: the kind of each message with its text."""
+        script = (
+            "return [...document.querySelectorAll('#log .message')].map(e => [e.className, e.textContent])"
+        )
+        return [tuple(pair) for pair in self.browser.execute_script(script)]
+
+    def console(self):
+        return self.browser.get_log("browser")
+
+
+@pytest.fixture(scope="module")
+def running(serving, make_served):
+    with serving(make_served()) as running:
+        yield running
+
+
+def api(running, *contents, **options):
+    """What the API answers to a conversation."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    answer = httpx.post(
+        f"{running.url}/v1/chat/completions", json={"messages": messages, **options}, timeout=SECONDS
+    )
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_conversation_is_what_the_api_answers(browser, running):
+    page = Page(browser, running)
+    page.set("temperature", 0)
+    page.set("max-tokens", 25)
+    page.say("to be")
+    first = api(running, "to be", temperature=0, max_tokens=25)
+    assert page.shown() == [("message user", "to be"), ("message assistant", first)]
+    page.set("max-tokens", 12)
+    page.say("or not")
+    second = api(running, "to be", first, "or not", temperature=0, max_tokens=12)
+    assert page.shown()[2:] == [("message user", "or not"), ("message assistant", second)]
+    page.get("new").click()
+    assert page.shown() == [] and page.get("empty").is_displayed()
+    page.say("to be")
+    assert page.shown()[1:] == [("message assistant", api(running, "to be", temperature=0, max_tokens=12))]
+    assert page.console() == []
+
+
+def test_it_is_used_by_keyboard_alone(browser, running):
+    page = Page(browser, running)
+    focus = browser.switch_to.active_element
+    assert focus.get_attribute("id") == "text"
+    focus.send_keys("two", Keys.SHIFT, Keys.ENTER, Keys.NULL, "lines")
+    assert page.shown() == [] and focus.get_attribute("value") == "two\nlines"
+    focus.send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.get_attribute("id") == "send"
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    page.wait_for(page.idle)
+    page.wait_for(lambda: len(page.shown()) == 2)
+    assert page.shown()[0] == ("message user", "two\nlines")
+    assert browser.switch_to.active_element.get_attribute("id") == "text"
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('input, textarea, button, main')]"
+        ".map(e => e.computedName ?? e.ariaLabel ?? (e.labels?.[0] ?? e).textContent.trim())"
+    )
+    assert all(names)
+    focus.send_keys("  ", Keys.ENTER)  # nothing to send
+    assert len(page.shown()) == 2 and page.console() == []
+
+
+def test_hostile_text_stays_text(browser, serving, make_served, scripted):
+    scripted(HOSTILE)
+    with serving(make_served()) as running:
+        page = Page(browser, running)
+        page.say(HOSTILE)
+        assert page.shown() == [("message user", HOSTILE), ("message assistant", HOSTILE)]
+        page.wait_for(lambda: browser.title == "drawn")
+        inside = "return document.querySelectorAll('#log img, #log script').length + document.scripts.length"
+        assert browser.execute_script(inside) == 1
+        assert page.console() == []
+
+
+def test_a_hostile_name_of_a_model_stays_text(browser, serving, make_served):
+    served = make_served()
+    served.name = "<img src=x onerror=alert(1)>"
+    with serving(served) as running:
+        page = Page(browser, running)
+        assert page.get("model").text == served.name and page.console() == []
+
+
+@pytest.mark.parametrize("how", ["button", "escape", "new"])
+def test_stop_keeps_what_was_said_and_frees_the_place(browser, serving, make_served, scripted, how):
+    permits = threading.Semaphore(3)
+    scripted("0123456789" * 9, permits)
+    with serving(make_served(max_batch=1)) as running:
+        try:
+            page = Page(browser, running)
+            page.type("x", Keys.ENTER)
+            page.wait_for(lambda: page.shown()[1:] == [("message assistant making", "012")])
+            page.type("a second message is not sent meanwhile", Keys.ENTER)
+            assert len(page.shown()) == 2 and not page.idle()
+            if how == "escape":
+                page.type(Keys.ESCAPE)
+            else:
+                page.get("stop" if how == "button" else "new").click()
+            page.wait_for(lambda: page.idle() and not running.served.worker.jobs)
+            kept = [] if how == "new" else [("message user", "x"), ("message assistant", "012")]
+            assert page.shown() == kept
+            permits.release(100)
+            page.type(Keys.ENTER)
+            page.wait_for(lambda: page.idle() and len(page.shown()) == len(kept) + 2)
+            assert page.shown()[-1] == ("message assistant", "0123456789" * 9)
+            engine = running.served.worker.engine
+            told = bytes(engine.requests[-1].prompt).decode()
+            said = "a second message is not sent meanwhile\n"
+            assert told == said if how == "new" else told == "x\n012\n" + said
+            assert len(engine.requests[0].tokens) <= 4
+            assert page.console() == []
+        finally:
+            permits.release(1000)
+
+
+def test_what_no_longer_fits_the_context_is_left_out_and_seen_to_be(browser, running):
+    page = Page(browser, running)
+    page.set("temperature", 0)
+    page.set("max-tokens", 5)
+    page.say("a" * 60)
+    page.say("b" * 60)
+    kinds = [kind for kind, _ in page.shown()]
+    assert kinds == [
+        "message user left-out",
+        "message assistant left-out",
+        "message user",
+        "message assistant",
+    ]
+    assert page.shown()[3][1] == api(running, "b" * 60, temperature=0, max_tokens=5)
+    page.say("c" * 97)  # fits in no way: told, and given back
+    assert page.shown()[-1] == ("message error", "messages: 98 tokens; the model's context is 96")
+    assert page.get("text").get_attribute("value") == "c" * 97
+    assert len([kind for kind, _ in page.shown() if "user" in kind]) == 2
+
+
+def test_errors_are_told_and_the_message_can_be_sent_again(browser, serving, make_served, scripted):
+    scripted("ok")
+    with serving(make_served(max_batch=1, max_queue=0)) as running:
+        page = Page(browser, running)
+        page.set("max-tokens", 0)
+        page.say("hello")
+        [(kind, told)] = page.shown()
+        assert kind == "message error" and told.startswith("max_tokens: ") and told.endswith("got 0")
+        page.set("max-tokens", "")
+        page.type(Keys.ENTER)
+        page.wait_for(lambda: page.idle() and page.shown()[1:])
+        assert page.shown()[1:] == [("message user", "hello"), ("message assistant", "ok")]
+
+        def fail():
+            raise RuntimeError("out of memory")
+
+        running.served.worker.engine.step = fail
+        page.say("again")
+        assert page.shown()[-1] == ("message error", "the model failed: out of memory")
+        page.type(Keys.ENTER)
+        page.wait_for(lambda: page.idle() and page.shown()[-1] == ("message assistant", "ok"))
+
+
+def test_an_error_within_an_answer_keeps_what_was_said(browser, serving, make_served, scripted):
+    permits = threading.Semaphore(2)
+    scripted("0123", permits)
+    with serving(make_served()) as running:
+        try:
+            page = Page(browser, running)
+            page.type("x", Keys.ENTER)
+            page.wait_for(lambda: page.shown()[1:] == [("message assistant making", "01")])
+
+            def fail():
+                raise RuntimeError("out of memory")
+
+            running.served.worker.engine.step = fail
+            permits.release(1)
+            page.wait_for(page.idle)
+            assert page.shown()[0] == ("message user", "x")
+            assert page.shown()[1] == ("message assistant", "012")
+            assert page.shown()[2] == ("message error", "the model failed: out of memory")
+        finally:
+            permits.release(100)
+
+
+def test_light_and_dark_follow_the_system(browser, running):
+    page = Page(browser, running)
+    colours = []
+    for theme in ("light", "dark"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        script = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+        colours.append(
+            [sum(map(int, re.findall(r"\d+", colour))) for colour in browser.execute_script(script)]
+        )
+    assert colours[0][0] > 3 * 230 and colours[0][1] < 3 * 60  # dark on light
+    assert colours[1][0] < 3 * 60 and colours[1][1] > 3 * 200  # light on dark
+    assert page.console() == []
+
+
+def test_the_page_loads_and_runs_nothing_but_itself(browser, running):
+    page = Page(browser, running)
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == [f"{running.url}/v1/models"]
+    browser.execute_script(
+        "const script = document.createElement('script'), button = document.createElement('button');"
+        "script.textContent = 'window.owned = 1'; button.setAttribute('onclick', 'window.owned = 2');"
+        "document.body.append(script, button); button.click()"
+    )
+    assert browser.execute_script("return window.owned ?? null") is None
+    assert all("Content Security Policy" in entry["message"] for entry in page.console())
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone():
+    page, headers = serve.read_page()
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        [inside] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    assert "unsafe" not in json.dumps(policy) and headers["X-Content-Type-Options"] == "nosniff"
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|https?://", page)
+    assert not re.search(r"<[^>]* (on\w+|style)=", page.partition("<script>")[0])
+
+
+def test_the_server_sends_the_page_with_its_policy(running):
+    answer = httpx.get(running.url + "/")
+    page, headers = serve.read_page()
+    assert answer.text == page and answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert {name: answer.headers[name] for name in headers} == headers
