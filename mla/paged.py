@@ -224,13 +224,14 @@ def attend(query: Tensor, pool: Tensor, plan: Plan, key: slice, value: slice, sc
     query = query[: plan.tokens].view(rows, time, kv_heads, heads // kv_heads, width)
     query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (rows, kv_heads, queries, width): heads x time
     filling = (0, 0, 0, -query.shape[2] % ROWS)
-    query = F.pad(query, filling).index_select(0, plan.reader).flatten(0, 1)  # (parts, queries, width)
+    query = F.pad(query * scale, filling).index_select(0, plan.reader).flatten(0, 1)  # (parts, queries, width)
     entries = pool.flatten(0, 1).index_select(0, plan.indices(kv_heads))  # (parts, 64, entry)
     mask = plan.mask(entries.dtype).view(-1, 1, 1, time, PAGE)
     mask = mask.expand(-1, kv_heads, heads // kv_heads, -1, -1).reshape(len(entries), -1, PAGE)
     if filling[3]:
         mask = F.pad(mask, filling)
-    scores = torch.baddbmm(mask, query, entries[..., key].mT, alpha=scale)  # (parts, queries, 64)
+    # not baddbmm: some CPUs round its sum by how many rows there are
+    scores = torch.bmm(query, entries[..., key].mT).add_(mask)  # (parts, queries, 64)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     highest = plan.of_rows(scores.amax(-1), "max").index_select(0, plan.reader)
     weights = scores.sub_(highest.view(*scores.shape[:2], 1)).exp_()
