@@ -60,13 +60,116 @@ def page() -> str:
     return "\n".join([HEAD, *(section(name) for name in ORDER)])
 
 
+def cell(name: str, row: str, column: str) -> str:
+    """A cell of an experiment's table, without its standard error."""
+    head, *rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["table"]
+    return next(one for one in rows if one[0] == row)[head.index(column)].partition(" ± ")[0]
+
+
+def loss(name: str, row: str) -> str:
+    return cell(name, row, "held-out loss")
+
+
+def by_loss(name: str) -> list[str]:
+    """An experiment's models, from the lowest held-out loss to the highest."""
+    rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["table"][1:]
+    return sorted((row[0] for row in rows), key=lambda row: float(loss(name, row)))
+
+
+def brief() -> dict[str, tuple[str, str, str]]:
+    """The README's rows: the question, what was found here, what others found."""
+    needed = json.loads((EXPERIMENTS / "results" / "faster.json").read_text())["summary"]["dense"]
+    flops, seconds = (f"{needed[unit]['mean']:.2f}" for unit in ("flops", "seconds"))
+    cache = float(cell("cache", "MLA, rank 8", "of MHA's"))
+    violation = [cell("balance", row, "global MaxVio") for row in ("none", "Switch loss, 0.01")]
+    violation.append(cell("balance", "bias, proportional", "global MaxVio"))
+    order = [name for name in reversed(by_loss("architectures")) if "router" not in name]
+    hidden = {
+        who: float(cell("expert_choice", who, "nothing of what follows"))
+        - float(cell("expert_choice", who, "many texts in a call"))
+        for who in ("experts choose", "tokens choose")
+    }
+    all_rotated = float(cell("rope", "all turned", "absorbed is off by (worst seed)"))
+    without = {
+        who: float(cell("specialization", "0.03125", who)) - float(cell("specialization", "0", who))
+        for who in ("DeepSeekMoE", "GShard")
+    }
+    kept, thirds = "MLPs, left as they were", "16 thirds, top 2, and a shared third"
+    behind = float(cell("convert", thirds, "repaired")) - float(cell("convert", kept, "repaired"))
+    return {
+        "faster": (
+            "Does MoE train faster at equal active parameters?",
+            f"same loss with {flops} of the FLOPs, {seconds} of the seconds",
+            "twice as fast at 1.3 B active (arXiv 2409.02060)",
+        ),
+        "cache": (
+            "Does MLA store more in less memory?",
+            f"MHA's loss with {cache:.1%} of its cache",
+            "yes, at 16 B and 250 B (arXiv 2405.04434)",
+        ),
+        "balance": (
+            "What balances expert load?",
+            f"MaxVio {violation[0]} unbalanced, {violation[1]} with a loss, {violation[2]} with biases",
+            "biases: 0.04, at 1 B (arXiv 2408.15664)",
+        ),
+        "shared_expert": (
+            "Is the shared expert irreplaceable once trained?",
+            f"disabled, one routed expert more: {loss('shared_expert', 'as trained')} to "
+            f"{loss('shared_expert', 'no shared expert, one routed expert more')}",
+            "trained without one: slightly better at 6.9 B (arXiv 2409.02060)",
+        ),
+        "fineness": (
+            "Are many fine-grained experts better?",
+            f"{loss('fineness', '2 of 32')} with 2 of 32, "
+            f"{loss('fineness', '1 shared, 7 of 127')} with 8 of 128",
+            "yes, 64 over 8, at 6.9 B (arXiv 2409.02060)",
+        ),
+        "architectures": (
+            "Dense, Hash, Switch, GShard, DeepSeekMoE: ever lower loss?",
+            "worst to best: " + ", ".join(order),
+            "yes, at 2 B (arXiv 2401.06066)",
+        ),
+        "specialization": (
+            "Are DeepSeekMoE's experts harder to replace than GShard's?",
+            f"best 32nd disabled: +{without['DeepSeekMoE']:.2f}; GShard +{without['GShard']:.2f}",
+            "yes, at 2 B (arXiv 2401.06066)",
+        ),
+        "expert_choice": (
+            "Does expert choice see the future?",
+            f"future hidden: loss +{hidden['experts choose']:.2f}; token choice +{hidden['tokens choose']:.2f}",
+            "it leaks (arXiv 2408.15664 section 5)",
+        ),
+        "rope": (
+            "Must MLA keep position in separate dims?",
+            f"all dims rotated, the absorbed form is {all_rotated:.0%} off",
+            "yes (arXiv 2405.04434)",
+        ),
+        "rivals": (
+            "Does DeepSeek's style beat Llama's, Mixtral's, Qwen's?",
+            "best to worst: " + ", ".join(name.removesuffix(" style") for name in by_loss("rivals")),
+            "V2 is top-tier with 21 B active (arXiv 2405.04434)",
+        ),
+        "convert": (
+            "Can trained GQA become MLA, and an MLP experts?",
+            f"GQA exactly; an MLP in 16 thirds ends {behind:.3f} behind",
+            "MLA: yes, with little training (arXiv 2502.07864)",
+        ),
+        "projects": (
+            "Can your own router or attention keep up?",
+            f"best: {by_loss('projects')[0]}; worst: {by_loss('projects')[-1]}",
+            "",
+        ),
+    }
+
+
 def readme() -> str:
-    """README.md with what was found of each claim."""
-    rows = [["question", "as claimed?", "found"]]
-    for name in ORDER:
+    """README.md with its table of claims."""
+    rows = [["question", "holds here?", "found here", "found elsewhere"]]
+    for name, (question, here, elsewhere) in brief().items():
         doc = ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text())) or ""
-        found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
-        rows.append([doc.splitlines()[0], found["as_claimed"], found["answer"][0]])
+        anchor = re.sub(r"[^\w -]", "", doc.splitlines()[0].lower()).replace(" ", "-")
+        holds = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["as_claimed"]
+        rows.append([f"[{question}](docs/claims.md#{anchor})", holds, here, elsewhere])
     place = re.compile(r"(?<=<!-- claims -->\n).*?(?=<!-- end of claims -->)", re.S)
     text, places = place.subn(lambda _: table(rows), (ROOT / "README.md").read_text())
     if places != 1:

@@ -1,4 +1,4 @@
-"""Put the measured figures into README.md and docs/performance.md, from the committed result files alone.
+"""Write the measured figures into README.md and docs/performance.md, from the committed result files.
 
 python docs/figures.py [--pictures]
 """
@@ -17,61 +17,59 @@ Table = list[tuple[str, ...]]
 
 
 def read(path: str) -> dict:
-    """A result file, by its path below the root."""
+    """A result file, by its path relative to the root."""
     return json.loads((ROOT / path).read_text())
 
 
 def machine(found: dict) -> str:
-    """The machine of a result, in a few words."""
+    """The machine of a result, for a table cell."""
     facts = found["machine"]
     return f"{facts['cores']} cores, {facts['cpu_capability']}"
 
 
 def results(kind: str) -> list[dict]:
-    """The results of a benchmark, one for each machine."""
+    """The results of a benchmark, one per machine."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
 
 
 def entries(kind: str, start: str) -> Iterator[tuple[dict, str, Any]]:
-    """Results whose name begins so, on every machine -> the whole file, the rest of the name, the entry"""
+    """Entries whose name begins with `start`, of all machines -> the file, the rest of the name, the entry"""
     for found in results(kind):
         for name, value in found.items():
             if name.startswith(start):
                 yield found, name.removeprefix(start), value
 
 
-def readme() -> Table:
-    """What a reader wants to know first."""
-    rows: Table = [("what", "measured", "machine", "made by")]
+def trainings() -> Table:
+    """The presets that were trained."""
+    head = ("preset", "parameters, M", "active, M", "loss on held-out plays, nats a byte")
+    rows: Table = [(*head, "best n-gram", "minutes", "machine")]
     for path in sorted((ROOT / "experiments" / "results").glob("train-*.json")):
         found = read(f"experiments/results/{path.name}")
-        name = path.stem.removeprefix("train-")
-        minutes = f"{found['seconds'] / 60:.1f} min, {found['tokens'] / 1e6:.1f} M bytes"
-        loss = f"{found['held_out_loss']:.3f} nats a byte (best n-gram {found['best_ngram_loss']:.3f})"
-        what = f"`{name}`, {found['parameters'] / 1e6:.1f} M parameters: loss on four held-out plays"
-        rows.append((what, f"{loss} after {minutes}", machine(found), f"`lm train --preset {name}`"))
-    found = read("experiments/results/gate_scale.json")
-    shown = ", ".join(
-        f"{row['computed']:.3f} ({row['model']}, {row['num_experts']} experts; published {row['published']})"
-        for row in found["gate_scale"]
-    )
-    what = "the factor on the routed experts, from Gaussian logits"
-    rows.append((what, shown, machine(found), "`lm experiment gate_scale`"))
-    for start, what in (
-        ("train step, 18M, ", "train step, {}: times as fast as transformers' DeepseekV3 (`grouped_mm`)"),
-        ("decode, 18M, ", "decode, {}: times as fast as transformers' DeepseekV3 (`grouped_mm`)"),
-    ):
+        sizes = (f"{found[name] / 1e6:.1f}" for name in ("parameters", "active_parameters"))
+        losses = (f"{found[name]:.3f}" for name in ("held_out_loss", "best_ngram_loss"))
+        minutes = f"{found['seconds'] / 60:.1f}"
+        rows.append((f"`{path.stem.removeprefix('train-')}`", *sizes, *losses, minutes, machine(found)))
+    return rows
+
+
+def speed() -> Table:
+    """Train and decode steps: how many times as fast as transformers."""
+    rows: Table = [("step of an 18 M model", "machine", "times as fast", "compiled, times as fast")]
+    for start in ("train step, 18M, ", "decode, 18M, "):
         for found, name, value in entries("speed", start):
-            shown = f"{value[PEERS[0]]['ours_times_as_fast_best']:.2f}"
+            compiled = ""
             if "ours compiled" in value:
-                compiled = value[PEERS[0]]["best_ms"] / value["ours compiled"]["best_ms"]
-                shown += f", compiled {compiled:.2f}"
-            rows.append((what.format(name), shown, machine(found), "`make bench`"))
+                ratio = value[PEERS[0]]["best_ms"] / value["ours compiled"]["best_ms"]
+                compiled = f"{ratio:.2f}"
+            plain = f"{value[PEERS[0]]['ours_times_as_fast_best']:.2f}"
+            step = f"{start.partition(',')[0]}, {name}".replace("torch.", "").replace(" of context", "")
+            rows.append((step.replace("train step", "train").strip(), machine(found), plain, compiled))
     return rows
 
 
 def limits() -> Table:
-    """What the machines can do."""
+    """The limits of the machines."""
     rows: Table = [("machine", "fp32 matmul, GFLOP/s", "bf16 matmul, GFLOP/s", "copy, GB/s", "torch")]
     for found in results("speed"):
         rates = found["matmul_gflops"]
@@ -82,8 +80,9 @@ def limits() -> Table:
 
 
 def train() -> Table:
-    """Train steps beside transformers'."""
-    rows: Table = [("model", "machine", "ms", "tokens/s", *PEERS, "of the matmul rate")]
+    """Train steps compared with transformers."""
+    peers = [f"speed-up over {peer}" for peer in PEERS]
+    rows: Table = [("model", "machine", "ms", "tokens/s", *peers, "fraction of the matmul rate")]
     for found, name, value in entries("speed", "train step, "):
         ours = value["ours"]
         rate = found["matmul_gflops"]["torch.bfloat16" if "bfloat16" in name else "torch.float32"]
@@ -95,9 +94,9 @@ def train() -> Table:
 
 
 def layer() -> Table:
-    """The MoE layer between a loop over experts and a dense MLP."""
+    """The MoE layer compared with a loop over experts and a dense MLP."""
     peers = ("loop over experts", "dense of equal width")
-    rows: Table = [("model", "machine", "ms", "ms of the loop", "ms of the dense", "of the dense's rate")]
+    rows: Table = [("model", "machine", "ms", "loop, ms", "dense MLP, ms", "fraction of the dense rate")]
     for found, name, value in entries("speed", "MoE layer, "):
         loop, dense = (value[peer] for peer in peers)
         each = (f"{one['best_ms']:.1f}" for one in (value["ours"], loop, dense))
@@ -106,9 +105,10 @@ def layer() -> Table:
 
 
 def decode() -> Table:
-    """Decoding beside transformers and beside other attentions."""
-    head = ("model", "machine", "ms a step", "transformers", "compiled, ms", "transformers")
-    rows: Table = [(*head, "ours with MHA", "bytes a token", "of MHA")]
+    """Decode steps compared with transformers and with multi-head attention."""
+    over = "speed-up over transformers"
+    head = ("model", "machine", "ms", over, "compiled, ms", over, "speed-up over MHA")
+    rows: Table = [(*head, "cache, bytes per token", "with MHA")]
     for found, name, value in entries("speed", "decode, "):
         ours, theirs = value["ours"], value[PEERS[0]]
         cells = [f"{ours['best_ms']:.2f}", f"{theirs['ours_times_as_fast_best']:.2f} x"]
@@ -123,9 +123,9 @@ def decode() -> Table:
 
 
 def long() -> Table:
-    """Decoding at ever longer contexts beside copying what it reads."""
-    head = ("machine", "context", "ms a step", "compiled, ms", "MB of latents", "ms to copy them")
-    rows: Table = [(*head, "compiled, times the copy")]
+    """Decode steps at long contexts compared with copying the latents."""
+    head = ("machine", "context", "ms", "compiled, ms", "latents, MB", "copy, ms")
+    rows: Table = [(*head, "compiled / copy")]
     for found, _, value in entries("speed", "long context, "):
         for context, one in value.items():
             cells = [f"{one[name]:.2f}" for name in ("ms", "compiled_ms", "latent_mb", "copy_ms")]
@@ -134,9 +134,9 @@ def long() -> Table:
 
 
 def engine() -> Table:
-    """Many requests at once against one by one."""
-    head = ("machine", "together, tokens/s", "one by one", "times", "prompt tokens of 16 alike in 512")
-    rows: Table = [(*head, "of these read", "cache, MB", "not shared, MB")]
+    """Many requests at once compared with one by one."""
+    head = ("machine", "together, tokens/s", "one by one, tokens/s", "ratio", "common prefix: prompt tokens")
+    rows: Table = [(*head, "tokens computed", "cache, MB", "cache without sharing, MB")]
     for found, _, value in entries("speed", "engine, "):
         both = [f"{value[how]['tokens_per_second']:,}" for how in ("together", "one by one")]
         shared = value["16 requests with 512 tokens in common"]
@@ -148,8 +148,8 @@ def engine() -> Table:
 
 
 def memory() -> Table:
-    """Memory of a train step."""
-    rows: Table = [("what", "machine", "kept for backward, MB", "peak, MB", "peak, trimmed, MB")]
+    """Memory of train steps."""
+    rows: Table = [("step", "machine", "saved for backward, MB", "peak, MB", "peak, trimmed, MB")]
     for found, name, value in entries("memory", "train step, "):
         keys = ("kept_for_backward_mb", "peak_mb", "peak_trimmed_mb")
         rows.append((name, machine(found), *(f"{value[key]:,.0f}" for key in keys)))
@@ -157,7 +157,7 @@ def memory() -> Table:
 
 
 def operators() -> Table:
-    """Where the time of a train step goes."""
+    """The operators that take the most time in a train step."""
     rows: Table = [("step", "machine", "operator", "share", "ms", "calls")]
     for found, name, value in entries("profile", "train step, "):
         for one in value[:8]:
@@ -167,8 +167,8 @@ def operators() -> Table:
 
 
 def crossing() -> Table:
-    """Up to how many queries the absorbed form is the quicker one."""
-    rows: Table = [("machine", "past", "by counting multiply-adds", "by the clock")]
+    """The number of queries up to which the absorbed form is faster."""
+    rows: Table = [("machine", "past tokens", "fewer multiply-adds up to", "faster up to")]
     for found in results("scaling"):
         one = found["crossing"]
         counted, measured = one["absorbed_is_cheaper_up_to"], one["absorbed_was_quicker_up_to"]
@@ -177,7 +177,7 @@ def crossing() -> Table:
 
 
 PLACES: dict[str, dict[str, Callable[[], Table]]] = {
-    "README.md": {"figures": readme},
+    "README.md": {"trainings": trainings, "speed": speed},
     "docs/performance.md": {
         "limits": limits,
         "train": train,
@@ -193,7 +193,7 @@ PLACES: dict[str, dict[str, Callable[[], Table]]] = {
 
 
 def page(path: str) -> str:
-    """A page with its tables made anew."""
+    """The text of a page with new tables."""
     text = (ROOT / path).read_text()
     for name, table in PLACES[path].items():
         head, *rows = table()
@@ -202,12 +202,12 @@ def page(path: str) -> str:
         place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.S)
         text, found = place.subn(lambda _, shown=shown: shown, text)
         if found != 1:
-            raise ValueError(f"{path}: {found} places for the table {name!r}; there must be one")
+            raise ValueError(f"{path}: {found} places for the table {name!r}; expected 1")
     return text
 
 
 def pictures() -> None:
-    """docs/scaling-layer.png and docs/scaling-decode.png, of the newest machine's curves."""
+    """Draw docs/scaling-layer.png and docs/scaling-decode.png, for the last machine."""
     import matplotlib.pyplot as plt
 
     found = results("scaling")[-1]
@@ -223,7 +223,7 @@ def pictures() -> None:
     for axis, batch in zip(axes, (1, 8)):
         points = found[f"decode, batch {batch}"]
         curves(axis, {context: one["ms"] for context, one in points.items()}, f"context, batch {batch}")
-        axis.set_ylabel("ms a token in one attention layer")
+        axis.set_ylabel("ms per token, one attention layer")
     points = {context: one["cache_bytes"] for context, one in found["decode, batch 1"].items()}
     curves(axes[2], points, "context")
     axes[2].set_ylabel("bytes of cache, one layer, fp32")
@@ -232,7 +232,7 @@ def pictures() -> None:
 
 
 def curves(axis: Any, points: dict[str, dict[str, float]], label: str) -> None:
-    """A line for each name, over the numbers that the points are called by."""
+    """A line for each name, over the keys of `points`."""
     names = {name: None for point in points.values() for name in point}
     for name in names:
         at = [(int(x), point[name]) for x, point in points.items() if name in point]
