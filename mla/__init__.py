@@ -1,6 +1,6 @@
-"""Multi-head latent attention of DeepSeek-V2 and V3, and grouped-query attention to compare it with.
+"""Multi-head latent attention of DeepSeek-V2 and V3, and grouped-query attention for comparison.
 
-Needs torch and einops only; the folder works copied alone into another project.
+Depends on torch and einops only: the folder can be copied into another project.
 """
 
 from .attention import MultiheadLatentAttention

@@ -11,22 +11,22 @@ from .rope import RotaryEmbedding
 
 
 class MultiheadLatentAttention(nn.Module):
-    """Causal attention whose keys and values are expanded from a latent, with position in a few shared dims.
+    """Causal attention with keys and values expanded from a latent, and position in a few extra dims.
 
     x (batch, time, dim) -> y (batch, time, dim)
 
     Args:
-        kv_lora_rank: width of the latent that keys and values come from (512 in V3).
-        qk_nope_head_dim: a head's query and key dims without position (128 in V3).
-        qk_rope_head_dim: a head's query and key dims with position; all heads share the key's (64 in V3).
-        v_head_dim: a head's value dims (128 in V3).
-        q_lora_rank: width of the query's latent (1536 in V3); None: no compression, as in V2-Lite.
-        rope: a module (x, positions) -> x over qk_rope_head_dim; None: plain RotaryEmbedding.
-        qkv_bias: a bias on the two compressions; the expansions and a query without compression have none.
-        out_bias: a bias on the output.
+        kv_lora_rank: width of the latent of keys and values (512 in V3).
+        qk_nope_head_dim: query and key dims per head without rotary embedding (128 in V3).
+        qk_rope_head_dim: query and key dims per head with it; all heads share the key's (64 in V3).
+        v_head_dim: value dims per head (128 in V3).
+        q_lora_rank: width of the query's latent (1536 in V3); None: no query compression, as in V2-Lite.
+        rope: a module (x, positions) -> x over qk_rope_head_dim; None: RotaryEmbedding with its defaults.
+        qkv_bias: add a bias to q_a and kv_a, the compressions; q, q_b and kv_b never have one.
+        out_bias: add a bias to the output.
 
     Raises:
-        ValueError: a size is below 1; x, positions, mask or cache do not fit.
+        ValueError: a size is below 1; x, positions, mask or cache do not match.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MultiheadLatentAttention(nn.Module):
         self.v_head_dim = v_head_dim
         self.q_lora_rank = q_lora_rank
         self.rope = RotaryEmbedding(qk_rope_head_dim) if rope is None else rope
-        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5  # also absorbed, over wider vectors
+        self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5  # absorbed too, where vectors are wider
         self.scale *= getattr(self.rope, "softmax_factor", 1.0)
 
         q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
@@ -69,11 +69,11 @@ class MultiheadLatentAttention(nn.Module):
         else:
             self.q_a = nn.Linear(dim, q_lora_rank, bias=qkv_bias)  # W_DQ
             self.q_norm = RMSNorm(q_lora_rank)
-            self.q_b = nn.Linear(q_lora_rank, q_width, bias=False)  # W_UQ, W_QR; a head: nope, then rope rows
+            self.q_b = nn.Linear(q_lora_rank, q_width, bias=False)  # W_UQ, W_QR; each head: nope, rope rows
         self.kv_a = nn.Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=qkv_bias)  # W_DKV, then W_KR
         self.kv_norm = RMSNorm(kv_lora_rank)
         kv_width = num_heads * (qk_nope_head_dim + v_head_dim)
-        self.kv_b = nn.Linear(kv_lora_rank, kv_width, bias=False)  # W_UK, W_UV; a head: key, then value rows
+        self.kv_b = nn.Linear(kv_lora_rank, kv_width, bias=False)  # W_UK, W_UV; each head: key, value rows
         self.out = nn.Linear(num_heads * v_head_dim, dim, bias=out_bias)  # W_O
 
     def forward(
@@ -83,13 +83,13 @@ class MultiheadLatentAttention(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend from x to itself and to what the cache holds; the cache then holds x too.
+        """Attend from x to the cached tokens and to itself, and append x to the cache.
 
         Args:
-            cache: from `new_cache`; any chunking of a text gives what one call gives.
-            positions: (time,) or (batch, time) for the rotary embedding; None: on from the cache's length.
-            mask: bool, True may be attended to, on top of causality: (batch, total) for every query, or
-                (batch, time, total), where total is past and new tokens. A token always sees itself.
+            cache: from `new_cache`; splitting a sequence into several calls does not change the outputs.
+            positions: (time,) or (batch, time) for the rotary embedding; None: continue from the cache.
+            mask: bool, True where attention is allowed, besides causality: (batch, total) for all queries, or
+                (batch, time, total), where total is past + new tokens. A token always attends to itself.
         """
         positions, visible = positions_and_visible(x, self.dim, cache, positions, mask)
         q_nope, q_rope = self.query(x)
@@ -98,7 +98,7 @@ class MultiheadLatentAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)  # the normed latent, the rotated key, nothing else
         if cache is not None and self.absorbed_is_cheaper(x.shape[1], latent.shape[1]):
-            context = self.absorbed(q_nope, q_rope, cache.filled, visible)
+            context = self.absorbed(q_nope, q_rope, cache.filled, visible)  # latent and k_rope side by side
         else:
             context = self.expanded(q_nope, q_rope, latent, k_rope, visible)
         return self.out(context.flatten(2))  # V3 eq. 11; (batch, time, heads x value) -> (batch, time, dim)
@@ -111,7 +111,7 @@ class MultiheadLatentAttention(nn.Module):
         return q_nope, q_rope
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All that later tokens will need of x; k_rope is still to be rotated by its position.
+        """Everything that later tokens need of x; k_rope is not yet rotated.
 
         x (batch, time, dim) -> latent (batch, time, latent), k_rope (batch, time, rope)
         """
@@ -119,18 +119,18 @@ class MultiheadLatentAttention(nn.Module):
         return self.kv_norm(latent), k_rope  # V3 eq. 1; the rope key stays unnormed
 
     def rotate(self, q_rope: Tensor, k_rope: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate query and key by their positions, in these few dims only: the rest can be absorbed.
+        """Rotate query and key by their positions, in these dims only, so that the rest can be absorbed.
 
         q_rope (batch, time, heads, rope), k_rope (batch, time, rope) -> the same
         """
-        both = torch.cat((q_rope, k_rope.unsqueeze(2)), dim=2)  # the key, one for all, turns as one more head
+        both = torch.cat((q_rope, k_rope.unsqueeze(2)), dim=2)  # the shared key is rotated as one more head
         q_rope, k_rope = self.rope(both, positions).split([self.num_heads, 1], dim=2)  # V3 eq. 3, 8
         return q_rope, k_rope.squeeze(2)
 
     def expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None
     ) -> Tensor:
-        """Attention as the paper writes it: every head's keys and values are made from the latents.
+        """Attention as the paper writes it: every head's keys and values are expanded from the latents.
 
         q_nope (batch, time, heads, nope), q_rope (batch, time, heads, rope), latent (batch, total, latent),
         k_rope (batch, total, rope) -> (batch, time, heads, value)
@@ -144,10 +144,10 @@ class MultiheadLatentAttention(nn.Module):
         return softmax_attention(query, key, value, self.scale, visible)  # V3 eq. 10
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, visible: Tensor | None) -> Tensor:
-        """Attention inside the latent space: a head's key and value matrices move to query and output.
+        """Attention in the latent space: W_UK is applied to the query, and W_UV to the output.
 
-        All heads then read one key of latent + rope numbers, whose latent is their value too: multi-query
-        attention over the cache's entries (V2 section 2.1.2).
+        q . (W_UK c) = (W_UK^T q) . c, so all heads share one key of latent + rope dims, whose latent is also
+        the value: multi-query attention over the cache's entries (V2 section 2.1.2).
 
         q_nope (batch, time, heads, nope), q_rope (batch, time, heads, rope),
         entries (batch, total, latent + rope) -> (batch, time, heads, value)
@@ -158,7 +158,7 @@ class MultiheadLatentAttention(nn.Module):
         query = torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1) * self.scale
         scores = torch.matmul(query.flatten(1, 2), entries.transpose(1, 2))  # (batch, heads x time, total)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).unflatten(1, (heads, time))
-        if visible is None and time > 1:
+        if visible is None and time > 1:  # no past: total == time
             visible = torch.ones(time, time, dtype=torch.bool, device=scores.device).tril()
         if visible is not None:
             visible = visible.unsqueeze(1) if visible.ndim == 3 else visible
@@ -170,10 +170,10 @@ class MultiheadLatentAttention(nn.Module):
         return torch.matmul(context, w_value.transpose(1, 2)).transpose(1, 2)  # W_UV joins W_O
 
     def absorbed_is_cheaper(self, time: int, total: int) -> bool:
-        """Compare the multiply-adds a head of the two forms, for `time` queries over `total` keys."""
-        # expanded: make total keys and values, then (nope + rope) + value for each pair of query and key;
-        # absorbed: move time queries in and time results out, then (latent + rope) + latent for each pair.
-        # V3: absorbed for less than about 170 queries over a long past. A whole text at once: expanded.
+        """Compare the two forms' multiply-adds per head, for `time` queries over `total` keys."""
+        # expanded: compute total keys and values, then (nope + rope) + value for each pair of query and key;
+        # absorbed: project time queries in and time outputs out, then (latent + rope) + latent for each pair.
+        # V3: absorbed below about 170 queries over a long past. A sequence in one call: expanded.
         nope, rope, value = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
         latent = self.kv_lora_rank
         expanded = total * latent * (nope + value) + time * total * (nope + rope + value)
@@ -187,7 +187,7 @@ class MultiheadLatentAttention(nn.Module):
         return w_key, w_value
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> LatentCache:
-        """An empty cache on this module's device; dtype None: that of its weights, or of autocast."""
+        """An empty cache on this module's device; dtype None: the weights', or autocast's if enabled."""
         weight = self.kv_a.weight
         dtype = cache_dtype(weight) if dtype is None else dtype
         return LatentCache(batch, max_length, self.kv_lora_rank, self.qk_rope_head_dim, dtype, weight.device)

@@ -1,4 +1,4 @@
-"""What attention remembers of past tokens, in memory allocated once."""
+"""Caches of past tokens for attention, in memory allocated once."""
 
 import torch
 from einops import rearrange
@@ -8,21 +8,21 @@ from .causal import slots
 
 
 class Cache:
-    """One entry of `width` numbers a token, rows of a batch filled each to its own length.
+    """One entry of `width` numbers per token; each row of the batch has its own length.
 
     Attributes:
-        entries: (batch, max_length, width); past a row's length, whatever was there.
-        length: (batch,) int64 on the CPU, the tokens that each row holds.
+        entries: (batch, max_length, width); undefined past a row's length.
+        length: (batch,) int64 on the CPU, the number of tokens in each row.
 
     Raises:
-        ValueError: a size is below 1; new entries do not fit in shape, dtype, device or number.
+        ValueError: a size is below 1; new entries have another shape, dtype or device, or exceed max_length.
     """
 
     def __init__(self, batch: int, max_length: int, width: int, dtype: torch.dtype | None, device=None):
         if batch < 1 or max_length < 1 or width < 1:
             raise ValueError(f"batch={batch}, max_length={max_length} and width={width} must be at least 1")
         self.entries = torch.zeros(batch, max_length, width, dtype=dtype, device=device)
-        self.lengths = [0] * batch  # a plain list: asking a tensor on a GPU would make it wait
+        self.lengths = [0] * batch  # a list: reading a GPU tensor would synchronize
 
     @property
     def length(self) -> Tensor:
@@ -34,7 +34,7 @@ class Cache:
 
     @property
     def filled(self) -> Tensor:
-        """The entries up to the longest row, (batch, total, width), without a copy."""
+        """A view of the entries up to the longest row, (batch, total, width)."""
         return self.entries[:, : max(self.lengths)]
 
     @property
@@ -42,14 +42,14 @@ class Cache:
         return self.entries.nbytes
 
     def write(self, new: Tensor) -> Tensor:
-        """Put new (batch, time, width) behind what each row holds -> (batch, total of the longest, width)"""
+        """Append new (batch, time, width) to each row -> (batch, total of the longest row, width)"""
         self.check(new, self.entries)
         batch, max_length, _ = self.entries.shape
         time, start = new.shape[1], self.lengths
         total = max(start) + time
         if total > max_length:
             last = max_length - 1
-            raise ValueError(f"cache full: position {total - 1} asked for, {max_length=} ends at {last}")
+            raise ValueError(f"cache full: position {total - 1} does not fit, {max_length=} ends at {last}")
         if torch.is_grad_enabled():
             self.entries = self.entries.clone()  # backward of earlier chunks still needs the old ones
         if min(start) == max(start):
@@ -61,7 +61,7 @@ class Cache:
         return self.entries[:, :total]
 
     def check(self, new: Tensor, memory: Tensor) -> None:
-        """Raise ValueError for new entries that do not fit those in memory (..., width)."""
+        """Raise ValueError unless new entries match memory (..., width) in shape, dtype and device."""
         batch, width = len(self.lengths), memory.shape[-1]
         if new.ndim != 3 or new.shape[0] != batch or new.shape[2] != width:
             raise ValueError(
@@ -72,10 +72,10 @@ class Cache:
             raise ValueError(f"new entries are {new.dtype} on {new.device}; the cache is {made}")
 
     def truncate(self, length: int | Tensor | list[int]) -> None:
-        """Forget all but the first length tokens, of every row or (batch,) of each.
+        """Keep the first `length` tokens: one number for all rows, or (batch,) one for each.
 
         Raises:
-            ValueError: a length is no whole number, negative or above what the row holds.
+            ValueError: a length is not an integer, or not in 0..the row's length.
         """
         batch, given = len(self.lengths), torch.as_tensor(length)
         if given.shape not in ((), (batch,)) or given.dtype.is_floating_point:
@@ -84,14 +84,14 @@ class Cache:
         wanted = given.expand(batch).tolist()
         for row, (new, old) in enumerate(zip(wanted, self.lengths)):
             if not 0 <= new <= old:
-                raise ValueError(f"length={new} for row {row} must lie in 0..{old}, what the row holds")
+                raise ValueError(f"length={new} for row {row} must lie in 0..{old}, the row's length")
         self.lengths = wanted
 
 
 class LatentCache(Cache):
     """MLA's cache: the normed latent and the rotated rope key, shared by all heads (V2 section 2.1.2).
 
-    kv_lora_rank + qk_rope_head_dim numbers a token: 576 in V3, where keys and values would be 40,960.
+    kv_lora_rank + qk_rope_head_dim numbers per token: 576 in V3, where keys and values would be 40,960.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LatentCache(Cache):
         self.qk_rope_head_dim = qk_rope_head_dim
 
     def append(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens' entries, return those of all tokens so far.
+        """Store the new tokens' entries and return those of all tokens so far.
 
         latent (batch, time, latent), k_rope (batch, time, rope) -> the same with total for time
         """
@@ -120,7 +120,7 @@ class LatentCache(Cache):
 
 
 class KVCache(Cache):
-    """The classic cache of MHA, GQA and MQA: a rotated key and a value for each key-value head."""
+    """The usual cache of MHA, GQA and MQA: a rotated key and a value for each key-value head."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class KVCache(Cache):
         self.head_dim = head_dim
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens' keys and values, return those of all tokens so far.
+        """Store the new tokens' keys and values and return those of all tokens so far.
 
         key, value (batch, time, kv_heads, head_dim) -> the same with total for time
         """
@@ -150,7 +150,7 @@ class KVCache(Cache):
 
 
 def cache_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that a projection by this weight comes out in: its own, or autocast's where that is on."""
+    """The output dtype of a projection by this weight: the weight's, or autocast's if enabled."""
     kind = weight.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else weight.dtype

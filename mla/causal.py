@@ -1,4 +1,4 @@
-"""What both attentions share: positions, the keys that a query may see, and softmax over them."""
+"""Shared by MLA and GQA: positions, the keys visible to each query, and softmax attention."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch import Tensor
 def positions_and_visible(
     x: Tensor, dim: int, cache: Any, positions: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Check a call's arguments, and find the new tokens' positions and the keys that each may see.
+    """Check a call's arguments, and compute the new tokens' positions and the keys visible to each.
 
     -> positions (time,) or (batch, time); visible (time, total) or (batch, time, total) bool, or None where
-    plain causality is enough: query i of as many keys sees the first i + 1, a single query sees them all
+    plain causality is enough: time == total, where query i sees keys 0..i, or a single query, which sees all
     """
     if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1 or not x.is_floating_point():
         wanted = f"floating-point (batch, time >= 1, dim={dim})"
@@ -38,10 +38,10 @@ def positions_and_visible(
         if mask.dtype != torch.bool or mask.shape not in ((batch, total), (batch, time, total)):
             raise ValueError(
                 f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool ({batch}, {total}) or "
-                f"({batch}, {time}, {total}), True where a key may be seen"
+                f"({batch}, {time}, {total}), True where a key is visible"
             )
         mask = mask.unsqueeze(1) if mask.ndim == 2 else mask
-        visible = visible & mask | (keys == place.unsqueeze(-1))  # itself: no row of softmax may be empty
+        visible = visible & mask | (keys == place.unsqueeze(-1))  # itself: softmax needs a key
     return positions, visible
 
 
@@ -54,7 +54,7 @@ def softmax_attention(
     value (batch, total, kv_heads, value) -> (batch, time, heads, value)
     """
     value_width = value.shape[-1]
-    # On a CPU a value narrower than the key would take a path three times slower: pad it, cut the result.
+    # On a CPU a value narrower than the key takes a path three times slower: pad it, and cut the result.
     padding = key.shape[-1] - value_width
     if padding > 0 and value.device.type == "cpu":
         value = F.pad(value, (0, padding))
@@ -70,7 +70,7 @@ def softmax_attention(
 
 
 def slots(start: list[int], time: int, device: torch.device) -> Tensor:
-    """Where `time` new tokens of each row go -> (time,) if all rows have one start, else (batch, time)"""
+    """Cache index of each new token -> (time,) if all rows have the same start, else (batch, time)"""
     steps = torch.arange(time, device=device)
     if min(start) == max(start):
         return steps + start[0]
@@ -78,7 +78,7 @@ def slots(start: list[int], time: int, device: torch.device) -> Tensor:
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise ValueError for a size below 1, by its name."""
+    """Raise ValueError for a size below 1, with its name."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")

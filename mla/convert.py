@@ -1,4 +1,4 @@
-"""Grouped-query attention's weights made into MLA's (TransMLA: arXiv 2502.07864, MHA2MLA: 2502.14837)."""
+"""Convert grouped-query attention to MLA (TransMLA: arXiv 2502.07864, MHA2MLA: arXiv 2502.14837)."""
 
 import math
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from .attention import MultiheadLatentAttention
 from .grouped_query import GroupedQueryAttention
 from .rope import RotaryEmbedding
 
-DISTANCE = 1024  # tokens between query and key that a pair should tell apart, where no sample says how many
+DISTANCE = 1024  # distances between query and key to average over if there is no sample
 
 
 class ChosenPairs(nn.Module):
-    """A rotary embedding's turns, each as often as wanted: pair i turns as the embedding's pair `pairs[i]`.
+    """A rotary embedding with chosen frequencies: pair i rotates as the embedding's pair `pairs[i]`.
 
     x (batch, time, [heads,] 2 pairs), positions (time,) or (batch, time) -> rotated x
     """
@@ -30,15 +30,15 @@ class ChosenPairs(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         cos, sin = (part[..., self.pairs] for part in self.rope.cos_sin(positions))
         if x.ndim == 4:
-            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # every head turns alike
+            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
         return self.rope.turn(x, cos, sin)
 
 
 class Turning(NamedTuple):
-    """The directions of all heads' keys that keep their rotation, for MLA's shared rope key."""
+    """The directions of all heads' keys that stay rotated, in MLA's shared rope key."""
 
-    pairs: Tensor  # (kept,) int64, the pair of the embedding that each turns with
-    mixes: Tensor  # (kept, kv_heads), each a unit vector: how much of every head's pair it holds
+    pairs: Tensor  # (kept,) int64, the embedding's pair that each rotates with
+    mixes: Tensor  # (kept, kv_heads), each a unit vector: its coefficients over the heads
 
 
 @torch.no_grad()
@@ -48,31 +48,31 @@ def to_mla(
     qk_rope_head_dim: int | None = None,
     x: Tensor | None = None,
 ) -> MultiheadLatentAttention:
-    """An MLA of the same function: exact at the default sizes, close at smaller ones.
+    """An MLA that computes the same function: exactly at the default sizes, approximately at smaller ones.
 
     gqa, x (batch, time, dim) -> mla
 
-    GQA turns every feature of every key-value head. MLA turns one key that all heads share: it takes over
-    the pairs of all heads side by side, each with its own frequency, and a query is zero where another
-    head's lie. The cache then holds as many numbers as GQA's and one more (fewer if dim is below the values).
+    GQA rotates every feature of every key-value head. MLA rotates one key that all heads share: it takes the
+    pairs of all heads side by side, each with its own frequency, and a query is zero in the other heads'
+    pairs. The cache then holds one number more per token than GQA's (fewer if dim is below the value width).
 
-    Fewer turning pairs: pair j of all heads is mixed by an orthogonal matrix across heads, which changes no
-    score and gathers what varies (TransMLA's RoRoPE). Those mixtures turn on that count most for the scores
-    (MHA2MLA's 2-norm, here times how far the pair turns). The rest of the keys stands still and comes from
-    the latent with the values: both by one joint SVD, balanced so that neither outweighs the other.
+    With fewer rotated pairs: pair j of all heads is mixed across heads by an orthogonal matrix, which changes
+    no score and concentrates the variance (TransMLA's RoRoPE). The mixtures that matter most for the scores
+    stay rotated (MHA2MLA's 2-norm, here times how far the pair rotates). The rest of the keys is not rotated
+    and comes from the latent, as the values do: one joint SVD, balanced so that neither outweighs the other.
 
     kv_norm would divide the latent by its root mean square. The latent's first number is therefore a constant
-    so large that it alone makes that root, and kv_norm's weight multiplies by it again: an identity but for
-    rounding, in training too. Out of kv_norm the constant itself comes as 0.
+    so large that it alone determines the root mean square, and kv_norm's weight multiplies by it again: an
+    identity up to rounding, in training too. kv_norm maps the constant itself to 0.
 
     Args:
-        kv_lora_rank: of the MLA, its constant included; None: as much as keeps everything.
+        kv_lora_rank: of the MLA, including the constant; None: enough to be exact.
         qk_rope_head_dim: of the MLA, even; None: all pairs of all heads.
-        x: inputs that gqa meets; the SVD then keeps what matters for them, not for any input alike.
+        x: sample inputs of gqa; the SVD then keeps what matters for them, not for all inputs equally.
 
     Raises:
         ValueError: gqa has a bias on query, key and value, a qk norm, or no RotaryEmbedding; a size or x
-            does not fit.
+            is invalid.
     """
     rope = check_supported(gqa)
     kv_heads, head_dim = gqa.num_kv_heads, gqa.head_dim
@@ -83,9 +83,9 @@ def to_mla(
     turning = choose(query @ root, key @ root, turned(rope, distance), qk_rope_head_dim // 2)
     q_rope, k_rope, rest = turn_some(query, key, turning)
     q_rope, k_rope = join_pairs(q_rope, rope), join_pairs(k_rope.unsqueeze(0), rope)[0]
-    still = turning.pairs.bincount(minlength=head_dim // 2) < kv_heads  # (pairs,) whether any rest is left
+    still = turning.pairs.bincount(minlength=head_dim // 2) < kv_heads  # (pairs,) whether any rest remains
     q_nope, k_nope = (part[:, still].flatten(1, 2) for part in (query * rope.cos_sin_factor**2, rest))
-    if not still.any():  # MLA wants one
+    if not still.any():  # MLA needs at least one nope dim
         q_nope, k_nope = (part.new_zeros(len(part), 1, gqa.dim) for part in (query, key))
     down, up_key, up_value = joint_svd(k_nope.flatten(0, 1), value, root, kv_lora_rank - 1)
 
@@ -93,7 +93,7 @@ def to_mla(
         gqa.dim, gqa.num_heads, kv_lora_rank, q_nope.shape[1], qk_rope_head_dim, head_dim,
         rope=ChosenPairs(rope, turning.pairs), qkv_bias=True, out_bias=gqa.out.bias is not None,
     ).double()  # fmt: skip
-    scale = head_dim**-0.5 / mla.scale  # the softmax scale is MLA's, so the query makes up for it
+    scale = head_dim**-0.5 / mla.scale  # the softmax scale is MLA's; the query compensates
     mla.q.weight.copy_(scale * torch.cat((q_nope, q_rope), dim=1).flatten(0, 1))
     mla.kv_a.weight.copy_(F.pad(torch.cat((down, k_rope)), (0, 0, 1, 0)))  # the constant's row: zeros
     up = torch.cat([part.unflatten(0, (kv_heads, -1)) for part in (up_key, up_value)], dim=1)
@@ -112,7 +112,7 @@ def relative_error(before: nn.Module, after: nn.Module, x: Tensor) -> float:
 
 
 def choose(query: Tensor, key: Tensor, far: Tensor, kept: int) -> Turning:
-    """Which directions turn: those whose standing still would change the scores most.
+    """Which directions stay rotated: those without whose rotation the scores would change most.
 
     query (heads, pairs, 2, samples), key (kv_heads, pairs, 2, samples), far (pairs,)
     """
@@ -128,7 +128,7 @@ def choose(query: Tensor, key: Tensor, far: Tensor, kept: int) -> Turning:
 
 
 def turn_some(query: Tensor, key: Tensor, turning: Turning) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and the shared key of what turns, and what of each head's key is left.
+    """Queries and the shared key of the rotated directions, and the rest of each head's key.
 
     query (heads, pairs, 2, dim), key (kv_heads, pairs, 2, dim)
     -> q_rope (heads, kept, 2, dim), k_rope (kept, 2, dim), rest (kv_heads, pairs, 2, dim)
@@ -139,7 +139,7 @@ def turn_some(query: Tensor, key: Tensor, turning: Turning) -> tuple[Tensor, Ten
     q_rope = share[:, :, None, None] * query[:, pairs]
     back = einsum(mixes, k_rope, "kept heads, kept two dim -> heads kept two dim")
     rest = key.index_add(1, pairs, back, alpha=-1)
-    return q_rope, k_rope, rest.where(rest.abs() > 1e-12 * key.abs().max(), 0)  # no rounding errors as keys
+    return q_rope, k_rope, rest.where(rest.abs() > 1e-12 * key.abs().max(), 0)  # drop rounding errors
 
 
 def joint_svd(key: Tensor, value: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,14 +149,14 @@ def joint_svd(key: Tensor, value: Tensor, root: Tensor, rank: int) -> tuple[Tens
     -> down (rank, dim), up_key (keys, rank), up_value (values, rank), where key is about up_key @ down
     """
     sizes = [(part @ root).norm() for part in (key, value)]
-    balance = sizes[1] / sizes[0] if all(sizes) else 1.0  # TransMLA: else the larger, the keys, take it all
+    balance = sizes[1] / sizes[0] if all(sizes) else 1.0  # TransMLA: else the larger keys take it all
     both = torch.cat((balance * key, value))
     up = torch.linalg.svd(both @ root).U[:, :rank]  # orthonormal, so the best down is its transpose
     return up.T @ both, up[: len(key)] / balance, up[len(key) :]
 
 
 def keep_length(mla: MultiheadLatentAttention, size: float) -> None:
-    """Make kv_norm an identity, but for the latent's first number, which becomes a constant and then 0.
+    """Make kv_norm an identity, except on the latent's first number: a constant, which it maps to 0.
 
     With l the latent's other numbers, the root mean square is size / sqrt(rank) (1 + |l|^2 / 2 size^2).
     """
@@ -167,15 +167,15 @@ def keep_length(mla: MultiheadLatentAttention, size: float) -> None:
 
 
 def constant(down: Tensor, root: Tensor, dtype: torch.dtype) -> float:
-    """A power of two beside which the square of any usual latent down @ x is lost in rounding."""
+    """A power of two whose square hides that of any usual latent down @ x in rounding."""
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # kv_norm computes at least in fp32
-    # far above the latent of an x of mean square 1, and of all of a sample together
+    # far above the latent of an x of mean square 1, and of a whole sample
     usual = max(float(down.norm()) * down.shape[1] ** 0.5, float((down @ root).norm())) + 1e-6
     return 2.0 ** min(math.ceil(math.log2(usual / eps**0.5)), int(math.log2(torch.finfo(dtype).max)))
 
 
 def inputs(gqa: GroupedQueryAttention, x: Tensor | None) -> tuple[Tensor, int]:
-    """A root (dim, dim) of the inputs' covariance, and how far apart their tokens stand at most."""
+    """A square root (dim, dim) of the inputs' covariance, and the number of distances between tokens."""
     every = torch.eye(gqa.dim, dtype=torch.float64)
     if x is None:
         return every, DISTANCE
@@ -183,14 +183,14 @@ def inputs(gqa: GroupedQueryAttention, x: Tensor | None) -> tuple[Tensor, int]:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, dim={gqa.dim})")
     rows = x.double().cpu().flatten(0, 1)
     if not rows.isfinite().all() or not rows.any():
-        raise ValueError("x holds infinities, NaN or nothing but zeros; expected inputs that gqa meets")
-    # a sample of few tokens says nothing about most directions: a little of each decides among those
+        raise ValueError("x holds infinities, NaN or only zeros; expected sample inputs of gqa")
+    # a small sample leaves most directions undetermined: add a little of each
     rows = torch.cat((rows, 1e-4 * rows.norm() / gqa.dim**0.5 * every))
     return torch.linalg.qr(rows, mode="r").R.T, x.shape[1]
 
 
 def turned(rope: RotaryEmbedding, distance: int) -> Tensor:
-    """Mean square of the way that each pair's end goes in turning, over the distances -> (pairs,)"""
+    """Mean squared displacement of each pair when rotated, over the distances -> (pairs,)"""
     cos, _ = rope.cos_sin(torch.arange(distance))
     return 2 - 2 * cos.double().mean(0) / rope.cos_sin_factor + 1e-12
 
@@ -202,7 +202,7 @@ def by_pair(weight: Tensor, rope: RotaryEmbedding, heads: int) -> Tensor:
 
 
 def join_pairs(weight: Tensor, rope: RotaryEmbedding) -> Tensor:
-    """weight (heads, pairs, 2, dim) -> (heads, 2 pairs, dim), as the embedding wants it"""
+    """weight (heads, pairs, 2, dim) -> (heads, 2 pairs, dim), in the embedding's layout"""
     layout = "(pairs two)" if rope.interleaved else "(two pairs)"
     return rearrange(weight, f"heads pairs two dim -> heads {layout} dim")
 
@@ -221,18 +221,18 @@ def sizes_of(
     full = 1 + min(gqa.dim, 2 * width - rope)
     rank = full if kv_lora_rank is None else kv_lora_rank
     if not 2 <= rank <= full:
-        raise ValueError(f"kv_lora_rank={rank} must lie in 2..{full}, which keeps everything")
+        raise ValueError(f"kv_lora_rank={rank} must lie in 2..{full}; {full} is exact")
     return rank, rope
 
 
 def check_supported(gqa: GroupedQueryAttention) -> RotaryEmbedding:
-    """Raise ValueError for what MLA has no place for -> the rotary embedding"""
+    """Raise ValueError for what MLA cannot represent -> the rotary embedding"""
     if not isinstance(gqa, GroupedQueryAttention):
         raise ValueError(f"gqa={type(gqa).__name__} must be a GroupedQueryAttention")
     if gqa.q.bias is not None:
-        raise ValueError("qkv_bias=True cannot be kept: MLA's query has no bias")
+        raise ValueError("qkv_bias=True cannot be converted: MLA's query has no bias")
     if not isinstance(gqa.q_norm, nn.Identity):
-        raise ValueError("a qk norm cannot be kept: MLA has none over a head's whole key")
+        raise ValueError("a qk norm cannot be converted: MLA has no norm over a head's whole key")
     if not isinstance(gqa.rope, RotaryEmbedding):
         raise ValueError(f"rope={type(gqa.rope).__name__} must be a RotaryEmbedding, whose pairs are known")
     return gqa.rope

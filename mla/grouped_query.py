@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245), with it MHA (keys for every head) and MQA (one for all)."""
+"""Grouped-query attention (arXiv 2305.13245), including MHA (a key per head) and MQA (one key for all)."""
 
 import torch
 from einops import rearrange
@@ -17,14 +17,14 @@ class GroupedQueryAttention(nn.Module):
 
     Args:
         num_kv_heads: num_heads is MHA, 1 is MQA, a divisor between them is GQA.
-        rope: a module (x, positions) -> x over head_dim; None: plain RotaryEmbedding.
-        qkv_bias: a bias on query, key and value, as in Qwen2.
-        out_bias: a bias on the output.
-        qk_norm_eps: the eps of an RMSNorm over each head's query and key, as in Qwen3; None: no such norms.
+        rope: a module (x, positions) -> x over head_dim; None: RotaryEmbedding with its defaults.
+        qkv_bias: add a bias to query, key and value, as in Qwen2.
+        out_bias: add a bias to the output.
+        qk_norm_eps: the eps of an RMSNorm over each head's query and key, as in Qwen3; None: no norm.
 
     Raises:
         ValueError: a size is below 1, num_kv_heads does not divide num_heads, or x, positions, mask or cache
-            do not fit.
+            do not match.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class GroupedQueryAttention(nn.Module):
         return self.out(rearrange(context, "batch time heads head_dim -> batch time (heads head_dim)"))
 
     def new_cache(self, batch: int, max_length: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache on this module's device; dtype None: that of its weights, or of autocast."""
+        """An empty cache on this module's device; dtype None: the weights', or autocast's if enabled."""
         weight = self.k.weight
         dtype = cache_dtype(weight) if dtype is None else dtype
         return KVCache(batch, max_length, self.num_kv_heads, self.head_dim, dtype, weight.device)

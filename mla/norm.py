@@ -1,4 +1,4 @@
-"""RMSNorm, with a backward pass that keeps its input alone."""
+"""RMSNorm, with a backward pass that saves only its input."""
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class Norm(torch.autograd.Function):
-    """`rms_norm`; autograd by itself would keep a second x and take twice as long."""
+    """`rms_norm`; plain autograd would save a second tensor of x's size and take twice as long."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,11 +43,11 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of this gradient is asked for: scale hangs on x, too
+        if torch.is_grad_enabled():  # double backward: scale depends on x too
             scale = rms_norm(x, weight, ctx.eps)[1]
         d_y, normed = d_y.to(scale.dtype), x.to(scale.dtype) * scale
         each = d_y * normed  # (..., dim)
         d_weight = each.reshape(-1, x.shape[-1]).sum(0)
-        along = (each @ weight.to(scale.dtype)).unsqueeze(-1) / x.shape[-1]  # (..., 1) what only stretches x
+        along = (each @ weight.to(scale.dtype)).unsqueeze(-1) / x.shape[-1]  # (..., 1) what only scales x
         d_x = (d_y * weight).sub_(normed * along).mul_(scale)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None

@@ -1,9 +1,9 @@
-"""A decode step of attention over pages of cache, for many texts at once.
+"""A decode step of attention over a paged cache, for many sequences at once.
 
-The equations of attention.py and grouped_query.py once more, on tensors of another layout: read those first.
-A text's entries lie in pages of 64 tokens anywhere in one pool (PagedAttention, arXiv 2309.06180). A page is
-also the unit of arithmetic: a query meets 64 keys in one small product, the same product whatever else is in
-the batch, so that neighbours cannot change a text's last bit.
+The equations of attention.py and grouped_query.py again, on tensors of another layout: read those first. A
+sequence's entries are in pages of 64 tokens anywhere in one pool (PagedAttention, arXiv 2309.06180). A page
+is also the unit of computation: a query is multiplied with 64 keys at a time, in a matmul of the same shape
+whatever else is in the batch, so that other sequences cannot change a sequence's last bit.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .cache import cache_dtype
 from .grouped_query import GroupedQueryAttention
 from .rope import RotaryEmbedding
 
-PAGE = 64  # tokens a page
-ROWS = 8  # a product's rows are filled up to a multiple of this: a CPU rounds a row by how many share one
+PAGE = 64  # tokens per page
+ROWS = 8  # rows of a matmul are padded to a multiple of this: a CPU's rounding depends on their number
 
 
 class Step(NamedTuple):
-    """How a class of attention takes a decode step over pages."""
+    """How an attention class computes a decode step over pages."""
 
     run: Callable[[Any, Tensor, Tensor, Plan], Tensor]  # attention, x (filled, dim), pool, plan -> y
-    entry: Callable[[Any], tuple[int, int, Tensor]]  # attention -> heads, width, a weight like the entry
-    repeats: tuple[str, ...]  # methods that `run` stands for: a subclass that overrides one cannot use it
+    entry: Callable[[Any], tuple[int, int, Tensor]]  # attention -> heads, width, a weight of its dtype
+    repeats: tuple[str, ...]  # methods that `run` replaces: a subclass that overrides one cannot use it
 
 
 def latent_step(attention: MultiheadLatentAttention, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-    """`MultiheadLatentAttention.absorbed` over pages, which then hold x too; no gradient.
+    """`MultiheadLatentAttention.absorbed` over pages, to which x is written first; no gradient.
 
     x (filled, dim), pool (pages, 1, 64, latent + rope) -> y (filled, dim)
     """
@@ -53,7 +53,7 @@ def latent_step(attention: MultiheadLatentAttention, x: Tensor, pool: Tensor, pl
 
 
 def grouped_step(attention: GroupedQueryAttention, x: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-    """`GroupedQueryAttention.forward` over pages, which then hold x too; no gradient.
+    """`GroupedQueryAttention.forward` over pages, to which x is written first; no gradient.
 
     x (filled, dim), pool (pages, kv_heads, 64, 2 head_dim) -> y (filled, dim)
     """
@@ -68,7 +68,7 @@ def grouped_step(attention: GroupedQueryAttention, x: Tensor, pool: Tensor, plan
     return attention.out(context.flatten(1))
 
 
-STEPS: dict[type[nn.Module], Step] = {  # add a class of your own; its subclasses inherit the step
+STEPS: dict[type[nn.Module], Step] = {  # add your own class here; its subclasses inherit the step
     MultiheadLatentAttention: Step(
         latent_step,
         lambda mla: (1, mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_a.weight),
@@ -83,13 +83,13 @@ STEPS: dict[type[nn.Module], Step] = {  # add a class of your own; its subclasse
 
 
 def step_of(kind: type[nn.Module]) -> Step | None:
-    """The step of a class of attention; None: it has none, or overrides what its base's step repeats."""
+    """The step of an attention class; None if it has none, or overrides a method that the step replaces."""
     bases = [base for base in kind.__mro__ if base in STEPS]
     return None if not bases or changed(kind) else STEPS[bases[0]]
 
 
 def changed(kind: type[nn.Module]) -> list[str]:
-    """The methods that a class overrides of those that its base's step repeats."""
+    """The methods that a class overrides among those that its base's step replaces."""
     for at, base in enumerate(kind.__mro__):
         if base in STEPS:
             own = {name for cls in kind.__mro__[:at] for name in vars(cls)}
@@ -104,30 +104,30 @@ def entry_of(attention: nn.Module, step: Step) -> tuple[int, int, torch.dtype, t
 
 
 def pages_for(tokens: int) -> int:
-    """How many pages hold this many tokens."""
+    """The number of pages that hold this many tokens."""
     return -(-tokens // PAGE)
 
 
 class Plan:
-    """Where the tokens of a decode step go and what they see: made once, used by every layer.
+    """Where a decode step's tokens are written and what they attend to: built once, used by every layer.
 
-    The step is `time` tokens more of each row, behind what it holds, in pages that have room for them.
+    The step appends `time` tokens to each row, whose pages must have space for them.
 
     Args:
         tables: the pages of each row.
-        lengths: how many tokens each holds.
-        compiled: for a compiled step, which needs no filling, and at least one page more than rows:
-            torch.compile would take sizes that are equal, or 1, for always so.
+        lengths: the number of tokens in each row before the step.
+        compiled: for a compiled step, which needs no padding, but more pages than rows: torch.compile would
+            specialize on sizes that are equal, or 1.
 
     Attributes:
-        positions: (filled,) int64, of the tokens, those of a row next to each other. Filled up to a multiple
-            of 8 by zeros, as a layer's input is by rows that mean nothing.
-        page: (tokens,) int64, the page that each token goes to.
-        seen: (seen,) int64, the pages that are read, a row's one after the other; some by several rows.
-        reader: (seen,) int64, the row that reads each.
-        keys: (seen,) int64, the position of each one's first key.
+        positions: (filled,) int64, of the tokens, row by row. Padded with zeros to a multiple of 8, as a
+            layer's input is padded with arbitrary rows.
+        page: (tokens,) int64, the page that each token is written to.
+        seen: (seen,) int64, the pages that are read, row by row; rows may share pages.
+        reader: (seen,) int64, the row that reads each page.
+        keys: (seen,) int64, the position of each page's first key.
         order: (seen,) int64, 0, 1, 2 ...
-        starts: (rows,) int64, where a row's begin in `seen`.
+        starts: (rows,) int64, where each row's pages begin in `seen`.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Plan:
         filling = [0] * (-len(positions) % ROWS)
         if compiled:
             filling = []
-            if len(seen) == len(lengths):  # the last text's only page once more: softmax stays the same
+            if len(seen) == len(lengths):  # repeat the last row's only page: softmax stays the same
                 seen, reader, keys = ([*part, part[-1]] for part in (seen, reader, keys))
         order = range(len(seen))
         parts = (positions + filling, pages, seen, reader, keys, order, starts)
@@ -161,7 +161,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step, of all rows."""
+        """Number of tokens in the step, over all rows."""
         return self.rows * self.time
 
     @property
@@ -171,11 +171,11 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Texts of the step."""
+        """Number of sequences in the step."""
         return len(self.starts)
 
     def turn(self, rope: Any, x: Tensor) -> Tensor:
-        """x (filled, heads, dim), turned; layers with the same embedding share the angles."""
+        """x (filled, heads, dim) -> rotated x; layers with the same embedding share the angles."""
         if not isinstance(rope, RotaryEmbedding):
             return rope(x.unsqueeze(0), self.positions).squeeze(0)
         key = (rope.dim, rope.theta, rope.scaling)
@@ -185,14 +185,14 @@ class Plan:
         return rope.turn(x, *self.turns[key])
 
     def indices(self, heads: int) -> Tensor:
-        """The pages that are read in a pool seen as (pages x heads, 64, width) -> (seen x heads,) int64"""
+        """The pages that are read, in a pool viewed as (pages x heads, 64, width) -> (seen x heads,) int64"""
         if heads not in self.found:
             of_head = torch.arange(heads, device=self.seen.device)
             self.found[heads] = (self.seen.unsqueeze(-1) * heads + of_head).flatten()
         return self.found[heads]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """What is added to scores, minus infinity where a key comes after the query -> (seen, time, 64)"""
+        """Added to the scores: minus infinity where a key is later than the query -> (seen, time, 64)"""
         if dtype not in self.found:
             device = self.keys.device
             keys = self.keys.view(-1, 1, 1) + torch.arange(PAGE, device=device)
@@ -207,30 +207,31 @@ class Plan:
 
 
 def write(pool: Tensor, entries: Tensor, plan: Plan) -> None:
-    """Put a step's entries (filled, heads, width) into their places in the pool (pages, heads, 64, width)."""
+    """Write a step's entries (filled, heads, width) into the pool (pages, heads, 64, width)."""
     pool[plan.page, :, plan.positions[: plan.tokens] % PAGE] = entries[: plan.tokens]
 
 
 def attend(query: Tensor, pool: Tensor, plan: Plan, key: slice, value: slice, scale: float) -> Tensor:
     """softmax(scale x query key^T) value over each row's pages, softmax in fp32.
 
-    A product of fixed shape for each page; a row's softmax is put together from its pages.
+    One matmul of fixed shape for each page; each row's softmax is combined from its pages.
 
-    query (filled, heads, width); pool (pages, kv_heads, 64, entry); `key` and `value` say which of an entry's
-    numbers are which -> (filled, heads, value)
+    query (filled, heads, width); pool (pages, kv_heads, 64, entry), where `key` and `value` slice an entry
+    -> (filled, heads, value)
     """
     kv_heads, heads, width = pool.shape[1], query.shape[1], query.shape[2]
     rows, time = plan.rows, plan.time
     query = query[: plan.tokens].view(rows, time, kv_heads, heads // kv_heads, width)
     query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (rows, kv_heads, queries, width): heads x time
     filling = (0, 0, 0, -query.shape[2] % ROWS)
-    query = F.pad(query * scale, filling).index_select(0, plan.reader).flatten(0, 1)  # (parts, queries, width)
+    query = F.pad(query * scale, filling)
+    query = query.index_select(0, plan.reader).flatten(0, 1)  # (parts, queries, width)
     entries = pool.flatten(0, 1).index_select(0, plan.indices(kv_heads))  # (parts, 64, entry)
     mask = plan.mask(entries.dtype).view(-1, 1, 1, time, PAGE)
     mask = mask.expand(-1, kv_heads, heads // kv_heads, -1, -1).reshape(len(entries), -1, PAGE)
     if filling[3]:
         mask = F.pad(mask, filling)
-    # not baddbmm: some CPUs round its sum by how many rows there are
+    # not baddbmm: on some CPUs its rounding depends on the number of rows
     scores = torch.bmm(query, entries[..., key].mT).add_(mask)  # (parts, queries, 64)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     highest = plan.of_rows(scores.amax(-1), "max").index_select(0, plan.reader)

@@ -1,6 +1,6 @@
-"""Mixture-of-Experts layers of DeepSeek-V2 and V3: routers, experts, balance, metrics; and other routers.
+"""Mixture-of-Experts layers of DeepSeek-V2 and V3: routers, experts, balance and metrics, and other routers.
 
-Needs torch and einops only; the folder works copied alone into another project.
+Depends on torch and einops only: the folder can be copied into another project.
 """
 
 from . import balance, metrics

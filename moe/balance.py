@@ -1,10 +1,10 @@
-"""Keeping experts busy: balance losses, the loss-free bias update, and how uneven the load is.
+"""Load balancing: balance losses, the loss-free bias update, and load metrics.
 
-Losses come without their coefficient. Each is 1 at perfect balance (z_loss: its own value), differentiable
-in the scores, and 0 with gradient 0 where there is no token. `mask` (same leading axes as the routing, True
-for a real token) keeps padding out, whatever it holds. Losses count the experts actually chosen, so with the
-selection bias (the papers do not say which; V3 eq. 18 writes the top-k of the plain scores), and before
-anything was dropped for want of room: what is left after that looks even where it is not.
+Losses are returned without their coefficient. Each is 1 at perfect balance (except z_loss), differentiable
+in the scores, and 0 with gradient 0 if there are no tokens. `mask` (same leading axes as the routing, True
+for a real token) excludes padding, whatever its values. Losses count the experts actually chosen, that is,
+with the selection bias (the papers do not say; V3 eq. 18 writes the top-k of the plain scores), and before
+any slots are dropped: after dropping, an uneven load looks even.
 """
 
 import torch
@@ -19,7 +19,7 @@ def sequence_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     routing (batch, time, ...) -> (); without a batch axis (time, ...) it is one sequence
 
-    Sequences of which nothing is left under the mask do not count.
+    Fully masked sequences do not count.
     """
     load, share, real = load_and_share(routing, mask)
     return mean_over_sequences((load * share).sum(-1), real)  # V3 eq. 17; autocast would round an einsum
@@ -33,8 +33,8 @@ def switch_loss(
     routing (..., ...) -> ()
 
     Args:
-        tokens_per_expert: (experts,), to take the load from where this routing is a part of a global batch
-            (arXiv 2501.11873): the whole's counts. The mean over equal parts is then the whole's loss.
+        tokens_per_expert: (experts,) counts of the global batch, if this routing is only a part of it
+            (arXiv 2501.11873). The mean over equal parts is then the loss of the global batch.
     """
     one = undropped(routing).map(lambda part: rearrange(part, "... last -> (...) last"))
     load, share, real = load_and_share(one, real_tokens(routing, mask).flatten())
@@ -45,7 +45,7 @@ def switch_loss(
 
 
 def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the squared log-sum-exp of the logits, which keeps them small (ST-MoE eq. 5).
+    """Mean over tokens of the squared log-sum-exp of the logits, to keep them small (ST-MoE eq. 5).
 
     routing (..., ...) -> ()
     """
@@ -56,7 +56,7 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def device_loss(routing: Routing, num_devices: int, mask: Tensor | None = None) -> Tensor:
-    """Device-level balance loss (V2 eq. 26-28): experts in order on num_devices equal devices.
+    """Device-level balance loss (V2 eq. 26-28), with the experts in order on num_devices equal devices.
 
     routing (batch, time, ...) -> ()
     """
@@ -71,13 +71,13 @@ def device_loss(routing: Routing, num_devices: int, mask: Tensor | None = None) 
 def communication_loss(
     routing: Routing, num_devices: int, top_devices: int, mask: Tensor | None = None
 ) -> Tensor:
-    """Communication balance loss (V2 eq. 29-31): every device receives as many tokens as every other.
+    """Communication balance loss (V2 eq. 29-31), which balances the number of tokens sent to each device.
 
     routing (batch, time, ...) -> ()
 
     Args:
-        top_devices: the most devices a token is sent to (M in the paper). The loss is 1 at balance where
-            every token uses all of them.
+        top_devices: the maximum number of devices a token is sent to (M in the paper). The loss is 1 at
+            balance if every token uses all M.
     """
     num_experts = check_devices(routing, num_devices)
     if not 1 <= top_devices <= num_devices:
@@ -93,24 +93,24 @@ def communication_loss(
 
 
 def tokens_per_expert(routing: Routing, mask: Tensor | None = None, dropped: bool = False) -> Tensor:
-    """How many slots each expert got; a token counts once for each of its experts, an empty slot for none.
+    """Expert load: the number of slots of each expert. Empty slots do not count.
 
     routing (..., ...) -> (experts,) int64
 
     Args:
-        dropped: count the slots that were dropped, too (`moe.capacity`): what was asked of each expert.
+        dropped: also count the slots that `moe.capacity` dropped.
     """
     routing = undropped(routing) if dropped else routing
     return count_indices(slots_from_1(routing, mask), routing.scores.shape[-1] + 1)[1:]
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """MaxVio: how far the busiest expert is above the mean, in means (arXiv 2408.15664 section 4.1).
+    """MaxVio: the highest expert load's excess over the mean, relative to the mean (arXiv 2408.15664 4.1).
 
     tokens_per_expert (..., experts) -> (...); 0 is perfect balance, num_experts / top_k - 1 the worst
 
-    Counts of one batch give MaxVio_batch, the sum of many batches' counts MaxVio_global: batches that are
-    each uneven in another way are even together.
+    Counts of one batch give MaxVio_batch, counts summed over many batches MaxVio_global, which is lower where
+    the batches' imbalances cancel.
     """
     return violations(tokens_per_expert.double()).amax(-1)
 
@@ -123,39 +123,40 @@ def update_bias_(
     centred: bool = False,
     proportional: bool = False,
 ) -> None:
-    """One step of loss-free balancing: busy experts' bias down by rate, idle ones' up (V3 section 2.1.2).
+    """Loss-free balancing: lower overloaded experts' bias by rate, raise the others' (V3 section 2.1.2).
 
-    Call it once an optimizer step with the counts of the whole batch, all accumulation steps and processes.
+    Call it once per optimizer step with the counts of the whole batch: all accumulation steps and processes.
 
     Args:
         tokens_per_expert: (experts,), of this router.
         rate: the step of the bias, 0.001 in V3 (gamma).
-        centred: subtract the mean step, so that the biases' sum stays put; the choices are the same.
-        proportional: rate times how far the load is from the mean, and not its sign alone (arXiv 2408.15664
-            section 4.3). Counted in means, as MaxVio, so that a rate suits any batch size; the sum stays put.
+        centred: subtract the mean step, so that the biases' sum stays constant; the choices are the same.
+        proportional: step by rate times the load's deviation from the mean, not only its sign (arXiv
+            2408.15664 section 4.3). The deviation is relative to the mean, as in MaxVio, so that one rate
+            suits any batch size. The biases' sum stays constant.
     """
     bias = selection_bias(router)
     if bias is None:
-        raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has")
+        raise ValueError(f"{type(router).__name__} has no selection bias to update; SigmoidRouter has one")
     check_counts(tokens_per_expert, bias.shape)
     if not 0 <= rate < float("inf"):
         raise ValueError(f"rate={rate} must be finite and at least 0")
     step = -violations(tokens_per_expert.to(bias.device, torch.float64))  # towards the mean ...
     if not proportional:
-        step = step.sign()  # ... by a fixed step however far
+        step = step.sign()  # ... by a fixed step, however far
     if centred:
         step = step - step.mean()
     bias.add_(step.to(bias.dtype), alpha=rate)
 
 
 def selection_bias(router: nn.Module) -> Tensor | None:
-    """A router's bias for `update_bias_`; None where it has none, or one that a gradient trains."""
+    """The router's bias for `update_bias_`; None if it has none, or one trained by gradients."""
     bias = described(router).bias
     return None if isinstance(bias, nn.Parameter) else bias
 
 
 def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """f and P of the balance losses, by sequence, and which tokens are real.
+    """f and P of the balance losses for each sequence, and which tokens are real.
 
     -> load (batch, experts), 1 when even; share (batch, experts), sums to 1; real (batch, time)
     """
@@ -166,7 +167,7 @@ def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
     real = as_sequences(real_tokens(routing, mask).unsqueeze(-1)).squeeze(-1)
     scores = scores.where(real.unsqueeze(-1), 0)  # before the division: its gradient at NaN is NaN
     chosen = one_hot(experts, num_experts).sum(2) * real.unsqueeze(-1)  # (batch, time, experts)
-    count = chosen.sum(1).to(scores.dtype)  # (batch, experts); no gradient: only the share carries one
+    count = chosen.sum(1).to(scores.dtype)  # (batch, experts); no gradient: it flows through the share only
     load = relative_load(count)
     normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 19
     total = real.sum(-1, keepdim=True).clamp(min=1)
@@ -175,34 +176,34 @@ def load_and_share(routing: Routing, mask: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def relative_load(count: Tensor) -> Tensor:
-    """count (..., experts) -> the same in means, 1 when even; 0 where there is no token"""
+    """count (..., experts) -> count / mean count, 1 when even; 0 if all counts are 0"""
     return count * count.shape[-1] / count.sum(-1, keepdim=True).clamp(min=1)  # V3 eq. 18; the sum is K T
 
 
 def violations(tokens_per_expert: Tensor) -> Tensor:
-    """(..., experts) -> the same: each load less the mean, in means; 0 where there is no token"""
+    """(..., experts) -> (..., experts), (load - mean load) / mean load; 0 if all loads are 0"""
     mean = tokens_per_expert.mean(-1, keepdim=True)
     return (tokens_per_expert - mean) / mean.where(mean > 0, 1)
 
 
 def mean_over_sequences(values: Tensor, real: Tensor) -> Tensor:
-    """values (batch,), real (batch, time) -> (), over the sequences that have a token"""
+    """values (batch,), real (batch, time) -> (), over the sequences with a real token"""
     present = real.any(-1)
     return values.where(present, 0).sum() / present.sum().clamp(min=1)
 
 
 def mean_over_tokens(values: Tensor, real: Tensor) -> Tensor:
-    """values (...), real (...) -> (), 0 where there is no token"""
+    """values (...), real (...) -> (), over the real tokens; 0 if there are none"""
     return values.where(real, 0).sum() / real.sum().clamp(min=1)
 
 
 def undropped(routing: Routing) -> Routing:
-    """The routing before `moe.capacity` dropped some of the experts, where it did."""
+    """The routing as it was before `moe.capacity` dropped slots; unchanged if none were."""
     return routing if routing.asked is None else routing._replace(experts=routing.asked, asked=None)
 
 
 def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
-    """The mask, checked, or all True -> (...) bool"""
+    """The checked mask; all True without one -> (...) bool"""
     shape = routing.experts.shape[:-1]
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=routing.experts.device)
@@ -213,18 +214,18 @@ def real_tokens(routing: Routing, mask: Tensor | None) -> Tensor:
 
 
 def slots_from_1(routing: Routing, mask: Tensor | None) -> Tensor:
-    """(..., top_k) int64: each slot's expert, counted from 1; 0 for a slot that is empty or of padding"""
+    """(..., top_k) int64: each slot's expert + 1; 0 for an empty slot and for padding"""
     return routing.experts.where(real_tokens(routing, mask).unsqueeze(-1), -1) + 1
 
 
 def count_indices(indices: Tensor, size: int) -> Tensor:
-    """indices (...) int64 -> (size,) int64, how often each of 0..size - 1 is there"""
+    """indices (...) int64 -> (size,) int64, how often each of 0..size - 1 occurs"""
     indices = indices.flatten()
     return indices.new_zeros(size).scatter_add_(0, indices, torch.ones_like(indices))
 
 
 def as_sequences(values: Tensor) -> Tensor:
-    """(..., time, last) -> (batch, time, last); one sequence where there is no batch axis."""
+    """(..., time, last) -> (batch, time, last); without a batch axis, one sequence."""
     return values.flatten(0, -3) if values.ndim > 2 else values.reshape(1, -1, values.shape[-1])
 
 
@@ -234,20 +235,20 @@ def one_hot(indices: Tensor, size: int) -> Tensor:
 
 
 def check_counts(tokens_per_expert: Tensor, shape: torch.Size) -> None:
-    """Raise ValueError unless there is a count for each expert."""
+    """Raise ValueError unless there is one count per expert."""
     if tokens_per_expert.shape != shape:
         found = tuple(tokens_per_expert.shape)
         raise ValueError(f"tokens_per_expert has shape {found}; the router expects {tuple(shape)}")
 
 
 def sent_to(experts: Tensor, num_experts: int, num_devices: int) -> Tensor:
-    """To which devices each token goes: experts (..., top_k) -> (..., devices) int64, 1 or 0"""
+    """The devices each token is sent to: experts (..., top_k) -> (..., devices) int64, 1 or 0"""
     devices = experts.div(num_experts // num_devices, rounding_mode="floor")  # (..., top_k); -1 stays
     return one_hot(devices, num_devices).amax(-2)
 
 
 def check_devices(routing: Routing, num_devices: int) -> int:
-    """Raise ValueError unless the experts fit evenly on the devices -> num_experts"""
+    """Raise ValueError unless num_devices divides the experts -> num_experts"""
     num_experts = routing.scores.shape[-1]
     if num_devices < 1 or num_experts % num_devices:
         raise ValueError(f"num_devices={num_devices} does not divide the {num_experts} experts")

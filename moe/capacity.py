@@ -1,4 +1,4 @@
-"""Room for a fixed number of tokens: what an expert or a device has no room for is dropped."""
+"""Capacity of an expert or a device: slots beyond it are dropped."""
 
 import math
 from typing import Any
@@ -11,18 +11,18 @@ from .router import Router, Routing, described
 
 
 class Dropping(Router):
-    """A router whose slots become empty where there is no room; which, the subclasses say.
+    """Wraps a router and empties its slots beyond capacity; the subclasses decide which.
 
-    x (..., dim) -> Routing, the router's, but experts -1 and weight 0 where dropped; the rest stays as it is
+    x (..., dim) -> the router's Routing, with expert -1 and weight 0 in each dropped slot
 
-    Nothing is dropped in evaluation: a text is written token by token, and then there is room for all.
-    The losses of `balance` use what was asked for before dropping, the Routing's `asked`.
+    Nothing is dropped in evaluation: sequences are generated token by token, where capacity has no meaning.
+    The losses of `balance` use the Routing's `asked`: the experts before dropping.
     """
 
     def __init__(self, router: Any):
         about = described(router)
         if not isinstance(about.num_experts, int):
-            raise ValueError(f"{type(router).__name__} has no num_experts; a router with room has")
+            raise ValueError(f"{type(router).__name__} has no num_experts, from which capacity is computed")
         super().__init__(about.dim, about.num_experts)
         self.num_experts: int
         self.router = router
@@ -33,29 +33,29 @@ class Dropping(Router):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The router's selection bias, for `balance.update_bias_`."""
+        """The wrapped router's selection bias, for `balance.update_bias_`."""
         return described(self.router).bias
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]
-        """Whether a token's experts depend on the others of the call, in evaluation too."""
+        """Whether a token's experts depend on the other tokens of the call, even in evaluation."""
         return described(self.router).mixes_tokens
 
     @property
     def drops(self) -> bool:
-        """Whether anything is dropped now."""
+        """Whether slots beyond capacity are dropped in the current mode."""
         return self.training
 
     def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Routing:
-        """mask (...) bool: True for a real token; the others take no room, and go nowhere.
+        """mask (...) bool: True for a real token; padding uses no capacity, and goes to no expert.
 
         Raises:
-            ValueError: the mask does not fit, or the router chooses among all tokens and knows no mask.
+            ValueError: the mask has a wrong shape or dtype, or the router mixes tokens but takes no mask.
         """
         if mask is not None and described(self.router).mixes_tokens and not self.router_needs_mask:
             kind = type(self.router).__name__
             raise ValueError(
-                f"mask: {kind} chooses among all tokens of a call, padding too; leave it out of x"
+                f"mask: {kind} chooses among all tokens of a call, padding included; remove it from x"
             )
         given = {"tokens": tokens} if self.needs_tokens else {}
         routing = self.router(x, **given, **({"mask": mask} if self.router_needs_mask else {}))
@@ -68,21 +68,21 @@ class Dropping(Router):
         return routing._replace(asked=asked)
 
     def kept(self, routing: Routing, mask: Tensor | None) -> Tensor:
-        """-> (..., top_k) bool, the slots there is room for"""
+        """-> (..., top_k) bool, the slots within capacity"""
         raise NotImplementedError
 
 
 class Capacity(Dropping):
-    """A router, and no more tokens an expert than it has room for (GShard, arXiv 2006.16668 section 2.2).
+    """Limits the tokens per expert of a router (GShard, arXiv 2006.16668 section 2.2).
 
-    The room is top_k x tokens / num_experts x capacity_factor, rounded up, for all tokens of the call.
+    An expert's capacity is top_k x tokens / num_experts x capacity_factor, rounded up, for the whole call.
 
     Args:
-        priority: "choice": first every token's best expert, then every token's second best, ...; among them
-            the earlier token. "score": the slot of highest score first, wherever the token stands and
-            whichever of its choices it is (as V2 section 2.2.4 drops by device; V-MoE, arXiv 2106.05974,
-            sorts tokens so, and places all first choices before any second).
-        drop_in_eval: in evaluation, too. A token's output then depends on its batch, and is another when
+        priority: "choice": first every token's best expert, then every token's second best, and so on; within
+            each round the earlier token first. "score": the highest score first, whatever the token's
+            position and the rank of the choice (as V2 section 2.2.4 drops by device; V-MoE, arXiv 2106.05974,
+            sorts tokens by score, but places all first choices before any second).
+        drop_in_eval: drop in evaluation too. A token's output then depends on its batch, and differs when
             decoding.
     """
 
@@ -102,7 +102,7 @@ class Capacity(Dropping):
         self.drop_in_eval = drop_in_eval
 
     @property
-    def mixes_tokens(self) -> bool:
+    def mixes_tokens(self) -> bool:  # type: ignore[override]
         return self.drop_in_eval or super().mixes_tokens
 
     @property
@@ -114,21 +114,21 @@ class Capacity(Dropping):
         top_k = affinity.shape[-1]
         tokens = affinity.numel() // top_k if mask is None else int(mask.sum())
         capacity = room(top_k * tokens, self.num_experts, self.capacity_factor)  # Switch Transformer eq. 3
-        if self.priority == "choice":  # a Routing promises no order: the best expert is that of most affinity
+        if self.priority == "choice":  # a Routing guarantees no order: rank the choices by affinity
             affinity = -affinity.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return first_of(routing.experts, affinity, self.num_experts, capacity)
 
 
 class DeviceDropping(Dropping):
-    """A router, and no more slots a device than its share, the least affine dropped (V2 section 2.2.4).
+    """Limits a router's slots per device and drops those of lowest affinity (V2 section 2.2.4).
 
-    Experts lie in order on num_devices equal devices. A device's share is the average, top_k x tokens /
-    num_devices, times capacity_factor, rounded up. Only in training.
+    Experts are placed in order on num_devices equal devices. A device's capacity is the average load,
+    top_k x tokens / num_devices, times capacity_factor, rounded up. Drops in training only.
 
     Args:
-        exempt: probability of a sequence of which nothing is dropped; V2 spares about a tenth, so that the
-            model knows the undropped case. Its slots take up room before the others'. Without a batch axis
-            all tokens are one sequence.
+        exempt: probability that a sequence is exempt from dropping; about 0.1 in V2, so that the model also
+            trains without dropping. Exempt slots use up capacity first. Without a batch axis all tokens are
+            one sequence.
     """
 
     def __init__(self, router: Any, num_devices: int, capacity_factor: float = 1.0, exempt: float = 0.1):
@@ -156,7 +156,7 @@ class DeviceDropping(Dropping):
 
 
 def devices_visited(routing: Routing, num_devices: int) -> Tensor:
-    """To how many devices each token is sent, experts in order on num_devices equal ones.
+    """Number of devices each token is sent to, with the experts in order on num_devices equal devices.
 
     routing (..., ...) -> (...) int64; 0 for a token whose slots are all empty
     """
@@ -164,10 +164,10 @@ def devices_visited(routing: Routing, num_devices: int) -> Tensor:
 
 
 def room(slots: int, places: int, factor: float) -> int:
-    """An equal share of the slots, times factor, rounded up: at least 1, and no more than there are."""
+    """An equal share of the slots times factor, rounded up: at least 1, at most all slots."""
     if factor >= places:
         return slots
-    return min(slots, max(1, math.ceil(slots * factor / places - 1e-9)))  # 10 * 1.1 is a hair above 11
+    return min(slots, max(1, math.ceil(slots * factor / places - 1e-9)))  # 10 * 1.1 is slightly above 11
 
 
 def affinities(routing: Routing) -> Tensor:
@@ -177,7 +177,7 @@ def affinities(routing: Routing) -> Tensor:
 
 
 def first_of(groups: Tensor, priority: Tensor, num_groups: int, capacity: int) -> Tensor:
-    """Which slots are among the `capacity` of their group with the highest priority; of equals, the earlier.
+    """Which slots are among the `capacity` highest priorities of their group; ties go to the earlier slot.
 
     groups (...) int64, -1 for an empty slot, priority (...) -> (...) bool
     """
@@ -187,7 +187,7 @@ def first_of(groups: Tensor, priority: Tensor, num_groups: int, capacity: int) -
     counts = group.new_zeros(num_groups + 1).scatter_add_(0, group, torch.ones_like(group))
     begins = (counts.cumsum(0) - counts).gather(0, group.gather(0, order))
     place = torch.arange(len(group), device=group.device) - begins  # within the group
-    return place.gather(0, order.argsort()).view_as(groups) < capacity  # back in the order of the slots
+    return place.gather(0, order.argsort()).view_as(groups) < capacity  # back in slot order
 
 
 def keep_slots(routing: Routing, kept: Tensor) -> Routing:
@@ -197,6 +197,6 @@ def keep_slots(routing: Routing, kept: Tensor) -> Routing:
 
 
 def check_factor(capacity_factor: float) -> None:
-    """Raise ValueError unless there is room for something."""
+    """Raise ValueError unless the factor is positive and finite."""
     if not isinstance(capacity_factor, int | float) or not 0 < capacity_factor < float("inf"):
         raise ValueError(f"capacity_factor={capacity_factor!r} must be positive and finite")

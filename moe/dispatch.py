@@ -1,6 +1,6 @@
-"""Tokens to experts and back: sort the slots by expert, gather the tokens' rows, scatter the results home.
+"""Tokens to experts and back: sort the slots by expert, gather the tokens' rows, scatter the results back.
 
-A slot is one of a token's top_k choices. Experts run over rows sorted by expert, so that each sees one
+A slot is one of a token's top_k choices. Rows are sorted by expert, so that each expert runs on one
 contiguous block; bookkeeping is O(tokens x top_k), whatever the number of experts.
 """
 
@@ -11,34 +11,34 @@ from torch import Tensor
 
 
 class Order(NamedTuple):
-    """Where each slot's row lies once the slots are sorted by expert."""
+    """Where each slot's row is when the slots are sorted by expert."""
 
     sizes: Tensor  # (experts + 1,) rows in each expert's block; the last block holds the empty slots
-    source: Tensor  # (rows,) the token whose copy each row holds; rows that only fill a block up hold token 0
+    source: Tensor  # (rows,) the token that each row is a copy of; padding rows copy token 0
     target: Tensor  # (tokens, top_k) the row of each slot
 
 
 def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
-    """Sort the slots by expert, stably; each expert's block is filled up to a multiple of `multiple` rows.
+    """Sort the slots stably by expert, and pad each expert's block to a multiple of `multiple` rows.
 
     experts (tokens, top_k) int64, -1 for an empty slot -> Order
 
-    With multiple=1 the number of rows is tokens x top_k and nothing waits for the device. Under torch.compile
-    the last block also takes the rows that are left over of the most there could be.
+    With multiple=1 there are tokens x top_k rows and no device synchronization. Under torch.compile there are
+    as many rows as any routing could need; the last block then also holds the unused ones.
     """
     top_k = experts.shape[1]
     slots = experts.flatten()
-    slots = slots.where(slots >= 0, num_experts)  # the empty ones last
-    order = slots.argsort(stable=True)  # the slots in order of their rows
+    slots = slots.where(slots >= 0, num_experts)  # empty slots last
+    order = slots.argsort(stable=True)  # the slots, sorted by expert
     counts = slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))
     sizes = counts
     if multiple > 1:
         sizes = (counts + multiple - 1) // multiple * multiple
         sizes[-1] = counts[-1]
-    filling = (sizes - counts).cumsum(0) - (sizes - counts)  # (experts + 1,) filling before each block
-    rows = torch.arange(len(slots), device=slots.device) + filling[slots[order]]  # the row of each in order
+    filling = (sizes - counts).cumsum(0) - (sizes - counts)  # (experts + 1,) padding before each block
+    rows = torch.arange(len(slots), device=slots.device) + filling[slots[order]]  # each sorted slot's row
     num_rows = len(slots)
-    if multiple > 1 and torch.compiler.is_compiling():  # no shape may depend on the data: room for the most
+    if multiple > 1 and torch.compiler.is_compiling():  # no shape may depend on the data: the maximum
         num_rows += num_experts * (multiple - 1)
         sizes[-1] = num_rows - sizes[:-1].sum()
     elif multiple > 1:
@@ -49,7 +49,7 @@ def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
 
 
 def gather(x: Tensor, order: Order) -> Tensor:
-    """x (tokens, dim) -> (rows, dim), a copy of its token for each row."""
+    """x (tokens, dim) -> (rows, dim), each row a copy of its token"""
     return x.index_select(0, order.source)
 
 
@@ -64,7 +64,7 @@ def scatter(rows: Tensor, order: Order, weights: Tensor) -> Tensor:
 def weighted_sum(slots: Tensor, weights: Tensor) -> Tensor:
     """slots (tokens x top_k, dim), weights (tokens, top_k) -> (tokens, dim)
 
-    For a GPU, through autograd; a CPU's blocks have it in one pass over their rows (moe/blocks.py).
+    For a GPU, differentiated by autograd; on a CPU, moe/fast.py does it in one pass over the rows.
     """
     slots = slots.unflatten(0, weights.shape)  # (tokens, top_k, dim)
     return torch.bmm(weights.to(slots.dtype).unsqueeze(1), slots).squeeze(1)

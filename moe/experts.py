@@ -1,4 +1,4 @@
-"""The experts: many small SwiGLU MLPs, each run over the tokens that chose it."""
+"""The experts: many small SwiGLU MLPs, each run on the tokens routed to it."""
 
 from collections.abc import Callable
 
@@ -18,14 +18,14 @@ class SwiGLU(nn.Module):
 
     x (..., dim) -> y (..., dim)
 
-    The shared expert of a MoE is one of these: n experts, always on, are one of n times the width.
+    An MoE's shared expert is one of these: n shared experts equal one of n times the width.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         if dim < 1 or hidden_dim < 1:
             raise ValueError(f"dim={dim} and hidden_dim={hidden_dim} must be at least 1")
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)  # gate's rows, then up's: one product
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)  # rows of gate, then of up: one matmul
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class SwiGLU(nn.Module):
 
 
 class Gated(nn.Module):
-    """A shared expert that each token weighs itself: sigmoid(gate(x)) mlp(x), as in Qwen2-MoE.
+    """Shared expert with a learned gate for each token: sigmoid(gate(x)) * mlp(x), as in Qwen2-MoE.
 
     x (..., dim) -> y (..., dim)
     """
@@ -48,18 +48,18 @@ class Gated(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, and the weighted sum of the chosen ones' outputs (V3 eq. 12, middle term).
+    """The routed experts: the weighted sum of the chosen experts' outputs (V3 eq. 12, middle term).
 
     x (..., dim), routing -> y (..., dim)
 
-    `reference` is that sum written as a loop; `forward` is equal to it, by the fastest way in fast.py.
+    `reference` is that sum written as a loop; `forward` computes the same by the fastest path in fast.py.
 
     Attributes:
-        product: how an expert multiplies its rows by a matrix, to count, quantise or distribute it; None: by
-            the fast ways.
+        product: replaces the matmul of an expert's rows with a weight, e.g. to count, quantize or distribute
+            it; None: the fast paths.
 
     Raises:
-        ValueError: routing does not fit x, or names an expert that does not exist.
+        ValueError: routing does not match x, or names an expert that does not exist.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int):
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         self.dim = dim
         self.hidden_dim = hidden_dim
         self.product: Product | None = None
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim))  # gate's rows, then up's
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim, dim))  # rows of gate, then of up
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         nn.init.uniform_(self.gate_up, -(dim**-0.5), dim**-0.5)  # as nn.Linear does
         nn.init.uniform_(self.down, -(hidden_dim**-0.5), hidden_dim**-0.5)
@@ -81,19 +81,19 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.product is not None:
             return self.by_product(tokens.to(dtype), experts, weights, self.product).reshape(shape)
-        # the grouped kernel wants rows of whole 16 bytes, and knows no float64
+        # the grouped kernel needs rows of a multiple of 16 bytes, and has no float64
         whole = self.dim * dtype.itemsize % 16 == self.hidden_dim * dtype.itemsize % 16 == 0
         run = fast.grouped if x.is_cuda and whole and dtype != torch.float64 else fast.by_block
         if fast.is_few(experts, self.gate_up, self.down):
             run = fast.by_slot
         matrices: tuple[Tensor, ...] = (self.gate_up, self.down)
-        if run is not fast.by_block:  # which casts one expert's at a time, and keeps no copy
+        if run is not fast.by_block:  # it casts one expert at a time itself, and keeps no copy
             matrices = tuple(matrix.to(dtype) for matrix in matrices)
         y = run(tokens.to(dtype), experts, weights, *matrices)
         return y.reshape(shape)
 
     def reference(self, x: Tensor, routing: Routing) -> Tensor:
-        """The loop of the equation: each expert over its tokens, added up token by token."""
+        """The equation as a loop: each expert over its tokens, summed token by token."""
         tokens, experts, weights, shape = self.flatten(x, routing)
         y = torch.zeros_like(tokens)
         for i in range(self.num_experts):
@@ -103,7 +103,7 @@ class Experts(nn.Module):
         return y.reshape(shape)
 
     def by_product(self, tokens: Tensor, experts: Tensor, weights: Tensor, product: Product) -> Tensor:
-        """Every expert over its block of sorted rows, by two calls of `product`; also over no rows.
+        """Run every expert on its block of sorted rows by two calls of `product`, even on an empty block.
 
         tokens (tokens, dim), experts and weights (tokens, top_k) -> (tokens, dim)
         """
@@ -116,7 +116,7 @@ class Experts(nn.Module):
         return dispatch.scatter(torch.cat([*outputs, torch.zeros_like(empty)]), order, weights)
 
     def flatten(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
-        """Check and merge leading axes -> x (tokens, dim), experts and weights (tokens, top_k), x's shape"""
+        """Check, and merge leading axes -> x (tokens, dim), experts and weights (tokens, top_k), x's shape"""
         experts, weights = routing.experts, routing.weights
         if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
             found = f"{x.dtype} {tuple(x.shape)}"
@@ -127,13 +127,12 @@ class Experts(nn.Module):
         if not fits or weights.shape != experts.shape:
             found = f"routing.experts is {tuple(experts.shape)}, routing.weights {tuple(weights.shape)}"
             raise ValueError(f"{found}; for this x both must be {tuple(x.shape[:-1])} + (top_k >= 1,)")
-        # on a GPU the look itself would make it wait, and torch.compile would break its graph there
+        # not on a GPU, which would have to synchronize, nor under torch.compile, which would break the graph
         if experts.numel() and not experts.is_cuda and not torch.compiler.is_compiling():
             lowest, highest = (int(i) for i in torch.aminmax(experts))
             if lowest < -1 or highest >= self.num_experts:
                 wrong = lowest if lowest < -1 else highest
                 last = self.num_experts - 1
-                raise ValueError(f"routing.experts holds {wrong}; expected 0..{last}, or -1: an empty slot")
+                raise ValueError(f"routing.experts holds {wrong}; expected 0..{last}, or -1 if empty")
         top_k = experts.shape[-1]
         return x.reshape(-1, self.dim), experts.reshape(-1, top_k), weights.reshape(-1, top_k), x.shape
-

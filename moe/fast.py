@@ -1,14 +1,14 @@
 """The same numbers, faster: read this last. Nothing in it is needed to understand the layer.
 
-- the gate's product, in fp32, whose rows do not depend on their neighbours;
-- SwiGLU's activation, with a backward pass that keeps its input alone;
+- the router's matmul in fp32, where a row's bits do not depend on the other rows;
+- SwiGLU's activation, with a backward pass that saves only its input;
 - three ways to run the chosen experts, each equal to `Experts.reference`: `by_block` on a CPU, `by_slot` for
   few tokens, `grouped` on a GPU;
-- the operator behind `by_block`, with its own backward pass. Only gate and up before the activation are kept
-  for it: rows are gathered and activated again, block by block, in the processor's cache. torch.compile sees
+- the operator behind `by_block`, with its own backward pass, which saves only gate and up before the
+  activation: rows are gathered and activated again, block by block, in the CPU's cache. torch.compile sees
   one operator, and never the sizes of the blocks, which change with every batch.
 
-A gradient of a gradient raises RuntimeError in both.
+The activation and the operator raise RuntimeError on double backward.
 """
 
 from itertools import count
@@ -20,11 +20,11 @@ from torch import Tensor
 from . import dispatch
 from .dispatch import Order
 
-FEW = 2**24  # bytes of experts that are worth copying for a decode step
+FEW = 2**24  # bytes of expert weights that are worth copying in a decode step
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The gate's matrix product, in fp32 whatever x is: in bf16 near ties would flip.
+    """The router's matmul, in fp32 whatever the dtype of x: in bf16, near ties would flip.
 
     x (..., dim), weight (experts, dim) -> (..., experts)
     """
@@ -43,9 +43,9 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """rows weight^T in a wider dtype; a row's bits do not depend on the other rows or on how many there are.
+    """rows weight^T in a wider dtype; a row's bits do not depend on the other rows or their number.
 
-    rows (tokens, dim), weight (experts, dim) -> (tokens, experts). Kept for the backward pass as they are.
+    rows (tokens, dim), weight (experts, dim) -> (tokens, experts). Both are saved in their own dtype.
     """
 
     @staticmethod
@@ -58,8 +58,8 @@ class Product(torch.autograd.Function):
         count, num_experts = len(rows), len(weight)
         rows, weight = rows.to(dtype), weight.to(dtype)
         if rows.is_cpu and not torch.compiler.is_compiling():
-            # A CPU's matmul rounds a row by how many share the product, and by its place among them; a last
-            # bit can flip an expert. With rows in multiples of 8 and experts of 32 it depends on neither.
+            # A CPU's matmul rounds a row depending on the number of rows and the row's index; a last bit can
+            # flip an expert. With multiples of 8 rows and of 32 experts it depends on neither.
             rows, weight = fill(rows, 8), fill(weight, 32)
         return F.linear(rows, weight)[:count, :num_experts].contiguous()
 
@@ -71,33 +71,33 @@ class Product(torch.autograd.Function):
 
 
 def fill(rows: Tensor, multiple: int) -> Tensor:
-    """rows (n, dim) -> n rounded up to a multiple, zeros behind"""
+    """rows (n, dim) -> n rounded up to a multiple, padded with zeros"""
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
 
 
 def sigmoid(logits: Tensor) -> Tensor:
-    """torch.sigmoid, with every number rounded the same way.
+    """torch.sigmoid, with every element rounded the same way.
 
-    On a CPU torch.sigmoid rounds the last few numbers of a tensor differently from the rest, so that a
-    token's scores would depend on how many tokens come with it.
+    On a CPU torch.sigmoid rounds the last few elements of a tensor differently from the rest, so that a
+    token's scores would depend on the number of tokens.
     """
     return 1 / (1 + (-logits.clamp(min=-80)).exp())  # exp(89) is infinite in fp32, and its gradient NaN
 
 
 def gated(gate_up: Tensor) -> Tensor:
-    """(..., 2 hidden), gate then up -> (..., hidden). A gradient of its gradient raises RuntimeError."""
+    """(..., 2 hidden), gate then up -> (..., hidden). Double backward raises RuntimeError."""
     learns = gate_up.requires_grad and torch.is_grad_enabled()
     return KeepsInput.apply(gate_up) if learns else reference_gated(gate_up)
 
 
 def reference_gated(gate_up: Tensor) -> Tensor:
-    """The formula; differentiated by autograd it would keep silu(gate), too."""
+    """silu(gate) * up, for which autograd would also save silu(gate)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def gated_backward(d_hidden: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """d_hidden (..., hidden), gate_up (..., 2 hidden) -> hidden once more, and the gradient of gate_up"""
+    """d_hidden (..., hidden), gate_up (..., 2 hidden) -> hidden, recomputed, and the gradient of gate_up"""
     gate, up = gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)
     d_gate = torch.ops.aten.silu_backward(d_hidden * up, gate)
@@ -105,7 +105,7 @@ def gated_backward(d_hidden: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KeepsInput(torch.autograd.Function):
-    """`reference_gated` and `gated_backward` as one function for autograd."""
+    """`reference_gated` and `gated_backward` as one autograd function."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
@@ -118,13 +118,13 @@ class KeepsInput(torch.autograd.Function):
 
 
 def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Two matrix products an expert, over its own rows: best on a CPU.
+    """Two matmuls per expert, over its own rows: best on a CPU.
 
     tokens (tokens, dim), experts and weights (tokens, top_k), gate_up (experts, 2 hidden, dim),
     down (experts, dim, hidden) -> (tokens, dim)
 
-    Blocks are filled up to 64 rows in bf16, where a new shape costs a new kernel; else, and for few tokens,
-    to 8: a row's last bits depend on how many share the product, but not from there on.
+    Blocks are padded to a multiple of 64 rows in bf16, where each new shape costs a new kernel. Otherwise,
+    and for few tokens, to a multiple of 8: a row's last bits then do not depend on the number of rows.
     """
     multiple = 64 if tokens.dtype == torch.bfloat16 and len(tokens) >= 16 else 8
     order = dispatch.sort(experts, len(gate_up), multiple)
@@ -132,28 +132,28 @@ def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, 
 
 
 def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Every slot's own copy of its expert, all in one product: for few tokens sorting costs more.
+    """Copy each slot's expert and run all slots in one batched matmul: for few tokens sorting costs more.
 
-    The row is there eight times: rounded as in a block, whatever else is in the batch. Compiled code, which
-    promises no equal bits, does without.
+    Each row is repeated 8 times, to be rounded as in a block, whatever else is in the batch. Compiled code,
+    which does not guarantee equal bits, does without.
     """
-    chosen = experts.flatten().clamp(min=0)  # an empty slot gets an expert, too ...
+    chosen = experts.flatten().clamp(min=0)  # an empty slot runs an expert too ...
     same = 1 if torch.compiler.is_compiling() else 8
     rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * same, -1)
     rows = rows.reshape(len(chosen), same, tokens.shape[1])
     hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, same, hidden)
     outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
-    outputs = outputs.masked_fill(experts.reshape(-1, 1) < 0, 0)  # ... whose output is left out
+    outputs = outputs.masked_fill(experts.reshape(-1, 1) < 0, 0)  # ... whose output is set to 0
     slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)
     return weighted_sum(outputs, slots, weights)
 
 
 def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One grouped product for all experts, and no wait for the device: best on a GPU."""
+    """One grouped matmul for all experts, without device synchronization: best on a GPU."""
     order = dispatch.sort(experts, len(gate_up))
-    ends = order.sizes[:-1].cumsum(0).to(torch.int32)  # (experts,) where each block stops
+    ends = order.sizes[:-1].cumsum(0).to(torch.int32)  # (experts,) where each block ends
     computed = torch.arange(len(order.source), device=tokens.device).unsqueeze(-1) < ends[-1]
-    # past the last block the kernel leaves whatever memory held, in the product and in its gradient
+    # past the last block the kernel leaves its output, and its gradient, uninitialized
     rows = dispatch.gather(tokens, order).where(computed, 0)
     hidden = gated(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).where(computed, 0))
     rows = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends).where(computed, 0)
@@ -169,16 +169,16 @@ def is_few(experts: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 
 
 def pick(weights: Tensor, chosen: Tensor) -> Tensor:
-    """weights (experts, ...)[chosen], read in the order in which they lie in memory"""
+    """weights (experts, ...)[chosen], read in memory order"""
     if weights.is_contiguous():
         return weights.index_select(0, chosen)
     return weights.mT.index_select(0, chosen).mT
 
 
 def operator_name(name: str) -> str:
-    """package::name, by which PyTorch knows an operator in the whole process.
+    """package::name, the name under which PyTorch registers an operator for the whole process.
 
-    A copy of this package has its own name; a second one of the same name has a number behind it.
+    A copy of this package under another name registers its own; one under the same name appends a number.
     """
     space = __name__.rpartition(".")[0].replace(".", "_") or "moe"
     names = (name if number == 1 else f"{name}_{number}" for number in count(1))
@@ -186,13 +186,13 @@ def operator_name(name: str) -> str:
 
 
 def run_blocks(tokens: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Order) -> Tensor:
-    """Two matrix products an expert, over its own rows, and the weighted sum of each token's rows.
+    """Two matmuls per expert, over its own rows, and the weighted sum of each token's rows.
 
     tokens (tokens, dim), weights (tokens, top_k), gate_up (experts, 2 hidden, dim),
-    down (experts, dim, hidden) -> (tokens, dim), in the dtype of tokens, whatever that of the matrices
+    down (experts, dim, hidden) -> (tokens, dim), in the dtype of tokens, whatever the weights' dtype
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, weights, gate_up, down))
-    run = forward if learns or torch.compiler.is_compiling() else compute  # as an operator it starts slower
+    run = forward if learns or torch.compiler.is_compiling() else compute  # an operator call is slower
     y, _ = run(tokens, weights, gate_up, down, *order)
     return y
 
@@ -211,7 +211,7 @@ def compute(
     outputs = tokens.new_empty(len(source), tokens.shape[1])
     *blocks, empty = blocks_of(sizes)
     for block, w, v in zip(blocks, gate_up, down):
-        if block.start == block.stop:  # while decoding, most experts have no token
+        if block.start == block.stop:  # in a decode step, most experts have no tokens
             continue
         rows = tokens.index_select(0, source[block])
         torch.mm(rows, w.to(rows.dtype).t(), out=projected[block])
@@ -237,14 +237,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_y (tokens, dim) -> the gradients of tokens, weights, gate_up and down"""
     places = target.flatten()
-    weight = tokens.new_zeros(len(source), 1)  # of each row; 0: it only fills its block up
+    weight = tokens.new_zeros(len(source), 1)  # of each row; 0 for padding
     weight.index_copy_(0, places, weights.reshape(-1, 1).to(tokens.dtype))
     d_weight, d_rows = torch.zeros_like(weight), tokens.new_empty(len(source), tokens.shape[1])
     d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
     *blocks, empty = blocks_of(sizes)
     for block, w, v, d_w, d_v in zip(blocks, gate_up, down, d_gate_up, d_down):
         rows, d_outputs = tokens.index_select(0, source[block]), d_y.index_select(0, source[block])
-        d_hidden = torch.mm(d_outputs, v.to(rows.dtype))  # the slot's weight still left out
+        d_hidden = torch.mm(d_outputs, v.to(rows.dtype))  # not yet times the slot's weight
         hidden, d_projected = gated_backward(d_hidden * weight[block], projected[block])
         torch.sum(d_hidden * hidden, -1, keepdim=True, out=d_weight[block])
         torch.mm(d_projected, w.to(rows.dtype), out=d_rows[block])
@@ -278,10 +278,10 @@ def _(d_y, projected, tokens, weights, gate_up, down, sizes, source, target):
 
 
 def keep(ctx, inputs, output):
-    """What the backward pass needs: the arguments, and projected."""
+    """Save what the backward pass needs: the arguments, and projected."""
     ctx.save_for_backward(output[1], *inputs)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # a gradient of zeros for projected would cost as much as projected
+    ctx.set_materialize_grads(False)  # a zero gradient for projected would take as much memory as projected
 
 
 def differentiate(ctx, d_y, _):

@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: a router, the experts it chooses from, and those that are always on."""
+"""The Mixture-of-Experts layer: a router, the experts it chooses from, and a shared expert."""
 
 from torch import Tensor, nn
 
@@ -6,14 +6,15 @@ from .router import Routing, described
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE layer without the residual: the chosen experts' weighted sum + the shared one (V3 eq. 12).
+    """DeepSeekMoE layer without the residual: weighted sum of the chosen experts + shared expert (V3 eq. 12).
 
     x (..., dim) -> y (..., dim), routing
 
     Args:
-        router: a `Router`, or any module x -> Routing. One whose call takes `tokens` is given the token ids.
+        router: a `Router`, or any module x -> Routing. If `forward` takes `tokens`, it gets the token ids.
         experts: `Experts`, or any module (x, routing) -> y.
-        shared: the shared experts as one MLP, always on, with weight 1 outside the routed scale; or None.
+        shared: the shared experts as one MLP, run on every token with weight 1, outside
+            routed_scaling_factor; or None.
     """
 
     def __init__(self, router: nn.Module, experts: nn.Module, shared: nn.Module | None = None):
@@ -29,7 +30,7 @@ class MoE(nn.Module):
         self.needs_tokens = about.needs_tokens
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """tokens (...) int64: the token ids that x came from, for a router that needs them."""
+        """tokens (...) int64: the token ids of x, for a router that needs them."""
         routing = self.router(x, tokens=tokens) if self.needs_tokens else self.router(x)
         if not isinstance(routing, Routing):
             raise ValueError(
@@ -37,5 +38,5 @@ class MoE(nn.Module):
             )
         y = self.experts(x, routing)
         if self.shared is not None:
-            y = y + self.shared(x)  # V3 eq. 12; the same input as the router, never scaled
+            y = y + self.shared(x)  # V3 eq. 12; same input as the router, never scaled
         return y, routing

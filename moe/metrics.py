@@ -1,8 +1,8 @@
-"""How a router uses its experts: numbers to look at, none of them to train on.
+"""How a router uses its experts: metrics to look at, not to train on.
 
-Some take what `balance.tokens_per_expert` counted, in one batch or summed over many, as does
-`balance.max_violation`. Those that take a Routing know `mask` (same leading axes, True for a real token),
-which keeps padding out, whatever it holds.
+Some take the counts of `balance.tokens_per_expert`, of one batch or summed over many, as does
+`balance.max_violation`. Those that take a Routing also take `mask` (same leading axes, True for a real
+token), which excludes padding, whatever its values.
 """
 
 import math
@@ -16,10 +16,10 @@ from .router import Routing
 
 
 def load_entropy(tokens_per_expert: Tensor) -> Tensor:
-    """Entropy of the experts' shares of the load, over that of an even load.
+    """Entropy of the expert load, relative to that of an even load.
 
-    tokens_per_expert (..., experts) -> (...); 1 is even, 0 one expert for all, log(top_k) / log(experts) the
-    same top_k experts for every token. 1 without a token, where nothing is uneven.
+    tokens_per_expert (..., experts) -> (...); 1 is even, 0 one expert for all tokens, and
+    log(top_k) / log(experts) the same top_k experts for all tokens. 1 if there are no tokens.
     """
     load = tokens_per_expert.double()
     total = load.sum(-1, keepdim=True)
@@ -27,29 +27,29 @@ def load_entropy(tokens_per_expert: Tensor) -> Tensor:
 
 
 def dead_experts(tokens_per_expert: Tensor) -> Tensor:
-    """How many experts got no token.
+    """Number of experts that no token was routed to.
 
-    tokens_per_expert (..., experts) -> (...) int64; 0 is none, all of them where there is no token
+    tokens_per_expert (..., experts) -> (...) int64; num_experts if there are no tokens
     """
     return (tokens_per_expert == 0).sum(-1)
 
 
 def dropped_share(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Share of the tokens' slots that are empty, -1: dropped, or never filled.
+    """Share of the slots that are empty (-1): dropped, or never filled.
 
-    routing (..., ...) -> (); 0 is none, 1 all of them
+    routing (..., ...) -> ()
     """
     empty = (routing.experts < 0).double().mean(-1)  # (...)
     return mean_over_tokens(empty, real_tokens(routing, mask))
 
 
 def coactivation(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Of the tokens that an expert takes, the share that another takes too (arXiv 2409.02060 section 5.2).
+    """Share of one expert's tokens that also go to another expert (arXiv 2409.02060 section 5.2).
 
-    routing (..., ...) -> (experts, experts), row: the expert whose tokens are all, column: the other
+    routing (..., ...) -> (experts, experts), row: the expert whose tokens are counted, column: the other
 
-    0 is never together, 1 always; on the diagonal 1, and top_k in the sum of a row without empty slots. Two
-    experts of unlike load have two values. The row of an expert without a token is 0.
+    0 is never together, 1 always. The diagonal is 1, and a row without empty slots sums to top_k. Not
+    symmetric if loads differ. The row of an unused expert is 0.
     """
     size = routing.scores.shape[-1] + 1
     slots = slots_from_1(routing, mask)
@@ -61,15 +61,15 @@ def coactivation(routing: Routing, mask: Tensor | None = None) -> Tensor:
 def domain_specialization(
     routing: Routing, domains: Tensor, num_domains: int, mask: Tensor | None = None
 ) -> Tensor:
-    """Of a domain's tokens, the share that an expert takes (arXiv 2409.02060 section 5.3).
+    """Share of a domain's tokens that go to each expert (arXiv 2409.02060 section 5.3).
 
     routing (..., ...), domains (...) int64 -> (domains, experts)
 
-    0 is no token of the domain, 1 all of them, top_k / experts an even use; a row without empty slots sums to
-    top_k, that of a domain without a token is 0.
+    0 is no token of the domain, 1 all of them, top_k / experts an even load. A row without empty slots sums
+    to top_k; the row of a domain with no tokens is 0.
 
     Args:
-        domains: each token's, 0..num_domains - 1; padding may hold anything.
+        domains: the domain of each token, 0..num_domains - 1; any value for padding.
     """
     real = real_tokens(routing, mask)
     if domains.shape != real.shape or domains.dtype != torch.int64:
@@ -77,9 +77,9 @@ def domain_specialization(
         raise ValueError(f"domains is {found}; expected {wanted}, the domain of each token")
     wrong = domains[real & ((domains < 0) | (domains >= num_domains))]
     if wrong.numel():
-        raise ValueError(f"domains holds {int(wrong[0])}, which is not in 0..{num_domains - 1}")
+        raise ValueError(f"domains holds {int(wrong[0])}; expected 0..{num_domains - 1}")
     size = routing.scores.shape[-1] + 1
-    domains = domains.where(real, 0)  # the slots of padding are empty
+    domains = domains.where(real, 0)  # padding has only empty slots
     slots = slots_from_1(routing, mask) + domains.unsqueeze(-1) * size  # (..., top_k)
     taken = count_indices(slots, num_domains * size).view(num_domains, size)[:, 1:].double()
     tokens = count_indices(domains[real], num_domains)  # (domains,)
@@ -88,10 +88,10 @@ def domain_specialization(
 
 @torch.no_grad()
 def router_confidence(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the chosen experts' share of all scores, before any bias and normalization.
+    """Mean over tokens of the chosen experts' share of all scores, before bias and normalization.
 
-    routing (..., ...) -> (); 1 is all of it, top_k / experts what equal scores give, less where a selection
-    bias chooses against the scores; an empty slot adds 0
+    routing (..., ...) -> (); at most 1; top_k / experts for equal scores, lower where a selection bias
+    chooses against the scores; an empty slot adds 0
     """
     real = real_tokens(routing, mask)
     chosen = F.pad(routing.scores, (1, 0)).gather(-1, slots_from_1(routing, mask)).sum(-1)  # (...)
@@ -100,16 +100,16 @@ def router_confidence(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def score_entropy(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of the entropy of the scores, scaled to sum to 1, over that of equal scores.
+    """Mean over tokens of the entropy of the scores, scaled to sum to 1, relative to that of equal scores.
 
-    routing (..., ...) -> (); 1 is all experts alike, 0 one expert with all of it
+    routing (..., ...) -> (); 1 for equal scores, 0 if one expert has the whole score
     """
     share = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
     return mean_over_tokens(evenness(share), real_tokens(routing, mask))
 
 
 def evenness(share: Tensor) -> Tensor:
-    """Entropy over its largest value: share (..., experts), which sums to 1 -> (...); 1 for a lone expert"""
+    """Entropy over its maximum: share (..., experts), which sums to 1 -> (...); 1 for a single expert"""
     num_experts = share.shape[-1]
-    entropy = torch.special.entr(share).sum(-1)  # 0 log 0 is 0 in it
+    entropy = torch.special.entr(share).sum(-1)  # takes 0 log 0 as 0
     return entropy / math.log(num_experts) if num_experts > 1 else torch.ones_like(entropy)

@@ -1,4 +1,4 @@
-"""Routers: which experts does a token go to, and how much does each of them count?"""
+"""Routers: which experts a token goes to, and the weight of each."""
 
 import inspect
 from collections.abc import Callable
@@ -11,33 +11,33 @@ from .fast import router_logits, sigmoid
 
 
 class Routing(NamedTuple):
-    """What a router decided, and what it decided it from. Leading axes are those of the input."""
+    """A router's decision and the scores behind it. Leading axes are those of the input."""
 
-    experts: Tensor  # (..., top_k) int64, in no promised order; -1 is an empty slot, never dispatched
-    weights: Tensor  # (..., top_k), how much each chosen expert's output counts
+    experts: Tensor  # (..., top_k) int64, in no guaranteed order; -1 is an empty slot, never dispatched
+    weights: Tensor  # (..., top_k), the factor on each chosen expert's output
     scores: Tensor  # (..., experts), the affinities, without selection bias
-    logits: Tensor  # (..., experts), what the affinities were computed from
-    asked: Tensor | None = None  # (..., top_k) int64, `experts` before any were dropped; None: none were
+    logits: Tensor  # (..., experts), from which the affinities are computed
+    asked: Tensor | None = None  # (..., top_k) int64, `experts` before dropping; None: the router never drops
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
-        """The same change to every field that is there, as a slice of the leading axes."""
+        """Apply `change` to every field that is not None, e.g. to slice the leading axes."""
         return Routing(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
 class Router(nn.Module):
-    """What the rest of the package may ask of a router, with the answers of one that says nothing.
+    """Base class of the routers: the attributes that the rest of the package reads, with their defaults.
 
     x (..., dim) -> Routing
 
-    Any module with that call is a router; a subclass of this one can say more about itself.
+    Any module with this call works as a router; a subclass can also set these attributes.
 
     Attributes:
         dim: width of x; None: any.
-        num_experts: how many experts there are to choose from; None: not stated.
-        bias: (num_experts,) selection bias, a buffer in fp32 for `balance.update_bias_`; None: it has none.
-        mixes_tokens: a token's experts depend on the other tokens of the call, in evaluation too.
-        needs_tokens: the call takes the token ids as `tokens`, (...) int64.
-        needs_mask: the call takes a `mask`, (...) bool, True for a real token.
+        num_experts: number of experts to choose from; None: unknown.
+        bias: (num_experts,) selection bias, an fp32 buffer for `balance.update_bias_`; None: no bias.
+        mixes_tokens: a token's experts depend on the other tokens of the call, even in evaluation.
+        needs_tokens: `forward` takes the token ids as `tokens`, (...) int64.
+        needs_mask: `forward` takes a `mask`, (...) bool, True for a real token.
     """
 
     dim: int | None = None
@@ -55,10 +55,11 @@ class Router(nn.Module):
 
 
 def described(router: nn.Module) -> Router:
-    """A router itself; for a module that is no `Router`, a record of what it has and what its call takes."""
+    """The router itself; for any other module, a `Router` made from its attributes and arguments."""
     if isinstance(router, Router):
         return router
     found = Router(getattr(router, "dim", None), getattr(router, "num_experts", None))
+    # a Parameter named bias is trained by gradients, as nn.Linear's is: no selection bias
     bias, takes = getattr(router, "bias", None), inspect.signature(router.forward).parameters
     found.bias = bias.detach() if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter) else None
     found.mixes_tokens = getattr(router, "mixes_tokens", False)
@@ -67,21 +68,21 @@ def described(router: nn.Module) -> Router:
 
 
 class SoftmaxRouter(Router):
-    """Token-choice router of DeepSeek-V2: softmax over all experts, then top-k, not renormalised by default.
+    """Token-choice router of DeepSeek-V2: softmax over all experts, then top-k, not renormalized by default.
 
     x (..., dim) -> Routing
 
     Args:
-        num_groups, top_groups: experts are split into num_groups equal groups in order, and a token may use
-            only the top_groups of them with the best expert (V2 section 2.2.2, there a group is a device).
+        num_groups, top_groups: experts are split in order into num_groups equal groups, and a token may only
+            use the top_groups groups with the best experts (V2 section 2.2.2, where a group is a device).
         normalize: divide the chosen weights by their sum.
-        routed_scaling_factor: multiplies the weights in the end: 16 in V2, 1 in V2-Lite.
+        routed_scaling_factor: multiplies the final weights: 16 in V2, 1 in V2-Lite.
 
     Raises:
-        ValueError: the numbers do not fit each other, or x is not a floating-point (..., dim).
+        ValueError: the sizes are inconsistent, or x is not a floating-point (..., dim).
     """
 
-    group_best = 1  # a group is as good as its best expert
+    group_best = 1  # a group's score is that of its best expert
 
     def __init__(
         self,
@@ -119,20 +120,20 @@ class SigmoidRouter(Router):
 
     x (..., dim) -> Routing
 
-    `bias` is a buffer in fp32, trained by `balance.update_bias_` and never by a gradient (V3 section 2.1.2).
+    `bias` is an fp32 buffer, updated by `balance.update_bias_` and never by a gradient (V3 section 2.1.2).
 
     Args:
-        num_groups, top_groups: experts are split into num_groups equal groups in order, and a token may use
-            only the top_groups of them whose two best biased scores have the largest sum.
-        normalize: divide the chosen weights by their sum. With top_k=1 that makes every weight exactly 1 and
-            leaves the router without a gradient: pass False there.
-        routed_scaling_factor: multiplies the weights in the end: 2.5 in V3.
+        num_groups, top_groups: experts are split in order into num_groups equal groups, and a token may only
+            use the top_groups groups whose two best biased scores have the largest sum.
+        normalize: divide the chosen weights by their sum. With top_k=1 every weight is then exactly 1 and the
+            router gets no gradient: pass False there.
+        routed_scaling_factor: multiplies the final weights: 2.5 in V3.
 
     Raises:
-        ValueError: the numbers do not fit each other, or x is not a floating-point (..., dim).
+        ValueError: the sizes are inconsistent, or x is not a floating-point (..., dim).
     """
 
-    group_best = 2  # a group is as good as its two best experts together
+    group_best = 2  # a group's score is the sum of its two best experts' scores
     bias: Tensor
 
     def __init__(
@@ -160,16 +161,16 @@ class SigmoidRouter(Router):
         logits = router_logits(x, self.weight)  # (..., experts); u_t . e_i, in fp32
         scores = sigmoid(logits)  # V3 eq. 15
         choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
-        experts = choice.topk(self.top_k).indices  # V3 eq. 16; the bias decides who is chosen ...
-        weights = scores.gather(-1, experts)  # V3 eq. 14; ... but never how much they count
+        experts = choice.topk(self.top_k).indices  # V3 eq. 16; the bias affects the choice ...
+        weights = scores.gather(-1, experts)  # V3 eq. 14; ... but never the weights
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # V3 eq. 13; all scores may be 0
         return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
 
     def _apply(self, fn, recurse=True):
-        """Module.to(bfloat16) and the like: the bias moves along, but stays in fp32 or better.
+        """Module.to(bfloat16) and the like move the bias to the device, but keep it in fp32 or wider.
 
-        In bf16 hundreds of distinct biases become a handful, and steps of 0.001 are lost.
+        In bf16, hundreds of distinct biases would collapse to a few, and steps of 0.001 would be lost.
         """
         bias = self.bias
         super()._apply(fn, recurse)
@@ -179,14 +180,14 @@ class SigmoidRouter(Router):
 
 
 def keep_best_groups(choice: Tensor, num_groups: int, top_groups: int, group_best: int) -> Tensor:
-    """Close all but the best groups of experts to a token, by a choice score of minus infinity.
+    """Set the choice scores outside each token's best groups to minus infinity.
 
-    choice (..., experts) -> (..., experts). Zero would not do: a bias can push open experts below it.
+    choice (..., experts) -> (..., experts). Zero would be wrong: a bias can push the kept scores below it.
     """
     if top_groups == num_groups:
         return choice
     grouped = choice.unflatten(-1, (num_groups, -1))  # (..., groups, experts)
-    group_scores = grouped.topk(group_best).values.sum(-1)  # (..., groups); of the best 1 (V2) or 2 (V3)
+    group_scores = grouped.topk(group_best).values.sum(-1)  # (..., groups); the best 1 (V2) or 2 (V3)
     best = group_scores.topk(top_groups).indices  # (..., top_groups)
     closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
     return grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
@@ -195,7 +196,7 @@ def keep_best_groups(choice: Tensor, num_groups: int, top_groups: int, group_bes
 def check_sizes(
     dim: int, num_experts: int, top_k: int, num_groups: int, top_groups: int, group_best: int, scale: float
 ) -> None:
-    """Raise ValueError unless every token can be given top_k experts, with weights that are numbers."""
+    """Raise ValueError unless every token can get top_k experts with finite weights."""
     if dim < 1:
         raise ValueError(f"dim={dim} must be at least 1")
     if num_experts < 1:
@@ -208,13 +209,13 @@ def check_sizes(
     group_size = num_experts // num_groups
     if num_groups > 1 and group_size < group_best:
         raise ValueError(
-            f"num_groups={num_groups} leaves {group_size} expert a group, but a group is judged by its "
-            f"{group_best} best: this router needs {group_best} a group"
+            f"num_groups={num_groups} leaves {group_size} expert a group, but a group is scored by its "
+            f"{group_best} best experts: this router needs {group_best} a group"
         )
     if not 1 <= top_k <= group_size * top_groups:
         raise ValueError(
-            f"top_k={top_k} must lie in 1..{group_size * top_groups}, the experts that "
-            f"top_groups={top_groups} of num_groups={num_groups} leave open"
+            f"top_k={top_k} must lie in 1..{group_size * top_groups}, the number of experts reachable with "
+            f"top_groups={top_groups} of num_groups={num_groups}"
         )
     if not 0 < scale < float("inf"):
         raise ValueError(f"routed_scaling_factor={scale} must be positive and finite")
@@ -223,7 +224,7 @@ def check_sizes(
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError for an id outside the vocabulary.
 
-    Only on a CPU: elsewhere the look would make the device wait, and torch.compile would break its graph.
+    Only on a CPU: a GPU would have to synchronize for it, and torch.compile would break the graph.
     """
     if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
         low, high = (int(end) for end in ids.aminmax())

@@ -1,7 +1,7 @@
-"""The other routers, to compare with: from noisy top-k to Soft MoE.
+"""Other routers for comparison, from noisy top-k to Soft MoE.
 
-Noise is drawn from torch's own generator, as dropout's is, and but for `RandomRouter` only in training:
-torch.manual_seed repeats it, and recomputing in the backward pass restores it.
+Noise is drawn from torch's default generator, as for dropout, and except in `RandomRouter` only in training:
+torch.manual_seed reproduces it, and activation checkpointing restores it.
 """
 
 import random
@@ -18,7 +18,9 @@ from .router import Router, Routing, check_ids, check_sizes
 
 
 class Gate(Router):
-    """What the learned routers here have in common: one row of weights for each expert."""
+    """Base class of the learned routers here: one row of weights for each expert."""
+
+    num_experts: int
 
     def __init__(self, dim: int, num_experts: int, top_k: int):
         check_sizes(dim, num_experts, top_k, 1, 1, 1, 1.0)
@@ -29,23 +31,23 @@ class Gate(Router):
 
 
 class NoisyTopKRouter(Gate):
-    """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538): each expert's noise has a learned width.
+    """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538): noise of learned width for each expert.
 
-    x (..., dim) -> Routing, its logits with the noise
+    x (..., dim) -> Routing; its logits include the noise
 
-    With top_k=1 the weight is always 1, and nothing of the loss reaches the gate.
+    With top_k=1 the weight is always 1, and the router gets no gradient from it.
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int):
         super().__init__(dim, num_experts, top_k)
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))  # the paper starts `weight` at 0, too
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))  # the paper starts `weight` at 0 too
 
     def forward(self, x: Tensor) -> Routing:
         logits = router_logits(x, self.weight)  # (..., experts)
         if self.training:
             width = F.softplus(router_logits(x, self.noise_weight))
             logits = logits + torch.randn_like(logits) * width  # Noisy Top-K eq. 4
-        chosen, experts = logits.topk(self.top_k)  # Noisy Top-K eq. 5; what is not kept is -inf there
+        chosen, experts = logits.topk(self.top_k)  # Noisy Top-K eq. 5; the paper sets the rest to -inf
         return Routing(experts, chosen.softmax(-1), logits.softmax(-1), logits)  # Noisy Top-K eq. 3
 
 
@@ -54,8 +56,8 @@ class MixtralRouter(Gate):
 
     x (..., dim) -> Routing
 
-    The same as softmax over all, then normalised over the chosen: `SoftmaxRouter(normalize=True)`. With
-    top_k=1 the weight is always 1, and nothing of the loss reaches the gate.
+    Equal to softmax over all, then normalized over the chosen: `SoftmaxRouter(normalize=True)`. With top_k=1
+    the weight is always 1, and the router gets no gradient from it.
     """
 
     def forward(self, x: Tensor) -> Routing:
@@ -65,7 +67,7 @@ class MixtralRouter(Gate):
 
 
 class SwitchRouter(Gate):
-    """Router of Switch Transformer (arXiv 2101.03961): one expert, which counts as much as it is likely.
+    """Router of Switch Transformer (arXiv 2101.03961): one expert, weighted by its probability.
 
     x (..., dim) -> Routing
     """
@@ -77,18 +79,18 @@ class SwitchRouter(Gate):
     def forward(self, x: Tensor) -> Routing:
         logits = router_logits(x, self.weight)  # (..., experts)
         scores = logits.softmax(-1)  # Switch Transformer eq. 1
-        # normalised, the weight would be 1 whatever the logits, and the router without a gradient
+        # normalized, the weight would always be 1, and the router would get no gradient
         weights, experts = scores.topk(1)  # Switch Transformer eq. 2: p_i(x)
         return Routing(experts, weights, scores, logits)
 
 
 class GShardRouter(Gate):
-    """Router of GShard (arXiv 2006.16668 algorithm 1): two experts, the second in training only at times.
+    """Router of GShard (arXiv 2006.16668 algorithm 1): two experts; training skips the second at random.
 
-    x (..., dim) -> Routing; a second expert that is left out is an empty slot
+    x (..., dim) -> Routing; a skipped second expert is an empty slot
 
-    The algorithm's capacity is `Capacity(router, capacity_factor)`, but for two things: there a second expert
-    that is left out takes a place all the same (line 22), and its loss counts first choices alone (line 13).
+    The algorithm's capacity is `Capacity(router, capacity_factor)`, except that in the paper a skipped second
+    expert still uses capacity (line 22), and that its loss counts first choices only (line 13).
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 2):
@@ -101,24 +103,23 @@ class GShardRouter(Gate):
         best, experts = scores.topk(2)  # GShard line 5, 15
         weights = best / best.sum(-1, keepdim=True)  # GShard line 6, 16
         if self.training:
-            used = 2 * weights > torch.rand_like(weights)  # GShard line 17, 19; the first always is
+            used = 2 * weights > torch.rand_like(weights)  # GShard line 17, 19; always True for the first
             experts, weights = experts.where(used, -1), weights.where(used, 0)
         return Routing(experts, weights, scores, logits)
 
 
 class ExpertChoiceRouter(Gate):
-    """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes the tokens that want it most.
+    """Expert choice (Zhou et al. 2022, arXiv 2202.09368): each expert takes its highest-scoring tokens.
 
-    x (..., dim) -> Routing(experts (..., num_experts), ...): slot e is e, or empty
+    x (..., dim) -> Routing(experts (..., num_experts), ...): slot e holds e, or is empty
 
-    It chooses among all tokens of the call, over batch and time: a token's experts depend on its neighbours
-    and on what follows it. A causal model that is trained with it sees the future, so that its loss is too
-    good, and what it writes token by token is routed among other tokens than in training: a text alone
-    gives every expert its one token.
+    Experts choose among all tokens of the call, over batch and time: a token's experts depend on its
+    neighbours and on later tokens. A causal model trained with it sees the future, so its loss is too low.
+    Generation differs from training: a token decoded alone is taken by every expert.
 
     Args:
-        capacity_factor: experts a token, on average; an expert takes tokens x capacity_factor / num_experts,
-            rounded up.
+        capacity_factor: experts per token, on average; an expert takes tokens x capacity_factor /
+            num_experts, rounded up.
     """
 
     mixes_tokens = True
@@ -127,7 +128,7 @@ class ExpertChoiceRouter(Gate):
         super().__init__(dim, num_experts, num_experts)
         check_factor(capacity_factor)
         if capacity_factor > num_experts:
-            raise ValueError(f"{capacity_factor=} must be at most {num_experts}, the experts there are")
+            raise ValueError(f"{capacity_factor=} must be at most {num_experts}, the number of experts")
         self.capacity_factor = capacity_factor
 
     def forward(self, x: Tensor) -> Routing:
@@ -142,15 +143,16 @@ class ExpertChoiceRouter(Gate):
 
 
 class HashRouter(Router):
-    """Hash layer (Roller et al. 2021, arXiv 2106.04426): a fixed table says each token id's expert.
+    """Hash layer (Roller et al. 2021, arXiv 2106.04426): a fixed table maps each token id to an expert.
 
     x (..., dim), tokens (...) int64 -> Routing; its scores are 1 for the expert and 0 for the others
 
     Args:
-        vocab_size: the ids are 0..vocab_size - 1.
-        seed: of the random table. The table is not saved: it is made from the seed again.
+        vocab_size: token ids are 0..vocab_size - 1.
+        seed: of the random table, which is not saved but rebuilt from the seed.
     """
 
+    num_experts: int
     needs_tokens = True
 
     def __init__(self, num_experts: int, vocab_size: int, top_k: int = 1, seed: int = 0):
@@ -160,9 +162,9 @@ class HashRouter(Router):
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} must be at least 1")
         if not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r} must be a whole number: the table is made from it again")
+            raise ValueError(f"seed={seed!r} must be a whole number, from which the table is rebuilt")
         self.top_k = top_k
-        draw = random.Random(seed).random  # unlike torch's, its numbers are promised to stay what they are
+        draw = random.Random(seed).random  # unlike torch's, guaranteed not to change between versions
         table = torch.tensor([int(draw() * num_experts) for _ in range(vocab_size)])  # (vocab,)
         self.table: Tensor
         self.register_buffer("table", table, persistent=False)
@@ -170,9 +172,9 @@ class HashRouter(Router):
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Routing:
         if tokens is None or tokens.shape != x.shape[:-1]:
             found = None if tokens is None else tuple(tokens.shape)
-            raise ValueError(f"tokens is {found}; expected the ids that x came from, {tuple(x.shape[:-1])}")
+            raise ValueError(f"tokens is {found}; expected the token ids of x, {tuple(x.shape[:-1])}")
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"tokens are {tokens.dtype}; expected whole numbers, ids of the vocabulary")
+            raise ValueError(f"tokens are {tokens.dtype}; expected integer token ids")
         check_ids("token", tokens, len(self.table))
         experts = self.table.index_select(0, tokens.flatten()).view(*tokens.shape, 1)
         weights = torch.ones_like(experts, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -181,10 +183,12 @@ class HashRouter(Router):
 
 
 class RandomRouter(Router):
-    """The baseline: top_k different experts at random, others at each call, in training and after.
+    """Baseline: top_k distinct experts at random, drawn again at each call, in evaluation too.
 
-    x (..., dim) -> Routing; all scores alike
+    x (..., dim) -> Routing; all scores are equal
     """
+
+    num_experts: int
 
     def __init__(self, num_experts: int, top_k: int):
         check_sizes(1, num_experts, top_k, 1, 1, 1, 1.0)
@@ -204,15 +208,15 @@ class SoftMoE(nn.Module):
 
     x (batch, time, dim) -> y (batch, time, dim), routing
 
-    Not causal: every token of a sequence is mixed into every slot, so that earlier outputs change with later
-    inputs. For images and encoders, not for a language model that writes.
+    Not causal: every token of a sequence is mixed into every slot, so earlier outputs change with later
+    inputs. For images and encoders, not for generation.
 
-    The Routing says what happens: each token goes to every expert, with the weights of its slots together.
-    An expert's work is slots_per_expert rows a sequence, always: balance is perfect, as `balance` finds.
+    The Routing sends each token to every expert, with the summed weight of the expert's slots. Each expert
+    always runs on slots_per_expert rows per sequence, so `balance` reports perfect balance.
 
     Args:
         experts: `Experts`, or any module (x, routing) -> y with `num_experts` and `dim`.
-        slots_per_expert: mixtures that each expert is run on.
+        slots_per_expert: mixtures that each expert runs on.
     """
 
     def __init__(self, experts: Any, slots_per_expert: int = 1):
@@ -221,7 +225,7 @@ class SoftMoE(nn.Module):
             raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1")
         for name in ("num_experts", "dim"):
             if not isinstance(getattr(experts, name, None), int):
-                raise ValueError(f"{type(experts).__name__} has no {name}; experts have")
+                raise ValueError(f"{type(experts).__name__} has no {name}, which SoftMoE needs")
         self.experts = experts
         self.num_experts = experts.num_experts
         self.slots_per_expert = slots_per_expert
@@ -230,11 +234,11 @@ class SoftMoE(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """tokens: not needed; there because MoE takes them."""
+        """tokens: ignored; accepted for the same call as MoE."""
         if x.ndim != 3 or x.shape[-1] != self.weight.shape[1] or not x.is_floating_point():
             wanted = f"floating-point (batch, time, dim={self.weight.shape[1]})"
             raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {wanted}")
-        # both of length 1 (section 2.3): logits that grow with dim would leave one token a slot
+        # both L2-normalized (section 2.3): logits that grow with dim would leave one token per slot
         logits = router_logits(of_length_1(x), self.scale * of_length_1(self.weight))  # (batch, time, slots)
         dispatch = logits.softmax(1).to(x.dtype)  # Soft MoE eq. 1: over the tokens
         combine = logits.softmax(2)  # Soft MoE eq. 2: over the slots of all experts
@@ -256,12 +260,12 @@ class SoftMoE(nn.Module):
 
 
 def of_length_1(x: Tensor) -> Tensor:
-    """x (..., dim) -> the same in fp32 or better, each row of length 1; a row of zeros stays what it is"""
+    """x (..., dim) -> x in fp32 or wider, each row scaled to length 1; a row of zeros stays zero"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def check_top_k(router: nn.Module, top_k: int, fits: int) -> None:
-    """Raise ValueError unless top_k is the number of experts that a router is made for."""
+    """Raise ValueError unless top_k is the only value that the router supports."""
     if top_k != fits:
         raise ValueError(f"top_k={top_k} must be {fits} for {type(router).__name__}")

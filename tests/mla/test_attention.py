@@ -1,4 +1,4 @@
-"""Multi-head latent attention against V3 eq. 1-11 in plain loops, and all its ways to the same numbers."""
+"""Multi-head latent attention against V3 eq. 1-11 in plain loops, in all its forms."""
 
 import importlib
 import math
@@ -20,7 +20,7 @@ from mla import (
     YaRN,
 )
 
-# All different, so that a transposed axis or a width taken for another cannot go unseen.
+# All different, so that a transposed axis or a confused width cannot go unnoticed.
 BATCH, TIME, DIM, HEADS, LATENT, NOPE, ROPE, VALUE, QUERY = 3, 6, 19, 5, 13, 7, 4, 3, 11
 QUERIES = pytest.mark.parametrize("q_lora_rank", [None, QUERY])
 FORMS = pytest.mark.parametrize("form", ["expanded", "absorbed", "cheaper"])
@@ -28,7 +28,7 @@ CHUNKINGS = [[6], [1] * 6, [5, 1], [1, 5], [2, 3, 1], [3, 3], [4, 1, 1], [1, 2, 
 
 
 def make(q_lora_rank=None, form="cheaper", value=VALUE, dim=DIM, **options):
-    """An attention in float64 with weights well away from their start, that takes one form or the cheaper."""
+    """An attention in float64 with non-default weights, which uses the given form or the cheaper one."""
     layer = MultiheadLatentAttention(dim, HEADS, LATENT, NOPE, ROPE, value, q_lora_rank, **options).double()
     for name, parameter in layer.named_parameters():
         if name.endswith("bias"):
@@ -47,7 +47,7 @@ def some_x(time=TIME):
 
 
 def once(layer, x, form, **options):
-    """One call for all of x; the absorbed form reads its keys from a cache."""
+    """One call for all of x; the absorbed form needs a cache."""
     return layer(x, None if form == "expanded" else layer.new_cache(len(x), x.shape[1]), **options)
 
 
@@ -60,8 +60,8 @@ def in_chunks(layer, x, sizes):
     return torch.cat([layer(chunk, cache) for chunk in x.split(sizes, dim=1)], dim=1)
 
 
-def turn(vector, position):
-    """Pairs (2i, 2i+1) by position x 10000^(-2i/dim); the angle in fp32, as the checkpoints were trained."""
+def rotate(vector, position):
+    """Pairs (2i, 2i+1) by position x 10000^(-2i/dim); angles in fp32, as in the checkpoints' training."""
     out = []
     for i in range(0, len(vector), 2):
         frequency = 1 / 10000 ** (torch.tensor(i, dtype=torch.float32) / len(vector))
@@ -80,14 +80,14 @@ def affine(linear, vector):
     return y if linear.bias is None else y + linear.bias
 
 
-def by_hand(layer, text, positions, softmax_factor=1.0):
-    """V3 eq. 1-11 for one text, token by token, head by head."""
+def by_hand(layer, sequence, positions, softmax_factor=1.0):
+    """V3 eq. 1-11 for one sequence, token by token, head by head."""
     width = NOPE + layer.v_head_dim
     keys, values, outputs = [], [], []
-    for h, position in zip(text, positions):
+    for h, position in zip(sequence, positions):
         row = affine(layer.kv_a, h)
         c_kv = rms_norm(row[:LATENT], layer.kv_norm.weight)  # eq. 1
-        k_rope = turn(row[LATENT:], position)  # eq. 3
+        k_rope = rotate(row[LATENT:], position)  # eq. 3
         kv = layer.kv_b.weight @ c_kv
         head_rows = [kv[i * width : (i + 1) * width] for i in range(HEADS)]
         keys.append([torch.cat((rows[:NOPE], k_rope)) for rows in head_rows])  # eq. 2, 4
@@ -99,7 +99,7 @@ def by_hand(layer, text, positions, softmax_factor=1.0):
         heads = []
         for i in range(HEADS):
             q_nope, q_rope = q[i * (NOPE + ROPE) : (i + 1) * (NOPE + ROPE)].split([NOPE, ROPE])
-            query = torch.cat((q_nope, turn(q_rope, position)))  # eq. 8, 9
+            query = torch.cat((q_nope, rotate(q_rope, position)))  # eq. 8, 9
             scale = softmax_factor / math.sqrt(NOPE + ROPE)
             weights = [(query @ key[i] * scale).exp() for key in keys]
             heads.append(sum(w * v[i] for w, v in zip(weights, values)) / sum(weights))  # eq. 10
@@ -113,27 +113,27 @@ def by_hand(layer, text, positions, softmax_factor=1.0):
 def test_output_equals_the_papers_equations(form, q_lora_rank, value):
     layer, x = make(q_lora_rank, form, value), some_x()
     start = 5
-    want = torch.stack([by_hand(layer, text, range(start, start + TIME)) for text in x])
+    want = torch.stack([by_hand(layer, sequence, range(start, start + TIME)) for sequence in x])
     close(once(layer, x, form, positions=torch.arange(start, start + TIME)), want)
 
 
 @QUERIES
 @FORMS
 @pytest.mark.parametrize("qkv_bias, out_bias", [(True, True), (True, False), (False, True)])
-def test_biases_are_those_of_compressions_and_output_alone(qkv_bias, out_bias, form, q_lora_rank):
+def test_biases_are_in_compressions_and_output_only(qkv_bias, out_bias, form, q_lora_rank):
     layer, x = make(q_lora_rank, form, qkv_bias=qkv_bias, out_bias=out_bias), some_x()
     names = {"out.bias"} if out_bias else set()
     if qkv_bias:
         names |= {"kv_a.bias"} if q_lora_rank is None else {"kv_a.bias", "q_a.bias"}
     assert {name for name in layer.state_dict() if name.endswith("bias")} == names
-    want = torch.stack([by_hand(layer, text, range(TIME)) for text in x])
+    want = torch.stack([by_hand(layer, sequence, range(TIME)) for sequence in x])
     close(once(layer, x, form), want)
     close(in_chunks(layer, x, [2, 3, 1]), want)
 
 
 @FORMS
 @pytest.mark.parametrize("mscale, factor", [(1.0, 1.8739), (0.707, 1.5896)])
-def test_yarn_sharpens_attention_also_where_rope_turns_nothing(mscale, factor, form):
+def test_yarn_sharpens_attention_also_where_rope_rotates_nothing(mscale, factor, form):
     scaling = YaRN(40.0, 4096, mscale=mscale, mscale_all_dim=mscale)
     layer, x = make(QUERY, form, rope=RotaryEmbedding(ROPE, scaling=scaling)), some_x()
     plain = make_like(layer, form)
@@ -141,7 +141,7 @@ def test_yarn_sharpens_attention_also_where_rope_turns_nothing(mscale, factor, f
     still = [0] * TIME
     exact = (0.1 * mscale * math.log(40) + 1) ** 2
     y = once(layer, x, form, positions=torch.tensor(still))
-    close(y, torch.stack([by_hand(layer, text, still, exact) for text in x]))
+    close(y, torch.stack([by_hand(layer, sequence, still, exact) for sequence in x]))
     assert (y - once(plain, x, form, positions=torch.tensor(still))).abs().max() > 0.01
 
 
@@ -188,13 +188,13 @@ def test_rows_of_a_batch_may_stand_at_different_lengths(form):
     cache.truncate(kept)
     y = torch.cat([layer(chunk, cache) for chunk in new.split([3, 1], dim=1)], dim=1)
     for row, length in enumerate(kept):
-        text = torch.cat((x[row, :length], new[row])).unsqueeze(0)
-        close(y[row], layer(text)[0, length:])
+        sequence = torch.cat((x[row, :length], new[row])).unsqueeze(0)
+        close(y[row], layer(sequence)[0, length:])
     assert cache.length.tolist() == [6, 10, 8]
 
 
 @FORMS
-def test_left_padded_texts_get_what_each_gets_alone(form):
+def test_left_padded_sequences_give_what_each_gives_alone(form):
     layer, x = make(QUERY, form), some_x()
     lengths = torch.tensor([6, 2, 4])
     mask = torch.arange(TIME) >= (TIME - lengths).unsqueeze(1)  # padding first
@@ -205,9 +205,9 @@ def test_left_padded_texts_get_what_each_gets_alone(form):
         mask = torch.cat((mask, torch.ones(BATCH, 1, dtype=torch.bool)), dim=1)
         parts.append((some_x(1), mask, (lengths + step).unsqueeze(1)))
     y = torch.cat([layer(x, cache, positions, mask) for x, mask, positions in parts], dim=1)
-    text = torch.cat([x for x, *_ in parts], dim=1)
+    sequence = torch.cat([x for x, *_ in parts], dim=1)
     for row, length in enumerate(lengths.tolist()):
-        close(y[row, TIME - length :], layer(text[row : row + 1, TIME - length :])[0])
+        close(y[row, TIME - length :], layer(sequence[row : row + 1, TIME - length :])[0])
 
 
 @FORMS
@@ -234,7 +234,7 @@ def test_a_mask_hides_keys_by_row_or_by_query(form):
     close(y[:, keep], alone(x[:, keep], positions=torch.tensor(keep)))
     close(once(layer, x, form, mask=torch.ones(BATCH, TIME, dtype=torch.bool)), alone(x))
     nothing = once(layer, x, form, mask=torch.zeros(BATCH, TIME, TIME, dtype=torch.bool))
-    for t in range(TIME):  # a token always sees itself
+    for t in range(TIME):  # a token always attends to itself
         close(nothing[:, t : t + 1], alone(x[:, t : t + 1], positions=torch.tensor([t])))
     cache = layer.new_cache(BATCH, TIME)
     layer(x[:, :4], cache)
@@ -242,7 +242,7 @@ def test_a_mask_hides_keys_by_row_or_by_query(form):
 
 
 @FORMS
-def test_positions_are_counted_on_or_given_by_token_or_by_row(form):
+def test_positions_continue_or_are_given_by_token_or_by_row(form):
     layer, x = make(QUERY, form), some_x()
     steps, y = torch.arange(TIME), once(layer, x, form)
     close(once(layer, x, form, positions=steps), y)
@@ -266,7 +266,7 @@ def test_the_cache_holds_the_normed_latent_and_the_turned_rope_key_and_nothing_e
         for t in range(TIME):
             raw = layer.kv_a.weight @ x[row, t]
             latent = rms_norm(raw[:LATENT], layer.kv_norm.weight)
-            close(cache.entries[row, t], torch.cat((latent, turn(raw[LATENT:], t))))
+            close(cache.entries[row, t], torch.cat((latent, rotate(raw[LATENT:], t))))
     example = MultiheadLatentAttention(64, 4, 16, 16, 8, 16).new_cache(batch=2, max_length=32)
     assert example.nbytes == 2 * 32 * 24 * 4 and example.entries.numel() == 2 * 32 * 24
 
@@ -307,7 +307,7 @@ def test_v3_absorbs_below_about_170_queries_over_a_long_past():
     assert not layer.absorbed_is_cheaper(4096, 4096)
 
 
-def test_a_whole_text_is_expanded_however_small_the_latent():
+def test_a_whole_sequence_is_expanded_however_small_the_latent():
     layer = MultiheadLatentAttention(2, 1, 1, qk_nope_head_dim=9, qk_rope_head_dim=2, v_head_dim=9)
     assert layer.absorbed_is_cheaper(4, 5) and not layer.absorbed_is_cheaper(4, 4)
 
@@ -345,11 +345,11 @@ def test_bf16_is_fp32_within_rounding(form):
     assert (low.float() - y).norm() < 0.03 * y.norm()
 
 
-def test_an_empty_batch_gives_an_empty_answer():
+def test_an_empty_batch_gives_an_empty_output():
     assert make()(torch.empty(0, 4, DIM, dtype=torch.float64)).shape == (0, 4, DIM)
 
 
-def test_another_rope_can_be_given():
+def test_the_given_rope_is_used():
     rope = RotaryEmbedding(ROPE, theta=50.0, interleaved=False)
     layer = MultiheadLatentAttention(DIM, HEADS, LATENT, NOPE, ROPE, VALUE, rope=rope).double()
     standard = make()
@@ -361,13 +361,13 @@ def test_another_rope_can_be_given():
 
 
 class NoRope(torch.nn.Module):
-    """A student's own, which knows no softmax_factor."""
+    """A custom rope without a softmax_factor."""
 
     def forward(self, x, positions):
         return x
 
 
-def test_a_rope_of_ones_own_needs_only_to_be_called():
+def test_a_custom_rope_needs_only_a_forward():
     layer, x = make(rope=NoRope()), some_x()
     standard = make_like(layer, "cheaper")
     close(layer(x), standard(x, positions=torch.zeros(TIME, dtype=torch.int64)))
@@ -392,7 +392,7 @@ GOOD = torch.zeros(3, 2, DIM)
         (GOOD, {"mask": torch.ones(2, 2, dtype=torch.bool)}, "expected torch.bool (3, 2)"),
         (GOOD, {"mask": torch.ones(3, 3, 2, dtype=torch.bool)}, "expected torch.bool (3, 2)"),
         (torch.zeros(2, 2, DIM), {"cache": (3, 8)}, "x has batch 2; the cache was made for batch 3"),
-        (GOOD, {"cache": (3, 1)}, "cache full: position 1 asked for, max_length=1 ends at 0"),
+        (GOOD, {"cache": (3, 1)}, "cache full: position 1 does not fit, max_length=1 ends at 0"),
         (GOOD, {"cache": (3, 8, torch.float64)}, "torch.float32 on cpu; the cache is torch.float64 on cpu"),
         (GOOD, {"cache": LatentCache(3, 8, LATENT - 1, ROPE + 1)}, "the cache was made for"),
         (GOOD, {"cache": KVCache(3, 8, 6, 2)}, "the cache was made for"),
@@ -400,7 +400,7 @@ GOOD = torch.zeros(3, 2, DIM)
     ],
 )
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_call_that_does_not_fit_is_refused_and_leaves_the_cache_alone(kind, x, options, message):
+def test_a_wrong_call_is_refused_and_leaves_the_cache_unchanged(kind, x, options, message):
     layer, options = LAYERS[kind](), dict(options)
     if isinstance(options.get("cache"), tuple):
         options["cache"] = layer.new_cache(*options["cache"])
@@ -439,8 +439,8 @@ def test_rms_norm_computes_in_fp32_whatever_comes_in():
     x = (torch.randn(4, 300) * 1e17).bfloat16()
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert norm(x).dtype == torch.bfloat16
-    torch.testing.assert_close(norm(x).double(), exact, rtol=2**-8, atol=0)  # half a step of bf16
-    assert norm(torch.full((300,), 3e4).half()).isfinite().all()  # its square is beyond fp16
+    torch.testing.assert_close(norm(x).double(), exact, rtol=2**-8, atol=0)  # half a bf16 ulp
+    assert norm(torch.full((300,), 3e4).half()).isfinite().all()  # its square overflows fp16
 
 
 @QUERIES
@@ -482,7 +482,7 @@ def test_output_equals_transformers(version, scaling, interleaved, bias, form, q
         part, kind = name.split(".")
         given[f"{names[part]}.{kind}"] = tensor
     theirs.load_state_dict(given)
-    for name in ("kv_a_layernorm", "q_a_layernorm"):  # theirs rounds to fp32 inside
+    for name in ("kv_a_layernorm", "q_a_layernorm"):  # transformers rounds to fp32 inside
         if (norm := getattr(theirs, name)) is not None:
             wide = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=torch.float64)
             wide.weight.data.copy_(norm.weight)
@@ -495,11 +495,11 @@ def test_output_equals_transformers(version, scaling, interleaved, bias, form, q
     y = once(ours, x, form, positions=positions[0])
     if version == "V3":
         close(y, want)
-    else:  # turned in fp32
+    else:  # rotated in fp32
         torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
-def test_cache_under_autocast_takes_what_autocast_makes():
+def test_cache_under_autocast_has_autocasts_dtype():
     attention = MultiheadLatentAttention(24, 2, 8, 6, 4, 5)
     x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

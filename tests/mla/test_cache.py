@@ -1,4 +1,4 @@
-"""The caches against a list of lists: whatever is appended and cut, each row holds what it was given."""
+"""The caches against a list of lists, under any sequence of appends and truncations."""
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def kv_cache(batch, max_length, **options):
 
 
 def parts(kind, values):
-    """What `append` takes, made from one number a token: values (batch, time)."""
+    """Arguments of `append`, made from one number per token: values (batch, time)."""
     shapes = [(KV_HEADS, HEAD_DIM)] * 2 if kind is kv_cache else [(LATENT,), (ROPE,)]
-    # every feature of a token is another number, none of them shared between the two parts
+    # all features of a token differ, within and between the two parts
     features = [torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape) for shape in shapes]
     first, second = (values.view(*values.shape, *[1] * f.ndim) * 100 + f for f in features)
     return first, -second
@@ -94,7 +94,7 @@ TestKVCacheEqualsAList = KVCacheMachine.TestCase
 
 
 @pytest.mark.parametrize("dtype, size", [(None, 4), (torch.bfloat16, 2), (torch.float64, 8)])
-def test_bytes_are_the_numbers_a_token_times_their_size(dtype, size):
+def test_nbytes_is_the_numbers_per_token_times_their_size(dtype, size):
     assert latent_cache(2, 7, dtype=dtype).nbytes == 2 * 7 * (LATENT + ROPE) * size
     assert kv_cache(2, 7, dtype=dtype).nbytes == 2 * 7 * 2 * KV_HEADS * HEAD_DIM * size
     assert latent_cache(2, 7).max_length == 7
@@ -107,7 +107,7 @@ def test_appending_does_not_disturb_the_backward_of_earlier_chunks(kind):
         given += [part.requires_grad_() for part in parts(kind, torch.rand(2, time))]
         losses = losses + sum((part * part).sum() for part in cache.append(*given[-2:]))
     losses.backward()
-    for step, part in enumerate(given):  # the first chunk is in three of the returned pasts, the last in one
+    for step, part in enumerate(given):  # the first chunk is in all three returned pasts, the last in one
         assert torch.equal(part.grad, 2 * part.detach() * (3 - step // 2))
 
 

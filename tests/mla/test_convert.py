@@ -1,4 +1,4 @@
-"""Grouped-query attention made into MLA: the same function at full size, and what smaller sizes cost."""
+"""Converting grouped-query attention to MLA: exact at full size, and the error at smaller sizes."""
 
 import math
 
@@ -12,7 +12,7 @@ from mla.paged import PAGE, Plan, entry_of, step_of
 
 BATCH, TIME, DIM, HEADS, HEAD_DIM = 2, 11, 50, 6, 8
 KV_HEADS = pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])  # MHA, GQA twice, MQA
-YARN = YaRN(8.0, 16, mscale=1.0, mscale_all_dim=0.4)  # of which MLA grows its softmax scale, and GQA does not
+YARN = YaRN(8.0, 16, mscale=1.0, mscale_all_dim=0.4)  # MLA scales its softmax with it, GQA does not
 ROPES = {
     "interleaved": {},
     "halves, slow": {"interleaved": False, "theta": 1e6},
@@ -43,7 +43,7 @@ def close(a, b, atol=1e-10):
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_at_full_size_the_outputs_are_the_same(kv_heads, rope):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        for dim in (DIM, 20):  # 20: below the width of all heads' values
+        for dim in (DIM, 20):  # 20: below the width of all values
             gqa, x = make(kv_heads, dim, dtype, rope, out_bias=True), some_x(dtype, dim=dim)
             mla, far = to_mla(gqa), torch.stack((torch.arange(TIME) * 3 + 40, torch.arange(TIME).flip(0)))
             mask = torch.rand(BATCH, TIME, TIME) < 0.7
@@ -55,7 +55,7 @@ def test_at_full_size_the_outputs_are_the_same(kv_heads, rope):
 @KV_HEADS
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @torch.no_grad()
-def test_at_full_size_so_are_steps_through_every_kind_of_cache(kv_heads, rope):
+def test_at_full_size_steps_through_every_cache_are_the_same(kv_heads, rope):
     gqa, x = make(kv_heads, rope=rope), some_x()
     mla, want = to_mla(gqa), gqa(x)
     for sizes in ([TIME], [1] * TIME, [5, 1, 1, 4]):
@@ -70,7 +70,7 @@ def test_at_full_size_so_are_steps_through_every_kind_of_cache(kv_heads, rope):
         plan = Plan([[row] for row in range(BATCH)], [at] * BATCH, 1, device)
         rows = torch.nn.functional.pad(x[:, at], (0, 0, 0, plan.filled - BATCH))
         close(step.run(mla, rows, pool, plan)[:BATCH], part)
-    # positions 3 on, behind other texts of unequal length
+    # new tokens after rows of different length
     cache = mla.new_cache(BATCH, TIME)
     mla(x[:, :5], cache)
     cache.truncate([5, 2])
@@ -84,14 +84,14 @@ def test_at_full_size_so_are_steps_through_every_kind_of_cache(kv_heads, rope):
 @pytest.mark.parametrize(
     "kv_heads, dim, rank, rope, numbers",
     [
-        (2, DIM, None, None, 2 * 16 + 1),  # all of keys and values, and the constant
+        (2, DIM, None, None, 2 * 16 + 1),  # all keys and values, and the constant
         (6, DIM, None, None, 48 + 48 + 1),
-        (6, 20, None, None, 48 + 20 + 1),  # values of 20 inputs
+        (6, 20, None, None, 48 + 20 + 1),  # the values have rank 20
         (2, DIM, 9, 4, 9 + 4),
         (2, DIM, None, 4, 4 + 12 + 16 + 1),
     ],
 )
-def test_caches_hold_what_is_said(kv_heads, dim, rank, rope, numbers):
+def test_cache_sizes_are_as_documented(kv_heads, dim, rank, rope, numbers):
     gqa = make(kv_heads, dim)
     mla, x = to_mla(gqa, rank, rope), some_x(dim=dim)
     cache, old = mla.new_cache(BATCH, 16), gqa.new_cache(BATCH, 16)
@@ -102,7 +102,7 @@ def test_caches_hold_what_is_said(kv_heads, dim, rank, rope, numbers):
 
 
 class SomeTurn(nn.Module):
-    """A rotary embedding that leaves all but some pairs of features as they are."""
+    """A rotary embedding that rotates only some pairs of features."""
 
     def __init__(self, rope, pairs):
         super().__init__()
@@ -119,9 +119,9 @@ class SomeTurn(nn.Module):
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("pairs", [[1], [0, 2], [1, 2, 3]], ids=str)
-def test_few_turning_pairs_leave_the_others_as_at_distance_zero(rope, pairs):
+def test_pairs_that_are_not_rotated_score_as_at_distance_zero(rope, pairs):
     gqa, x = make(1, rope=rope), some_x()
-    for weight in (gqa.q.weight, gqa.k.weight):  # the pairs that are to turn count most
+    for weight in (gqa.q.weight, gqa.k.weight):  # the pairs to rotate matter most
         rows = weight.data.view(-1, HEAD_DIM, DIM)
         rows[:, SomeTurn(gqa.rope, pairs).features] *= 30
         weight.data /= 20
@@ -143,14 +143,14 @@ def test_heads_whose_keys_are_multiples_of_one_another_share_one_rope_key(rope):
 
 
 def correlated(time=200):
-    """Inputs that lie near a few directions, and the attention far from them: keys large, values small."""
+    """Inputs concentrated in a few directions."""
     sizes = 1.5 ** -torch.arange(DIM, dtype=torch.float64)
-    turn = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64)).Q
-    return some_x(batch=4, time=time) * sizes @ turn * 4
+    rotation = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64)).Q
+    return some_x(batch=4, time=time) * sizes @ rotation * 4
 
 
 def latents(gqa, mla, x):
-    """Keys that stand still and values, (tokens, features): as mla has them, and as they should be."""
+    """Unrotated keys and values, (tokens, features): as mla has them, and the exact ones."""
     w_key, w_value = mla.split_kv_b()
     groups = HEADS // gqa.num_kv_heads
     latent = mla.compress(x)[0].flatten(0, 1)
@@ -196,8 +196,8 @@ def test_a_sample_beats_the_weights_alone_and_one_latent_beats_two():
     for seed in range(5):
         torch.manual_seed(seed)
         gqa, x = make(2), correlated(time=100)
-        x, other = x[:2], x[2:]  # judged by inputs that were not in the sample
-        exact = to_mla(gqa, None, 8, x)  # but for the turning
+        x, other = x[:2], x[2:]  # evaluated on inputs outside the sample
+        exact = to_mla(gqa, None, 8, x)  # except for the rotation
         found = [relative_error(exact, to_mla(gqa, rank, 8, x), other) for rank in (4, 7, 10, 13, 25)]
         assert found == sorted(found, reverse=True) and found[-1] < 1e-10
         joint, weights = to_mla(gqa, 9, 8, x), to_mla(gqa, 9, 8)
@@ -215,14 +215,14 @@ def test_without_a_sample_one_latent_beats_two_where_keys_and_values_read_the_sa
     assert relative_error(exact, joint, x) < 0.03 and relative_error(exact, two, x) > 0.3
 
 
-def test_error_falls_with_every_turning_pair():
+def test_error_falls_with_every_rotated_pair():
     gqa, x = make(2), some_x(batch=8)
     found = [relative_error(gqa, to_mla(gqa, None, width, x), x) for width in (2, 6, 10, 14, 16)]
     assert found == sorted(found, reverse=True) and found[0] > 0.05 and found[-1] < 1e-10
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
-def test_how_far_pairs_turn_is_the_mean_over_the_distances_in_the_sample(rope):
+def test_displacement_of_pairs_is_the_mean_over_the_samples_distances(rope):
     rope = RotaryEmbedding(HEAD_DIM, **rope)
     found = turned(rope, inputs(make(2), some_x(time=5))[1])
     for pair, far in enumerate(found.tolist()):
@@ -268,7 +268,7 @@ def test_kv_norm_stays_an_identity_in_training_and_gradients_are_those_of_gqa():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-def test_half_precision_costs_what_it_costs_gqa(dtype, tolerance):
+def test_half_precision_loses_no_more_than_in_gqa(dtype, tolerance):
     gqa, x = make(2, dtype=torch.float32), some_x(torch.float32)
     want = gqa(x)
     gqa, x = gqa.to(dtype), x.to(dtype)
@@ -278,12 +278,12 @@ def test_half_precision_costs_what_it_costs_gqa(dtype, tolerance):
         assert (attention(x).float() - want).norm() < tolerance * want.norm()
 
 
-def test_a_sample_of_one_token_still_gives_everything_at_full_size():
+def test_a_sample_of_one_token_is_exact_at_full_size():
     gqa, x = make(2), some_x()
     close(to_mla(gqa, x=x[:1, :1])(x), gqa(x))
 
 
-def test_relative_error_is_of_norms():
+def test_relative_error_is_a_ratio_of_norms():
     before, after, x = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), torch.randn(2, 4, 3)
     after.weight.data = before.weight.data * 1.25
     assert math.isclose(relative_error(before, after, x), 0.25, rel_tol=1e-6)
@@ -294,8 +294,8 @@ def test_relative_error_is_of_norms():
 @pytest.mark.parametrize(
     "options, arguments, message",
     [
-        ({"qkv_bias": True}, {}, "qkv_bias=True cannot be kept"),
-        ({"qk_norm_eps": 1e-6}, {}, "a qk norm cannot be kept"),
+        ({"qkv_bias": True}, {}, "qkv_bias=True cannot be converted"),
+        ({"qk_norm_eps": 1e-6}, {}, "a qk norm cannot be converted"),
         ({}, {"qk_rope_head_dim": 5}, r"qk_rope_head_dim=5 must be even and in 2\.\.16"),
         ({}, {"qk_rope_head_dim": 0}, "qk_rope_head_dim=0 must be"),
         ({}, {"qk_rope_head_dim": 18}, "qk_rope_head_dim=18 must be"),
@@ -305,32 +305,32 @@ def test_relative_error_is_of_norms():
         ({}, {"x": torch.zeros(4, DIM)}, r"x has shape \(4, 50\); expected \(batch, time, dim=50\)"),
         ({}, {"x": torch.zeros(1, 4, 7)}, r"x has shape \(1, 4, 7\)"),
         ({}, {"x": torch.zeros(0, 4, DIM)}, r"x has shape \(0, 4, 50\)"),
-        ({}, {"x": torch.zeros(1, 4, DIM)}, "nothing but zeros"),
+        ({}, {"x": torch.zeros(1, 4, DIM)}, "NaN or only zeros"),
         ({}, {"x": torch.full((1, 4, DIM), math.nan)}, "x holds infinities, NaN"),
         ({}, {"kv_lora_rank": 8.5}, "kv_lora_rank=8.5 must be a whole number"),
         ({}, {"qk_rope_head_dim": 8.0}, "qk_rope_head_dim=8.0 must be a whole number"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, arguments, message):
+def test_wrong_options_and_arguments_are_refused(options, arguments, message):
     with pytest.raises(ValueError, match=message):
         to_mla(make(2, **options), **arguments)
 
 
-def test_what_is_no_grouped_query_attention_is_refused():
+def test_other_modules_are_refused():
     with pytest.raises(ValueError, match=r"^gqa=Linear must be a GroupedQueryAttention"):
         to_mla(nn.Linear(3, 3))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e4])
-def test_inputs_of_any_size_are_converted_exactly_where_a_sample_shows_them(size):
+def test_inputs_of_any_scale_are_converted_exactly_given_a_sample(size):
     gqa, x = make(2, dtype=torch.float32), size * some_x(torch.float32)
     assert relative_error(gqa, to_mla(gqa, x=x), x) < 3e-6
 
 
 @torch.no_grad()
-def test_which_pairs_turn_is_chosen_by_what_the_sample_asks_of_them():
-    """Two pairs in a key: one that the weights favour, one that the sample alone brings to life."""
+def test_the_sample_decides_which_pairs_are_rotated():
+    """Two pairs in a key: the weights favour one, the sample the other."""
     gqa = make(1, dim=4)
     for linear in (gqa.q, gqa.k):
         weight = torch.zeros(linear.out_features // HEAD_DIM, HEAD_DIM // 2, 2, 4, dtype=torch.float64)

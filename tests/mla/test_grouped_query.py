@@ -15,7 +15,7 @@ KV_HEADS = pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])  # MHA, GQA twice, 
 
 
 def make(kv_heads, dim=DIM, **options):
-    """An attention in float64 with biases and norms well away from their start."""
+    """An attention in float64 with non-default biases and norms."""
     layer = GroupedQueryAttention(dim, HEADS, kv_heads, HEAD_DIM, **options).double()
     for name, parameter in layer.named_parameters():
         if name.endswith("bias"):
@@ -33,26 +33,26 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def by_hand(layer, text, positions, eps=None):
-    """softmax(q k^T / sqrt(head_dim)) v for one text, token by token, head by head; eps: of q and k norm."""
+def by_hand(layer, sequence, positions, eps=None):
+    """softmax(q k^T / sqrt(head_dim)) v for one sequence, token by token; eps: of q and k norm."""
 
     def part(linear, h, i):
         rows = linear.weight @ h if linear.bias is None else linear.weight @ h + linear.bias
         return rows[i * HEAD_DIM : (i + 1) * HEAD_DIM]
 
-    def turned(vector, p, norm):
+    def rotated(vector, p, norm):
         if eps is not None:
             vector = vector / (vector @ vector / HEAD_DIM + eps).sqrt() * norm.weight
         return layer.rope(vector.view(1, 1, -1), torch.tensor([p])).flatten()
 
     keys, values, outputs = [], [], []
-    for h, p in zip(text, positions):
-        keys.append([turned(part(layer.k, h, i), p, layer.k_norm) for i in range(layer.num_kv_heads)])
+    for h, p in zip(sequence, positions):
+        keys.append([rotated(part(layer.k, h, i), p, layer.k_norm) for i in range(layer.num_kv_heads)])
         values.append([part(layer.v, h, i) for i in range(layer.num_kv_heads)])
         heads = []
         for i in range(HEADS):
             shared = i // (HEADS // layer.num_kv_heads)
-            query = turned(part(layer.q, h, i), p, layer.q_norm)
+            query = rotated(part(layer.q, h, i), p, layer.q_norm)
             weights = [(query @ key[shared] / math.sqrt(HEAD_DIM)).exp() for key in keys]
             heads.append(sum(w * v[shared] for w, v in zip(weights, values)) / sum(weights))
         y = layer.out.weight @ torch.cat(heads)
@@ -63,7 +63,7 @@ def by_hand(layer, text, positions, eps=None):
 @KV_HEADS
 def test_output_equals_a_plain_loop(kv_heads):
     layer, x = make(kv_heads), some_x()
-    want = torch.stack([by_hand(layer, text, range(3, 3 + TIME)) for text in x])
+    want = torch.stack([by_hand(layer, sequence, range(3, 3 + TIME)) for sequence in x])
     close(layer(x, positions=torch.arange(3, 3 + TIME)), want)
 
 
@@ -72,7 +72,7 @@ OPTIONS = {
     "qkv_bias": ({"qkv_bias": True}, {"q.bias", "k.bias", "v.bias"}),
     "out_bias": ({"out_bias": True}, {"out.bias"}),
     "qk_norm": ({"qk_norm_eps": 0.1}, {"q_norm.weight", "k_norm.weight"}),
-    "yarn, whose softmax factor is for MLA alone": ({"rope": YARN}, set()),
+    "yarn, whose softmax factor only MLA uses": ({"rope": YARN}, set()),
     "all": (
         {"rope": YARN, "qkv_bias": True, "out_bias": True, "qk_norm_eps": 0.1},
         {"q.bias", "k.bias", "v.bias", "out.bias", "q_norm.weight", "k_norm.weight"},
@@ -86,7 +86,7 @@ def test_biases_and_norms_are_as_in_a_plain_loop_also_through_a_cache(options, n
     layer, x = make(kv_heads, **options), some_x()
     assert layer.state_dict().keys() == {"q.weight", "k.weight", "v.weight", "out.weight"} | names
     eps = options.get("qk_norm_eps")
-    want = torch.stack([by_hand(layer, text, range(TIME), eps) for text in x])
+    want = torch.stack([by_hand(layer, sequence, range(TIME), eps) for sequence in x])
     close(layer(x), want)
     cache = layer.new_cache(BATCH, TIME)
     close(torch.cat([layer(chunk, cache) for chunk in x.split([3, 1, 1], dim=1)], dim=1), want)
@@ -131,7 +131,7 @@ def test_rows_of_a_batch_may_stand_at_different_lengths(kv_heads):
 
 
 @KV_HEADS
-def test_left_padded_texts_get_what_each_gets_alone(kv_heads):
+def test_left_padded_sequences_give_what_each_gives_alone(kv_heads):
     layer, x, lengths = make(kv_heads), some_x(), torch.tensor([5, 1, 3])
     mask = torch.arange(TIME) >= (TIME - lengths).unsqueeze(1)
     y = layer(x, positions=(mask.cumsum(1) - 1).clamp(min=0), mask=mask)
@@ -162,7 +162,7 @@ def test_any_sizes_build_an_attention_that_works_or_a_value_error(dim, heads, kv
 
 
 LLAMA3, YARNS = Llama3(8.0, 64, 1.0, 4.0), {"rope_type": "yarn", "factor": 32.0}
-PEERS = {  # their model, their numbers, our options, our scaling and its name for them
+PEERS = {  # transformers' model and options, our options, our scaling and transformers' parameters for it
     "Llama": ("Llama", {}, {}, None, {"rope_type": "default"}),
     "Llama with biases": (
         "Llama", {"attention_bias": True}, {"qkv_bias": True, "out_bias": True}, None,
@@ -207,7 +207,7 @@ def test_output_equals_transformers(peer, numbers, options, scaling, theirs_of_i
         part, kind = name.split(".")
         given[f"{part if 'norm' in part else part.replace('out', 'o') + '_proj'}.{kind}"] = tensor
     theirs.load_state_dict(given)
-    for name in ("q_norm", "k_norm"):  # theirs rounds to fp32 inside
+    for name in ("q_norm", "k_norm"):  # transformers rounds to fp32 inside
         if (norm := getattr(theirs, name, None)) is not None:
             wide = torch.nn.RMSNorm(HEAD_DIM, eps=norm.variance_epsilon, dtype=torch.float64)
             wide.weight.data.copy_(norm.weight)

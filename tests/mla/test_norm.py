@@ -1,4 +1,4 @@
-"""RMSNorm's own backward pass against autograd's of the formula."""
+"""RMSNorm's backward pass against autograd of the formula."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mla.norm import rms_norm
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (2, 3, 4, 7), (0, 7)])
-def test_value_and_gradients_are_the_formulas(shape):
+def test_value_and_gradients_equal_the_formula(shape):
     norm = RMSNorm(7, eps=0.1).double()
     with torch.no_grad():
         norm.weight.uniform_(-2, 2)
@@ -20,7 +20,7 @@ def test_value_and_gradients_are_the_formulas(shape):
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-14)
 
 
-def test_the_gradients_and_their_gradients_equal_finite_differences():
+def test_first_and_second_gradients_equal_finite_differences():
     norm = RMSNorm(5, eps=1e-3).double()
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -45,7 +45,7 @@ def test_narrow_gradients_are_summed_in_fp32(dtype, weight_dtype):
         assert (mine.double() - theirs).norm() < 3e-3 * theirs.norm()
 
 
-def test_one_input_is_kept_and_no_second_of_its_size():
+def test_only_one_tensor_of_the_inputs_size_is_saved():
     norm, x, sizes = RMSNorm(64), torch.randn(100, 64, requires_grad=True), {}
 
     def pack(tensor):

@@ -30,41 +30,41 @@ SCALED = pytest.mark.parametrize("theta, scaling", SCALINGS.values(), ids=SCALIN
 LAYOUTS = pytest.mark.parametrize("interleaved", [True, False])
 
 
-def plain_turns(dim, theta=THETA):
+def plain_frequencies(dim, theta=THETA):
     return [theta ** (-2 * i / dim) for i in range(dim // 2)]
 
 
-def scaled_turns(dim, theta, scaling):
-    """Radians a position for each pair, from the papers, YaRN's ramp and rounding from its authors' code."""
+def scaled_frequencies(dim, theta, scaling):
+    """Radians per position for each pair, from the papers; YaRN's ramp from its authors' code."""
     scaled = []
     rounds = lambda i: scaling.original_context * theta ** (-2 * i / dim) / (2 * math.pi)  # noqa: E731
-    for i, turn in enumerate(plain_turns(dim, theta)):
+    for i, frequency in enumerate(plain_frequencies(dim, theta)):
         if isinstance(scaling, Linear):
             kept = 0.0
         elif isinstance(scaling, Llama3):
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
             kept = min(max((rounds(i) - low) / (high - low), 0.0), 1.0)
-        else:  # straight from the last pair that is fast to the first one that is slow
+        else:  # linear from the last fast pair to the first slow one
             fast = max((j for j in range(dim) if rounds(j) >= scaling.beta_fast), default=0)
             slow = min((j for j in range(dim) if rounds(j) <= scaling.beta_slow), default=dim - 1)
             kept = 1.0 if i <= fast else 0.0 if i >= slow else (slow - i) / (slow - fast)
-        scaled.append(kept * turn + (1 - kept) * turn / scaling.factor)
+        scaled.append(kept * frequency + (1 - kept) * frequency / scaling.factor)
     return scaled
 
 
-def growth(scaling):
-    """What YaRN multiplies cos and sin by."""
+def cos_sin_factor(scaling):
+    """YaRN's factor on cos and sin."""
     of = lambda mscale: 0.1 * mscale * math.log(scaling.factor) + 1  # noqa: E731
     return of(scaling.mscale) / of(scaling.mscale_all_dim) if isinstance(scaling, YaRN) else 1.0
 
 
-def by_hand(vector, position, interleaved, turns, factor=1.0):
-    """Pair i, as one complex number, times factor x exp(1j x position x turns[i]) (RoFormer eq. 15)."""
+def by_hand(vector, position, interleaved, radians, factor=1.0):
+    """Pair i, as one complex number, times factor x exp(1j x position x radians[i]) (RoFormer eq. 15)."""
     half = len(vector) // 2
     out = [0.0] * len(vector)
     for i in range(half):
         a, b = pair(i, half, interleaved)
-        z = complex(vector[a], vector[b]) * factor * cmath.exp(1j * position * turns[i])
+        z = complex(vector[a], vector[b]) * factor * cmath.exp(1j * position * radians[i])
         out[a], out[b] = z.real, z.imag
     return out
 
@@ -79,12 +79,12 @@ def test_rotation_is_multiplication_by_a_complex_number_of_length_1(interleaved)
     for row in range(3):
         for time, position in enumerate(POSITIONS.tolist()):
             for head in range(2):
-                want = by_hand(X[row, time, head].tolist(), position, interleaved, plain_turns(DIM))
+                want = by_hand(X[row, time, head].tolist(), position, interleaved, plain_frequencies(DIM))
                 assert y[row, time, head].tolist() == pytest.approx(want, abs=5e-6)  # angles are fp32
     torch.testing.assert_close(y.norm(dim=-1), X.norm(dim=-1), rtol=1e-6, atol=0)
 
 
-def test_one_pair_turns_counterclockwise_by_the_position_in_radians():
+def test_one_pair_rotates_counterclockwise_by_the_position_in_radians():
     for position in (-2, 0, 1, 7):
         y = RotaryEmbedding(2)(torch.tensor([[[1.0, 0.0]]]), torch.tensor([position]))
         assert y.flatten().tolist() == pytest.approx([math.cos(position), math.sin(position)], abs=1e-6)
@@ -112,7 +112,7 @@ def test_position_0_changes_nothing():
         assert torch.equal(RotaryEmbedding(DIM, THETA, interleaved)(X, torch.zeros(5, dtype=torch.int64)), X)
 
 
-def test_every_row_may_have_its_own_positions():
+def test_every_row_may_have_different_positions():
     rope = RotaryEmbedding(DIM, THETA)
     own = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11], [5, 4, 3, 2, 90]])
     y = rope(X, own)
@@ -120,23 +120,23 @@ def test_every_row_may_have_its_own_positions():
         assert torch.equal(y[row : row + 1], rope(X[row : row + 1], own[row]))
 
 
-def test_heads_turn_alike_and_are_optional():
+def test_heads_share_the_angles_and_are_optional():
     rope = RotaryEmbedding(DIM, THETA)
     for positions in (POSITIONS, POSITIONS + torch.arange(3).unsqueeze(1)):
         assert torch.equal(rope(X[:, :, 1], positions), rope(X, positions)[:, :, 1])
 
 
-def test_bf16_features_are_turned_by_fp32_angles():
+def test_bf16_features_are_rotated_by_fp32_angles():
     rope = RotaryEmbedding(DIM, 1e6).bfloat16()
     x = X.float().bfloat16()
-    positions = torch.tensor([256, 257, 1001, 4095, 4097])  # bf16 knows 256 and 258
+    positions = torch.tensor([256, 257, 1001, 4095, 4097])  # bf16 has 256 and 258, not 257
     y = rope(x, positions)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, RotaryEmbedding(DIM, 1e6)(x.float(), positions).bfloat16())
     assert not list(rope.parameters()) and not rope.state_dict()
 
 
-def test_turning_back_undoes_a_turn_and_is_its_gradient():
+def test_negative_positions_undo_the_rotation_and_give_its_gradient():
     rope = RotaryEmbedding(DIM, THETA)
     x = X.clone().requires_grad_()
     y = rope(x, POSITIONS)
@@ -152,18 +152,18 @@ def test_an_odd_dim_is_refused(dim):
 
 
 @pytest.mark.parametrize("theta", [0.0, -1, 0.5, math.inf, math.nan])
-def test_a_theta_without_meaning_is_refused(theta):
+def test_theta_out_of_range_is_refused(theta):
     with pytest.raises(ValueError, match=f"theta={theta} must be finite and at least 1"):
         RotaryEmbedding(4, theta)
 
 
-def test_a_theta_without_fast_and_slow_pairs_is_refused_for_yarn():
+def test_theta_1_is_refused_for_yarn():
     with pytest.raises(ValueError, match=r"theta=1\.0 must be above 1 for YaRN"):
         RotaryEmbedding(4, 1.0, scaling=YaRN(4.0, 4096))
 
 
 @pytest.mark.parametrize("scaling", ["yarn", 4.0, YaRN, {"factor": 4.0}])
-def test_what_is_no_scaling_is_refused(scaling):
+def test_a_wrong_type_of_scaling_is_refused(scaling):
     with pytest.raises(ValueError, match=r"scaling=.* must be a Linear, YaRN, Llama3 or None"):
         RotaryEmbedding(4, scaling=scaling)
 
@@ -185,13 +185,13 @@ NUMBERS = {
 @pytest.mark.parametrize(
     "kind, name, least", [(kind, *item) for kind, numbers in NUMBERS.items() for item in numbers.items()]
 )
-def test_numbers_of_a_scaling_out_of_their_range_are_refused_by_name(kind, name, least):
+def test_scaling_fields_out_of_range_are_refused_by_name(kind, name, least):
     good = {"factor": 4.0, "original_context": 4096}
     good = {key: value for key, value in good.items() if key in NUMBERS[kind]}
     for value in (least - 1e-7, -1, math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=rf"^{name}={value} must be finite and at least {least}$"):
             kind(**{**good, name: value})
-    if name not in ("beta_fast", "high_freq_factor"):  # may not be below their partners
+    if name not in ("beta_fast", "high_freq_factor"):  # must not be below their counterparts
         assert getattr(kind(**{**good, name: least}), name) == least
 
 
@@ -205,20 +205,20 @@ def test_a_ramp_that_ends_before_it_begins_is_refused():
 
 @LAYOUTS
 @SCALED
-def test_every_pair_turns_as_its_scaling_says(theta, scaling, interleaved):
+def test_every_pair_rotates_at_its_scaled_frequency(theta, scaling, interleaved):
     for dim in DIMS:
-        turns, half = scaled_turns(dim, theta, scaling), dim // 2
-        positions = [round(1 / turn) for turn in turns]  # here pair i has turned by about a radian
+        radians, half = scaled_frequencies(dim, theta, scaling), dim // 2
+        positions = [round(1 / frequency) for frequency in radians]  # pair i has rotated by about a radian
         x = torch.randn(1, half, dim, dtype=torch.float64)
         y = RotaryEmbedding(dim, theta, interleaved, scaling)(x, torch.tensor(positions))
         for i, position in enumerate(positions):
-            want = by_hand(x[0, i].tolist(), position, interleaved, turns, growth(scaling))
+            want = by_hand(x[0, i].tolist(), position, interleaved, radians, cos_sin_factor(scaling))
             for feature in pair(i, half, interleaved):
                 assert y[0, i, feature].item() == pytest.approx(want[feature], abs=5e-6)
 
 
 @pytest.mark.parametrize("mscale, softmax_factor", [(1.0, 1.8739), (0.707, 1.5896)])
-def test_deepseeks_yarn_grows_the_softmax_scale_and_not_cos_and_sin(mscale, softmax_factor):
+def test_deepseeks_yarn_scales_the_softmax_and_not_cos_and_sin(mscale, softmax_factor):
     for interleaved in (True, False):
         scaling = YaRN(40.0, 4096, mscale=mscale, mscale_all_dim=mscale)
         rope = RotaryEmbedding(DIM, THETA, interleaved, scaling)
@@ -230,7 +230,7 @@ def test_deepseeks_yarn_grows_the_softmax_scale_and_not_cos_and_sin(mscale, soft
         torch.testing.assert_close(norms, X.norm(dim=-1), rtol=1e-6, atol=0)
 
 
-def test_the_papers_yarn_grows_cos_and_sin_and_not_the_softmax_scale():
+def test_the_papers_yarn_scales_cos_and_sin_and_not_the_softmax():
     rope = RotaryEmbedding(DIM, THETA, scaling=YaRN(4.0, 32768))
     assert rope.softmax_factor == 1.0 and rope.cos_sin_factor == pytest.approx(0.1 * math.log(4) + 1)
     torch.testing.assert_close(rope(X, 0 * POSITIONS), rope.cos_sin_factor * X, rtol=1e-6, atol=0)
@@ -248,7 +248,7 @@ def test_a_factor_of_1_changes_nothing(scaling):
 
 
 @pytest.mark.parametrize("scaling", [None, Linear(7.0), YaRN(7.0, 4096), Llama3(7.0, 4096)])
-def test_the_device_is_that_of_the_features_whatever_the_default(scaling):
+def test_the_device_is_that_of_the_features_not_the_default(scaling):
     rope, x = RotaryEmbedding(DIM, 77.0, scaling=scaling), X.float()
     with torch.device("meta"):
         y = rope(x, POSITIONS)
@@ -296,15 +296,15 @@ def test_scaled_vectors_equal_those_of_transformers_up_to_position_131072(theta,
     names = {"original_context": "original_max_position_embeddings"}
     numbers = {names.get(name, name): value for name, value in vars(scaling).items() if value}
     longest = round(scaling.factor * getattr(scaling, "original_context", 4096))
-    positions = torch.tensor([[0, 1, 100, 4095, 131072], [131071, 5000, 7, 65537, 32768]])  # row by row
+    positions = torch.tensor([[0, 1, 100, 4095, 131072], [131071, 5000, 7, 65537, 32768]])
     for dim in DIMS:
         config = LlamaConfig(
             hidden_size=dim, num_attention_heads=1, head_dim=dim, max_position_embeddings=longest,
             rope_parameters={"rope_type": kind, "rope_theta": theta, **numbers},
         )  # fmt: skip
-        turn, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         ours = frequencies(dim, theta, scaling, torch.device("cpu"))
-        torch.testing.assert_close(ours, turn, rtol=2e-7, atol=0)
+        torch.testing.assert_close(ours, frequency, rtol=2e-7, atol=0)
         x = torch.randn(2, 5, 3, dim)
         cos, sin = LlamaRotaryEmbedding(config)(x, positions)
         by_head = x.transpose(1, 2)
@@ -315,5 +315,5 @@ def test_scaled_vectors_equal_those_of_transformers_up_to_position_131072(theta,
         torch.testing.assert_close(halves(x, positions).transpose(1, 2), theirs, rtol=0, atol=1e-5)
         theirs, _ = apply_rotary_pos_emb_interleave(by_head, by_head, cos, sin)
         y = interleaved(x, positions).transpose(1, 2)
-        y = torch.cat((y[..., ::2], y[..., 1::2]), dim=-1)  # theirs gives even features, then odd ones
+        y = torch.cat((y[..., ::2], y[..., 1::2]), dim=-1)  # transformers puts even features first
         torch.testing.assert_close(y, theirs, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Balance losses against plain Python loops on uneven loads, and the bias update that needs no loss."""
+"""Balance losses against plain Python loops on uneven loads, and the loss-free bias update."""
 
 import math
 
@@ -18,7 +18,7 @@ LOSSES = {
 
 
 def uneven(empty_slots=False):
-    """Sequences of unlike load, expert 5 idle; scores that do not sum to 1, as a sigmoid's."""
+    """Sequences of different load, expert 5 unused; scores that do not sum to 1, as a sigmoid's."""
     experts = torch.rand(BATCH, TIME, 5).topk(TOP_K).indices
     experts[0, :4] = torch.tensor([1, 3])
     experts[2] = torch.tensor([0, 1])
@@ -78,12 +78,12 @@ def test_one_loss_a_sequence_is_not_one_loss_a_batch():
     experts = torch.tensor([[[0]] * 4, [[1]] * 4])
     scores = torch.tensor([[[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4])
     routing = Routing(experts, torch.ones(2, 4, 1), scores, scores)
-    assert balance.sequence_loss(routing) == 2  # each sequence has one expert for all: the worst value
-    assert balance.switch_loss(routing) == 1  # together they are in balance
+    assert balance.sequence_loss(routing) == 2  # each sequence uses one expert only: the worst value
+    assert balance.switch_loss(routing) == 1  # together they are balanced
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_with_counts_of_its_own_the_load_is_theirs_and_the_share_the_routings(masked):
+def test_given_counts_replace_the_load_but_not_the_share(masked):
     routing, mask = uneven(empty_slots=True), some_mask() if masked else None
     keep = torch.ones(BATCH, TIME, dtype=torch.bool) if mask is None else mask
     tokens = list(zip(routing.experts[keep].tolist(), routing.scores[keep].tolist()))
@@ -96,7 +96,7 @@ def test_with_counts_of_its_own_the_load_is_theirs_and_the_share_the_routings(ma
     assert torch.autograd.gradcheck(run, routing.scores.requires_grad_())
 
 
-def test_parts_with_the_counts_of_the_whole_have_the_loss_and_gradient_of_the_whole():
+def test_parts_with_global_counts_have_the_loss_and_gradient_of_the_whole():
     whole = uneven()
     parts = [whole.map(lambda field, i=i: field[i]) for i in range(BATCH)]
     counts = balance.tokens_per_expert(whole)
@@ -116,10 +116,10 @@ def test_parts_with_the_counts_of_the_whole_have_the_loss_and_gradient_of_the_wh
         gradients.append(torch.autograd.grad(values[-1], scores)[0])
     torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-15)
-    assert abs(values[2] - values[0]) > 0.01  # each part's own load is another loss
+    assert abs(values[2] - values[0]) > 0.01  # the parts' own loads give another loss
 
 
-def test_counts_of_another_number_of_experts_are_refused():
+def test_counts_for_a_wrong_number_of_experts_are_refused():
     with pytest.raises(ValueError, match=r"tokens_per_expert has shape \(5,\); the router expects \(6,\)"):
         balance.switch_loss(uneven(), None, torch.ones(5))
 
@@ -127,7 +127,7 @@ def test_counts_of_another_number_of_experts_are_refused():
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("scale", [0.01, 1, 7])
 def test_every_loss_is_1_at_perfect_balance(top_k, scale):
-    slots = torch.arange(2 * 6 * top_k)  # a token's experts are 2 apart: each on a device of its own
+    slots = torch.arange(2 * 6 * top_k)  # a token's experts are 2 apart: each on a different device
     experts = ((slots // top_k) + 2 * (slots % top_k)).remainder(6).view(2, 6, top_k)
     scores = torch.full((2, 6, 6), scale, dtype=torch.float64)
     routing = Routing(experts, scores[..., :top_k], scores, scores)
@@ -141,7 +141,7 @@ def test_every_loss_is_1_at_perfect_balance(top_k, scale):
 
 
 @pytest.mark.parametrize("logit", [-3.0, 0.0, 2.0])
-def test_z_loss_of_equal_logits_is_the_square_of_their_value_and_log_of_their_number(logit):
+def test_z_loss_of_n_equal_logits_is_their_value_plus_log_n_squared(logit):
     routing = uneven()._replace(logits=torch.full((BATCH, TIME, NUM_EXPERTS), logit, dtype=torch.float64))
     assert balance.z_loss(routing).item() == pytest.approx((logit + math.log(NUM_EXPERTS)) ** 2, rel=1e-12)
 
@@ -165,7 +165,7 @@ def test_gradients_equal_finite_differences(name, masked):
 
 @pytest.mark.parametrize("garbage", [0.0, 1e300, math.inf, math.nan])
 @pytest.mark.parametrize("name", [*LOSSES, "z"])
-def test_what_a_masked_token_holds_makes_no_difference(name, garbage):
+def test_values_of_masked_tokens_make_no_difference(name, garbage):
     loss = {**LOSSES, "z": balance.z_loss}[name]
     routing, mask = uneven(), some_mask()
     clean = loss(routing, mask)
@@ -180,7 +180,7 @@ def test_what_a_masked_token_holds_makes_no_difference(name, garbage):
 @pytest.mark.parametrize("how", ["all masked", "no token"])
 @pytest.mark.parametrize("garbage", [0.5, math.inf, math.nan])
 @pytest.mark.parametrize("name", [*LOSSES, "z"])
-def test_without_a_token_a_loss_is_0_with_gradient_0(name, garbage, how):
+def test_without_tokens_a_loss_is_0_with_gradient_0(name, garbage, how):
     time = TIME if how == "all masked" else 0
     values = torch.full((BATCH, time, NUM_EXPERTS), garbage, requires_grad=True)
     experts = torch.zeros(BATCH, time, TOP_K, dtype=torch.int64)
@@ -241,7 +241,7 @@ def test_max_violation_is_the_excess_of_the_busiest_over_the_mean(load, want):
     assert balance.max_violation(torch.tensor(load)).item() == pytest.approx(want, rel=1e-12)
 
 
-def test_batches_uneven_each_in_its_own_way_are_even_together():
+def test_imbalances_of_different_batches_cancel():
     counts = torch.tensor([[[6, 0, 3, 3], [1, 1, 1, 5]], [[0, 6, 3, 3], [2, 2, 2, 2]]])  # 2 batches, 2 layers
     assert balance.max_violation(counts).tolist() == [[1, 1.5], [1, 0]]
     assert balance.max_violation(counts.sum(0)).tolist() == [0, 0.75]  # MaxVio_global of each layer
@@ -255,7 +255,7 @@ def router(num_experts=4, **options):
     "load, steps",
     [
         ([5, 1, 3, 3], [-1, 1, 0, 0]),
-        ([900, 1, 1, 2], [-1, 1, 1, 1]),  # a sign, however large the gap; against the mean, not the total
+        ([900, 1, 1, 2], [-1, 1, 1, 1]),  # the sign only, however large the gap; relative to the mean
         ([0, 0, 0, 0], [0, 0, 0, 0]),
         ([3, 2, 2, 2], [-1, 1, 1, 1]),
     ],
@@ -264,7 +264,7 @@ def test_bias_moves_by_rate_towards_the_mean_load(load, steps):
     plain, centred = router(), router()
     start = torch.tensor([0.5, -0.25, 1.0, 2.0])
     for one, is_centred in ((plain, False), (centred, True)):
-        saved = one.state_dict()["bias"]  # the very tensor that a checkpoint holds
+        saved = one.state_dict()["bias"]  # the tensor itself, as a checkpoint holds it
         one.bias.copy_(start)
         balance.update_bias_(one, torch.tensor(load), rate=0.125, centred=is_centred)
         mean = sum(steps) / 4 if is_centred else 0
@@ -275,7 +275,7 @@ def test_bias_moves_by_rate_towards_the_mean_load(load, steps):
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("load", [[5, 1, 3, 3], [900, 1, 1, 2], [0, 0, 0, 0], [0, 7, 0, 0]])
-def test_a_proportional_bias_moves_by_how_many_means_the_load_is_off(load, centred):
+def test_a_proportional_bias_moves_by_the_relative_excess_load(load, centred):
     one, tenfold = router(), router()
     start = torch.tensor([0.5, -0.25, 1.0, 2.0])
     mean = sum(load) / 4 or 1
@@ -284,7 +284,7 @@ def test_a_proportional_bias_moves_by_how_many_means_the_load_is_off(load, centr
         balance.update_bias_(target, times * torch.tensor(load), 0.125, centred, proportional=True)
     want = [b + 0.125 * (mean - c) / mean if sum(load) else b for b, c in zip(start.tolist(), load)]
     assert one.bias.tolist() == pytest.approx(want, rel=1e-6)
-    assert torch.equal(one.bias, tenfold.bias)  # the rate suits any batch size
+    assert torch.equal(one.bias, tenfold.bias)  # independent of the batch size
     assert one.bias.sum() == pytest.approx(start.sum().item(), abs=1e-6)
 
 
@@ -304,7 +304,7 @@ def test_rate_0_leaves_the_bias_alone():
         (router(), [1, 2, 3, 4], math.inf, r"rate=inf"),
         (SoftmaxRouter(3, 4, 2), [1, 2, 3, 4], 0.1, r"SoftmaxRouter has no selection bias"),
         (nn.Linear(3, 4, bias=False), [1, 2, 3, 4], 0.1, r"Linear has no selection bias"),
-        (nn.Linear(3, 4), [1, 2, 3, 4], 0.1, r"Linear has no selection bias"),  # that one learns by gradients
+        (nn.Linear(3, 4), [1, 2, 3, 4], 0.1, r"Linear has no selection bias"),  # trained by gradients
     ],
 )
 def test_bias_update_refuses_what_does_not_fit(target, load, rate, message):
@@ -315,7 +315,7 @@ def test_bias_update_refuses_what_does_not_fit(target, load, rate, message):
 @pytest.mark.parametrize("how", [{}, {"centred": True}, {"proportional": True}])
 def test_bias_updates_balance_a_router_that_prefers_few_experts(how):
     one = SigmoidRouter(dim=16, num_experts=8, top_k=2)
-    x = torch.randn(2048, 16) + 3 * one.weight[:2].detach().sum(0)  # almost every token likes experts 0 and 1
+    x = torch.randn(2048, 16) + 3 * one.weight[:2].detach().sum(0)  # most tokens prefer experts 0 and 1
     load = lambda: balance.tokens_per_expert(one(x))  # noqa: E731
     assert balance.max_violation(load()) > 1.5
     for _ in range(300):
@@ -326,7 +326,7 @@ def test_bias_updates_balance_a_router_that_prefers_few_experts(how):
 
 @pytest.mark.parametrize("mask", [torch.ones(TIME, BATCH, dtype=torch.bool), torch.ones(BATCH, TIME)])
 @pytest.mark.parametrize("loss", [*LOSSES.values(), balance.z_loss, balance.tokens_per_expert])
-def test_a_mask_of_another_shape_or_dtype_is_refused(loss, mask):
+def test_a_mask_of_wrong_shape_or_dtype_is_refused(loss, mask):
     with pytest.raises(ValueError, match=r"mask is .*expected torch.bool \(3, 7\)"):
         loss(uneven(), mask)
 

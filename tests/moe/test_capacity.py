@@ -1,4 +1,4 @@
-"""What is dropped where there is no room, and in which order: by hand, and against loops."""
+"""Which slots are dropped beyond capacity, and in which order: by hand, and against loops."""
 
 import math
 
@@ -23,7 +23,7 @@ from moe import (
 
 
 class Fixed(nn.Module):
-    """A router that always says the same."""
+    """A router that always returns the same Routing."""
 
     def __init__(self, experts, scores):
         super().__init__()
@@ -40,7 +40,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-# Five tokens, three experts, top-2. Expert 0 is everyone's, the last token's most.
+# Five tokens, three experts, top-2. All choose expert 0; the last token has its highest score.
 EXPERTS = [[1, 0], [0, 2], [0, 1], [0, -1], [0, 2]]
 SCORES = [[0.40, 0.50, 0.10], [0.45, 0.20, 0.35], [0.60, 0.30, 0.10], [0.50, 0.30, 0.20], [0.70, 0.05, 0.25]]
 X = torch.zeros(5, 1)
@@ -53,38 +53,38 @@ def kept(router, x=X, **given):
 @pytest.mark.parametrize(
     "factor, priority, want",
     [
-        # room for ceil(2 * 5 / 3 * 0.9) = 3; of expert 0 the first choices of tokens 1, 2, 3 come before
-        # that of token 4, and all before token 0's second
+        # capacity ceil(2 * 5 / 3 * 0.9) = 3: for expert 0, the first choices of tokens 1, 2, 3 come before
+        # that of token 4, and all of them before token 0's second choice
         (0.9, "choice", [[1, -1], [0, 2], [0, 1], [0, -1], [-1, 2]]),
         (0.9, "score", [[1, -1], [-1, 2], [0, 1], [0, -1], [0, 2]]),
-        # for 2
+        # capacity 2
         (0.6, "choice", [[1, -1], [0, 2], [0, 1], [-1, -1], [-1, 2]]),
         (0.6, "score", [[1, -1], [-1, 2], [0, 1], [-1, -1], [0, 2]]),
-        # for 1: token 2's expert 1 was its second choice, and has the lower score
+        # capacity 1: token 2's expert 1 is its second choice, and has the lower score
         (0.3, "choice", [[1, -1], [0, 2], [-1, -1], [-1, -1], [-1, -1]]),
         (0.3, "score", [[1, -1], [-1, 2], [-1, -1], [-1, -1], [0, -1]]),
-        # for 5, more than anyone wants
+        # capacity 5, more than needed
         (1.5, "choice", EXPERTS),
         (1.5, "score", EXPERTS),
     ],
 )
-def test_who_has_no_room(factor, priority, want):
+def test_slots_beyond_capacity_are_dropped(factor, priority, want):
     router = Capacity(Fixed(EXPERTS, SCORES), factor, priority)
     routing = router(X)
     assert routing.experts.tolist() == want
     for row, scores, weights in zip(want, SCORES, routing.weights.tolist()):
-        assert weights == [scores[e] if e >= 0 else 0 for e in row]  # the rest counts as it did
+        assert weights == [scores[e] if e >= 0 else 0 for e in row]  # kept slots keep their weight
     assert routing.scores.tolist() == SCORES
     assert kept(router.eval()) == EXPERTS
     assert kept(Capacity(Fixed(EXPERTS, SCORES), factor, priority, drop_in_eval=True).eval()) == want
 
 
 def test_the_order_of_a_tokens_slots_does_not_matter():
-    turned = Fixed([row[::-1] for row in EXPERTS], SCORES)
-    assert kept(Capacity(turned, 0.6)) == [[-1, 1], [2, 0], [1, 0], [-1, -1], [2, -1]]
+    reversed_slots = Fixed([row[::-1] for row in EXPERTS], SCORES)
+    assert kept(Capacity(reversed_slots, 0.6)) == [[-1, 1], [2, 0], [1, 0], [-1, -1], [2, -1]]
 
 
-def test_an_empty_slot_is_nobodys_first_choice():
+def test_an_empty_slot_is_not_a_first_choice():
     router = Capacity(Fixed([[-1, 1], [1, 0]], [[0.8, 0.2], [0.4, 0.6]]), 0.5)
     assert kept(router, torch.zeros(2, 1)) == [[-1, 1], [-1, 0]]
     router = Capacity(Fixed([[-1, 1], [0, 1]], [[0.8, 0.2], [0.4, 0.6]]), 0.5)
@@ -92,19 +92,19 @@ def test_an_empty_slot_is_nobodys_first_choice():
 
 
 @pytest.mark.parametrize("priority", ["choice", "score"])
-def test_of_equals_the_earlier_token_has_room(priority):
+def test_ties_go_to_the_earlier_token(priority):
     router = Capacity(Fixed([[0], [0], [1], [0]], [[0.5, 0.5]] * 4), 1.0, priority)
     assert kept(router, torch.zeros(4, 1)) == [[0], [0], [1], [-1]]
 
 
 @pytest.mark.parametrize("slots, factor, want", [(100, 1.1, 11), (100, 1.101, 12), (10, 1.0, 1), (3, 0.1, 1)])
-def test_room_is_rounded_up_and_by_no_more_than_it_must(slots, factor, want):
+def test_capacity_is_rounded_up_without_float_error(slots, factor, want):
     router = Capacity(Fixed([[2]] * slots, [[0.1] * 10] * slots), factor)
     assert sum(e == 2 for [e] in kept(router, torch.zeros(slots, 1))) == want
 
 
-def test_padding_takes_no_room_and_goes_nowhere():
-    router = Capacity(Fixed(EXPERTS, SCORES), 0.75)  # ceil(2 * 4 / 3 * 0.75) = 2, with five tokens 3
+def test_padding_uses_no_capacity_and_goes_to_no_expert():
+    router = Capacity(Fixed(EXPERTS, SCORES), 0.75)  # ceil(2 * 4 / 3 * 0.75) = 2; with five tokens 3
     mask = torch.tensor([True, False, True, True, True])
     assert kept(router, mask=mask) == [[1, -1], [-1, -1], [0, 1], [0, -1], [-1, 2]]
     assert kept(router.eval(), mask=mask) == [[1, 0], [-1, -1], *EXPERTS[2:]]
@@ -113,7 +113,7 @@ def test_padding_takes_no_room_and_goes_nowhere():
 
 
 def by_loop(routing, factor, priority):
-    """GShard's loops: over choices, then over tokens, counting up each expert's tokens."""
+    """GShard's loops over choices, then over tokens, counting each expert's tokens."""
     experts, scores = routing.experts.flatten(0, -2).tolist(), routing.scores.flatten(0, -2).tolist()
     slots = [
         (rank, token, e)
@@ -142,7 +142,7 @@ def test_capacity_equals_a_loop_over_the_slots(factor, priority):
     assert 0 < sum(map(len, found)) < 99
 
 
-def test_a_neighbour_takes_the_room_in_training_and_not_after():
+def test_neighbours_compete_for_capacity_in_training_only():
     router = Capacity(SoftmaxRouter(4, 3, 1), 0.5)
     x = torch.randn(6, 4)
     alone = router(x[3:4]).experts
@@ -167,13 +167,13 @@ def test_a_dropped_slot_adds_nothing_and_gets_no_gradient():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_gshard_with_capacity_is_a_router_like_any_other():
+def test_gshard_with_capacity_works_in_a_layer():
     layer = MoE(Capacity(GShardRouter(4, 6), 1.0), Experts(6, 4, 3))
     y, routing = layer(torch.randn(2, 20, 4))
     assert y.shape == (2, 20, 4) and balance.tokens_per_expert(routing).max() <= math.ceil(80 / 6)
 
 
-def test_the_inner_router_is_found_and_its_bias_learns():
+def test_the_wrapped_routers_attributes_are_found_and_its_bias_updated():
     inner = SigmoidRouter(5, 8, 2)
     for router in (Capacity(inner), DeviceDropping(inner, 4), Capacity(DeviceDropping(inner, 2))):
         assert (router.num_experts, router.dim) == (8, 5) and router.bias is inner.bias
@@ -185,10 +185,10 @@ def test_the_inner_router_is_found_and_its_bias_learns():
         MoE(Capacity(inner), Experts(8, 4, 3))
 
 
-def test_a_router_that_needs_ids_gets_them_through():
+def test_token_ids_reach_the_wrapped_router():
     layer = MoE(Capacity(HashRouter(4, 10), 0.5), Experts(4, 3, 2))
     tokens = torch.tensor([[7, 7, 7, 1], [7, 2, 3, 4]])
-    routing = layer(torch.randn(2, 4, 3), tokens=tokens)[1]  # room for one token an expert
+    routing = layer(torch.randn(2, 4, 3), tokens=tokens)[1]  # capacity 1
     experts = layer.router.router.table[tokens].flatten().tolist()
     want = [e if e not in experts[:i] else -1 for i, e in enumerate(experts)]
     assert routing.experts.flatten().tolist() == want
@@ -205,10 +205,10 @@ AFFINITY = [
 
 
 def test_an_overloaded_device_drops_the_least_affine():
-    router = DeviceDropping(Fixed(PAIRS, AFFINITY), 2, exempt=0.0)  # of 12 slots 6 each; device 0 has 8 ...
+    router = DeviceDropping(Fixed(PAIRS, AFFINITY), 2, exempt=0.0)  # 12 slots, capacity 6; device 0 has 8 ...
     x = torch.zeros(2, 3, 1)
     assert devices_visited(router.router(x), 2).tolist() == [[1, 1, 2], [2, 1, 2]]
-    # ... sorted: .6 .55 .5 .45 .4 .33 | .32 .3 .2, so three go: token (0, 0)'s 1, (0, 1)'s 0, (1, 2)'s 0
+    # ... sorted: .6 .55 .5 .45 .4 .33 | .32 .3 .2: drops token (0, 0)'s 1, (0, 1)'s 0 and (1, 2)'s 0
     want = [[[0, -1], [1, -1], [0, 2]], [[1, 3], [0, 1], [3, -1]]]
     assert kept(router, x) == want
     assert devices_visited(router(x), 2).tolist() == [[1, 1, 2], [2, 1, 1]]
@@ -217,7 +217,7 @@ def test_an_overloaded_device_drops_the_least_affine():
     assert kept(half, x) == [[[0, -1], [1, -1], [-1, 2]], [[1, 3], [-1, -1], [3, -1]]]
 
 
-def test_a_spared_sequence_loses_nothing_and_takes_room_first():
+def test_an_exempt_sequence_loses_nothing_and_uses_capacity_first():
     router, x = DeviceDropping(Fixed(PAIRS, AFFINITY), 2, 0.5, exempt=0.5), torch.zeros(2, 3, 1)
     seen = {}
     for seed in range(40):
@@ -226,7 +226,7 @@ def test_a_spared_sequence_loses_nothing_and_takes_room_first():
         spared = tuple(a == b for a, b in zip(found, PAIRS))
         assert seen.setdefault(spared, found) == found
     assert set(seen) == {(False, False), (False, True), (True, False), (True, True)}
-    # room for three: the spared sequence's slots of device 0 fill it, and those of device 1 do not
+    # capacity 3: the exempt sequence's slots fill device 0, but not device 1
     assert seen[True, False] == [PAIRS[0], [[-1, 3], [-1, -1], [3, -1]]]
     assert seen[False, True] == [[[-1, -1], [-1, -1], [-1, 2]], PAIRS[1]]
 
@@ -261,7 +261,7 @@ def test_devices_are_counted_once_and_empty_slots_not_at_all():
         (lambda r: DeviceDropping(r, 0), "num_devices=0 does not divide num_experts=8"),
         (lambda r: DeviceDropping(r, 2, 0.0), "capacity_factor=0.0 must be positive and finite"),
         (lambda r: DeviceDropping(r, 2, exempt=1.5), "exempt=1.5 must lie in 0..1"),
-        (lambda r: Capacity(nn.Linear(4, 8)), "Linear has no num_experts"),
+        (lambda r: Capacity(nn.Linear(4, 8)), "Linear has no num_experts, from which"),
         (lambda r: Capacity(r, "1.5"), "capacity_factor='1.5' must be positive and finite"),
         (lambda r: Capacity(r)(torch.randn(2, 3, 4), mask=torch.ones(3) > 0), r"mask is torch.bool \(3,\)"),
         (lambda r: Capacity(r)(torch.randn(2, 4), mask=torch.ones(2)), "mask is torch.float32"),
@@ -279,7 +279,7 @@ def test_numbers_that_do_not_fit_are_refused(build, said):
 @pytest.mark.parametrize(
     "wrap", [lambda r: Capacity(r, 0.5), lambda r: Capacity(DeviceDropping(r, 2, 0.5), 0.8)]
 )
-def test_balance_losses_go_by_what_was_asked_for(wrap):
+def test_balance_losses_use_the_counts_before_dropping(wrap):
     inner = SoftmaxRouter(5, 8, 2).double()
     router = wrap(inner)
     x = torch.randn(3, 11, 5, dtype=torch.float64)
@@ -302,7 +302,7 @@ def test_balance_losses_go_by_what_was_asked_for(wrap):
     )
 
 
-def test_padding_takes_no_room_in_a_router_within_either():
+def test_padding_uses_no_capacity_in_nested_routers():
     inner = Fixed([[0], [0], [1], [1]], [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.3, 0.7]])
     mask = torch.tensor([False, True, True, False])
     for router in (
@@ -312,7 +312,7 @@ def test_padding_takes_no_room_in_a_router_within_either():
         assert kept(router, torch.zeros(4, 1), mask=mask) == [[-1], [0], [1], [-1]]
 
 
-def test_what_was_asked_for_is_known_in_evaluation_and_after_a_change():
+def test_asked_is_kept_in_evaluation_and_through_replace():
     inner = Capacity(Fixed(EXPERTS, SCORES), 0.3, drop_in_eval=True)
     router = Capacity(inner).eval()
     mask = torch.ones(5, dtype=torch.bool)
@@ -321,18 +321,18 @@ def test_what_was_asked_for_is_known_in_evaluation_and_after_a_change():
         assert int(balance.tokens_per_expert(routing, dropped=True).sum()) == 9
 
 
-def test_who_mixes_tokens_says_so():
+def test_mixing_tokens_is_declared():
     plain, choice = SoftmaxRouter(4, 8, 2), ExpertChoiceRouter(4, 8)
     assert not Capacity(plain).mixes_tokens and not DeviceDropping(plain, 2).mixes_tokens
     assert Capacity(plain, drop_in_eval=True).mixes_tokens and Capacity(choice).mixes_tokens
     assert DeviceDropping(choice, 2).mixes_tokens
 
 
-def test_room_for_more_than_there_are_is_room_for_all():
+def test_a_capacity_above_all_slots_drops_nothing():
     assert kept(Capacity(Fixed(EXPERTS, SCORES), 1e308)) == EXPERTS
 
 
-def test_the_least_room_is_one():
+def test_the_least_capacity_is_one():
     assert kept(Capacity(Fixed([[0], [0]], [[0.9, 0.1], [0.8, 0.2]]), 1e-12), torch.zeros(2, 1)) == [
         [0],
         [-1],

@@ -1,4 +1,4 @@
-"""Dispatch against lists: which token does each row hold, and does every result come home?"""
+"""Dispatch against lists: which token each row holds, and where each result goes back."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NUM_EXPERTS = 5
 
 @st.composite
 def choices(draw):
-    """(tokens, top_k) with experts out of 0..4, and empty slots"""
+    """(tokens, top_k) of experts 0..4 and empty slots"""
     top_k = draw(st.integers(1, 4))
     row = st.lists(st.integers(-1, NUM_EXPERTS - 1), min_size=top_k, max_size=top_k)
     rows = draw(st.lists(row, max_size=20))
@@ -29,7 +29,7 @@ def test_each_block_holds_its_experts_tokens_in_order(experts, multiple):
     for i, block in zip([*range(NUM_EXPERTS), -1], blocks):
         want = [token for token, row in enumerate(experts.tolist()) for expert in row if expert == i]
         assert block[: len(want)].tolist() == want
-        if i >= 0:  # filled up with token 0, by less than a multiple
+        if i >= 0:  # padded with token 0, by less than `multiple`
             assert len(block) % multiple == 0 and len(block) < len(want) + multiple
             assert not block[len(want) :].any()
         else:
@@ -37,7 +37,7 @@ def test_each_block_holds_its_experts_tokens_in_order(experts, multiple):
 
 
 @given(choices(), multiples)
-def test_every_slot_knows_its_row(experts, multiple):
+def test_target_is_the_row_of_each_slot(experts, multiple):
     order = dispatch.sort(experts, NUM_EXPERTS, multiple)
     ends = order.sizes.cumsum(0).tolist()
     for token, (row_of, chosen) in enumerate(zip(order.target.tolist(), experts.tolist())):
@@ -65,11 +65,11 @@ def test_gather_then_scatter_with_weight_1_is_top_k_times_the_identity(experts, 
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_scatter_weighs_each_slot_with_its_own_weight(multiple):
+def test_scatter_multiplies_each_slot_by_its_weight(multiple):
     experts = torch.tensor([[3, 0], [0, 3], [1, 3], [3, 4]])
     weights = torch.tensor([[1.0, 10], [100, 1000], [2, 20], [200, 2000]])
     order = dispatch.sort(experts, NUM_EXPERTS, multiple)
-    # expert i answers 2^i times the token: every pair of slot and weight has a sum of its own
+    # expert i returns 2^i times the token: each combination of slots and weights has a different sum
     factors = torch.cat([torch.full((int(n), 1), 2.0**i) for i, n in enumerate(order.sizes)])
     y = dispatch.scatter(dispatch.gather(torch.ones(4, 1), order) * factors, order, weights)
     want = [[sum(w * 2.0**i for w, i in zip(*row))] for row in zip(weights.tolist(), experts.tolist())]

@@ -1,4 +1,4 @@
-"""The experts against V3 eq. 12, middle term, written out token by token with gate and up apart."""
+"""The experts against V3 eq. 12, middle term, written token by token with separate gate and up."""
 
 import math
 
@@ -11,7 +11,7 @@ from moe import Experts, Gated, Routing, SwiGLU, fast
 
 NUM_EXPERTS, DIM, HIDDEN = 5, 7, 3
 FIRST = torch.zeros(4, 2, dtype=torch.int64)
-ROUTINGS = {  # (tokens, top_k); a few tokens, a few more, and 16 or more take different ways
+ROUTINGS = {  # (tokens, top_k); a few, 8, and 16 or more tokens take different paths
     "few tokens": torch.tensor([[0, 3], [3, 1], [4, 0]]),
     "many tokens": torch.tensor([[i % 5, (i + i // 5 % 4 + 1) % 5] for i in range(37)]),
     "8 tokens": torch.tensor([[0, 3], [3, 1], [4, 0], [3, 2]] * 2),
@@ -57,7 +57,7 @@ def inputs(experts, dtype=torch.float64, dim=DIM):
 
 
 def gradients(y, of):
-    """Of a loss in which every output counts differently; 0 where there is none."""
+    """Of a loss that weights every output differently; 0 where autograd returns None."""
     direction = torch.arange(y.numel(), dtype=torch.float64).cos().view_as(y).to(y.dtype)
     found = torch.autograd.grad((y * direction).sum(), of, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, of)]
@@ -77,14 +77,14 @@ def test_output_and_gradients_equal_the_equation(path, experts):
         run = layer.reference if path == "reference" else layer
         y = run(x, routing_of(experts, weights))
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-14)
-    if y.requires_grad:  # not where the loop of the equation had nothing to do
+    if y.requires_grad:  # not where the reference loop has no iterations
         for mine, theirs in zip(gradients(y, parameters), gradients(want, parameters)):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("experts", ROUTINGS.values(), ids=ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_grouped_product_equals_the_equation(dtype, experts):
+def test_the_grouped_matmul_equals_the_equation(dtype, experts):
     layer = Experts(NUM_EXPERTS, 16, 8).to(dtype)
     x, weights = inputs(experts, dtype, dim=16)
     parameters = (x, weights, layer.gate_up, layer.down)
@@ -97,7 +97,7 @@ def test_one_grouped_product_equals_the_equation(dtype, experts):
 
 
 @pytest.mark.parametrize("name", ["no token", "all slots empty"])
-def test_without_any_token_every_gradient_is_0_and_none_is_missing(name):
+def test_without_tokens_every_gradient_is_0(name):
     layer = Experts(NUM_EXPERTS, 16, 8)
     x, weights = inputs(ROUTINGS[name], torch.float32, dim=16)
     for run in (fast.by_block, fast.grouped):
@@ -107,7 +107,7 @@ def test_without_any_token_every_gradient_is_0_and_none_is_missing(name):
             assert not gradient.any()
 
 
-def test_a_product_of_your_own_is_called_for_every_expert_even_without_rows():
+def test_product_is_called_for_every_expert_even_without_rows():
     layer, called = Experts(NUM_EXPERTS, 16, 8), []
 
     def product(rows, weight):
@@ -128,6 +128,37 @@ def test_a_product_of_your_own_is_called_for_every_expert_even_without_rows():
     assert layer.gate_up.grad is not None and not layer.gate_up.grad[1:].any()
 
 
+@pytest.mark.parametrize("name", ["an expert without tokens", "empty slots", "no token"])
+def test_product_gets_each_experts_tokens_in_order_and_its_weights(name):
+    layer, calls, experts = Experts(NUM_EXPERTS, DIM, HIDDEN).double(), [], ROUTINGS[name]
+    x, weights = inputs(experts)
+
+    def product(rows, weight):
+        calls.append((rows, weight))
+        return rows @ weight.T
+
+    layer.product = product
+    y = layer(x, routing_of(experts, weights))
+    assert len(calls) == 2 * NUM_EXPERTS
+    for i, ((rows, gate_up), (hidden, down)) in enumerate(zip(calls[::2], calls[1::2])):
+        assert torch.equal(gate_up, layer.gate_up[i]) and torch.equal(down, layer.down[i])
+        tokens = [token for token, chosen in enumerate(experts.tolist()) for e in chosen if e == i]
+        assert torch.equal(rows, x[tokens]) and hidden.shape == (len(tokens), HIDDEN)
+    want = layer.reference(x, routing_of(experts, weights))
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-14)
+    layer.product = None
+    torch.testing.assert_close(layer(x, routing_of(experts, weights)), y, rtol=1e-12, atol=1e-14)
+
+
+def test_product_gets_rows_and_weights_in_the_computed_dtype():
+    layer, dtypes = Experts(NUM_EXPERTS, 16, 8), set()
+    layer.product = lambda rows, weight: dtypes.add((rows.dtype, weight.dtype)) or rows @ weight.T
+    experts = torch.randint(NUM_EXPERTS, (20, 2))
+    x, weights = inputs(experts, torch.bfloat16, dim=16)
+    layer(x, routing_of(experts, weights)).sum().backward()
+    assert dtypes == {(torch.bfloat16, torch.bfloat16)} and layer.gate_up.grad.dtype == torch.float32
+
+
 def test_gradients_equal_finite_differences():
     layer = Experts(3, 4, 2).double()
     experts = torch.tensor([[0, 2], [2, -1]] * 9)
@@ -140,7 +171,7 @@ def test_gradients_equal_finite_differences():
     "dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
 )
 @pytest.mark.parametrize("tokens", [3, 20])
-def test_the_input_decides_the_dtype(dtype, error, tokens):
+def test_the_output_has_the_inputs_dtype(dtype, error, tokens):
     layer = Experts(NUM_EXPERTS, 16, 8)  # master weights stay fp32
     experts = torch.randint(NUM_EXPERTS, (tokens, 2))
     x, weights = inputs(experts, dtype, dim=16)
@@ -152,7 +183,7 @@ def test_the_input_decides_the_dtype(dtype, error, tokens):
     assert x.grad.dtype == dtype and layer.gate_up.grad.dtype == torch.float32
 
 
-def test_autocast_decides_the_dtype_before_the_input():
+def test_autocast_overrides_the_inputs_dtype():
     layer, experts = Experts(NUM_EXPERTS, 16, 8), torch.randint(NUM_EXPERTS, (20, 2))
     x, weights = inputs(experts, torch.float32, dim=16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -162,22 +193,22 @@ def test_autocast_decides_the_dtype_before_the_input():
 
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan, 1e38])
-@pytest.mark.parametrize("sick", [0, 2])  # rows that fill a block up hold token 0
+@pytest.mark.parametrize("bad_token", [0, 2])  # padding rows hold token 0
 @pytest.mark.parametrize(
     "path, tokens", [("by_slot", 3), ("by_block", 12), ("by_block", 40), ("grouped", 12), ("grouped", 40)]
 )
-def test_a_sick_token_does_not_disturb_the_others(path, tokens, sick, poison):
+def test_a_token_that_is_not_finite_does_not_affect_the_others(path, tokens, bad_token, poison):
     layer = Experts(NUM_EXPERTS, 16, 8)
     experts = torch.randint(-1, NUM_EXPERTS, (tokens, 2))
-    experts[sick, 0] = 1
+    experts[bad_token, 0] = 1
     x, weights = inputs(experts, torch.float32, dim=16)
     clean = getattr(fast, path)(x, experts, weights, layer.gate_up, layer.down)
     bad = x.detach().clone()
-    bad[sick] = poison
+    bad[bad_token] = poison
     y = getattr(fast, path)(bad, experts, weights, layer.gate_up, layer.down)
-    others = torch.arange(tokens) != sick
+    others = torch.arange(tokens) != bad_token
     assert torch.equal(y[others], clean[others])
-    assert not torch.equal(y[sick], clean[sick])
+    assert not torch.equal(y[bad_token], clean[bad_token])
 
 
 def test_leading_axes_are_kept():
@@ -232,7 +263,7 @@ def test_sizes_below_1_are_refused(sizes):
             SwiGLU(*sizes[1:])
 
 
-def test_every_expert_starts_as_a_linear_layer_does():
+def test_experts_are_initialized_like_linear_layers():
     layer = Experts(20, 100, 25)
     for weight, fan_in in ((layer.gate_up, 100), (layer.down, 25)):
         assert weight.abs().max() <= fan_in**-0.5
@@ -246,7 +277,7 @@ def test_swiglu_equals_its_equation():
     torch.testing.assert_close(layer(x), (silu(gate) * up) @ layer.down.weight.T, rtol=1e-12, atol=1e-14)
 
 
-def test_gated_counts_each_token_by_its_own_gate():
+def test_gated_weights_each_token_by_its_gate():
     layer = Gated(SwiGLU(DIM, HIDDEN), DIM).double()
     assert layer.state_dict().keys() == {"mlp.gate_up.weight", "mlp.down.weight", "gate.weight"}
     x = 3 * torch.randn(2, 9, DIM, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""The experts' operator and the activation: what autograd keeps of them, and what torch.compile is told.
+"""The experts' operator and the activation: what autograd saves for them, and what torch.compile sees.
 
-The operator's values and gradients are held against the equation in test_experts.py.
+The operator's values and gradients are compared with the equation in test_experts.py.
 """
 
 import pytest
@@ -20,7 +20,7 @@ def given():
     return *tensors, *dispatch.sort(experts, NUM_EXPERTS, 16)
 
 
-def test_of_all_intermediates_only_gate_and_up_are_kept():
+def test_only_gate_and_up_are_saved_for_backward():
     layer, x = Experts(NUM_EXPERTS, 64, 32), torch.randn(TOKENS, 64, requires_grad=True)
     experts, weights, kept = torch.randint(NUM_EXPERTS, (TOKENS, 2)), torch.rand(TOKENS, 2), {}
 
@@ -35,7 +35,7 @@ def test_of_all_intermediates_only_gate_and_up_are_kept():
     assert new == sorted([x.shape, weights.shape, layer.gate_up.shape, layer.down.shape, (rows, 64)])
 
 
-def test_in_bf16_no_copy_of_the_weights_is_kept():
+def test_in_bf16_no_copy_of_the_weights_is_saved():
     layer, x = Experts(NUM_EXPERTS, 16, 8), torch.randn(TOKENS, 16, requires_grad=True).bfloat16()
     experts, weights, kept = torch.randint(NUM_EXPERTS, (TOKENS, 2)), torch.rand(TOKENS, 2), {}
 
@@ -48,16 +48,16 @@ def test_in_bf16_no_copy_of_the_weights_is_kept():
     assert not [t for t in kept.values() if t.shape == layer.down.shape and t.dtype == torch.bfloat16]
 
 
-def test_the_operators_do_what_they_tell_the_compiler(given):
-    order = dispatch.sort(torch.randint(NUM_EXPERTS, (TOKENS, TOP_K)), NUM_EXPERTS, 16)  # no row unwritten
+def test_the_operators_pass_opcheck(given):
+    order = dispatch.sort(torch.randint(NUM_EXPERTS, (TOKENS, TOP_K)), NUM_EXPERTS, 16)  # no unwritten row
     given = *given[:4], *order
     torch.library.opcheck(forward, given)
     _, projected = forward(*given)
-    given = [t.detach() for t in given]  # it has no gradient of its own
+    given = [t.detach() for t in given]  # it has no double backward
     torch.library.opcheck(backward, (torch.randn_like(given[0]), projected, *given))
 
 
-def test_a_gradient_of_the_gradient_is_an_error(given):
+def test_double_backward_of_the_operator_is_an_error(given):
     y, _ = forward(*given)
     (d_x,) = torch.autograd.grad(y.sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"moe.run_blocks_backward.* no autograd formula"):
@@ -79,7 +79,7 @@ def test_under_compile_the_number_of_rows_does_not_depend_on_the_routing(monkeyp
 
 
 def kept(make):
-    """Bytes that autograd keeps while make() runs."""
+    """Bytes that autograd saves while make() runs."""
     sizes = {}
 
     def pack(tensor):
@@ -93,7 +93,7 @@ def kept(make):
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (0, 8)])
-def test_value_and_gradient_are_the_formulas(shape):
+def test_value_and_gradient_equal_the_formula(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y, want = gated(x), reference_gated(x)
     direction = torch.randn_like(y)
@@ -108,20 +108,20 @@ def test_the_gradient_equals_finite_differences():
     assert torch.autograd.gradcheck(gated, (torch.randn(3, 6, dtype=torch.float64, requires_grad=True),))
 
 
-def test_a_gradient_of_the_activations_gradient_is_an_error():
+def test_double_backward_of_the_activation_is_an_error():
     x = torch.randn(3, 8, requires_grad=True)
     (d_x,) = torch.autograd.grad(gated(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="derivative for aten::silu_backward is not implemented"):
         d_x.sum().backward()
 
 
-def test_the_input_alone_is_kept():
+def test_only_the_input_is_saved():
     x = torch.randn(64, 32, requires_grad=True)
     assert kept(lambda: gated(x)) == x.nbytes
     assert kept(lambda: reference_gated(x)) > x.nbytes
 
 
-def test_without_gradients_no_function_of_autograd_is_made():
+def test_without_gradients_there_is_no_autograd_node():
     x = torch.randn(3, 8, requires_grad=True)
     with torch.no_grad():
         assert gated(x).grad_fn is None

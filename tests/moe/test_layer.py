@@ -1,4 +1,4 @@
-"""The layer against V3 eq. 12, and what a token may expect of it whoever its neighbours are."""
+"""The layer against V3 eq. 12, and the influence of other tokens on a token's output."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_the_shared_expert_stands_outside_the_routed_scale():
 
 
 class HashRouter(nn.Module):
-    """Token id modulo experts; token 0 goes nowhere."""
+    """Token id modulo experts; token 0 goes to no expert."""
 
     def forward(self, x, tokens=None):
         experts = tokens.unsqueeze(-1).remainder(NUM_EXPERTS).where(tokens.unsqueeze(-1) > 0, -1)
@@ -59,7 +59,7 @@ class HashRouter(nn.Module):
         return Routing(experts, torch.ones_like(experts, dtype=x.dtype), scores, scores)
 
 
-def test_a_router_that_asks_for_token_ids_gets_them():
+def test_a_router_that_takes_token_ids_gets_them():
     layer = MoE(HashRouter(), Experts(NUM_EXPERTS, DIM, HIDDEN), SwiGLU(DIM, SHARED))
     x, tokens = torch.randn(2, 4, DIM), torch.tensor([[0, 7, 6, 5], [1, 0, 2, 3]])
     y, routing = layer(x, tokens=tokens)
@@ -76,11 +76,11 @@ def test_router_and_experts_that_disagree_are_refused():
         MoE(SigmoidRouter(8, 6, 2), Experts(6, 7, 3))
     with pytest.raises(ValueError, match="router with num_experts=6, experts with num_experts=5"):
         MoE(SigmoidRouter(7, 6, 2), Experts(5, 7, 3))
-    MoE(nn.Identity(), Experts(5, 7, 3))  # a router need not say its sizes
+    MoE(nn.Identity(), Experts(5, 7, 3))  # a router need not declare its sizes
 
 
 def short_products_round_as_long_ones() -> bool:
-    """Does this machine's matmul give a row the same bits in 16 rows, or 32 ..., as in 1024? (AVX2: no.)"""
+    """Whether this machine's matmul gives a row the same bits in 16, 32 ... rows as in 1024 (AVX2: no)."""
     for inner, columns in ((64, 64), (24, 80), (704, 256)):
         x, w = torch.randn(1024, inner), torch.randn(columns, inner)
         whole = nn.functional.linear(x, w)
@@ -92,7 +92,7 @@ def short_products_round_as_long_ones() -> bool:
 @pytest.mark.parametrize("dim, hidden, num_experts", [(64, 32, 8), (24, 40, 5), (256, 704, 4)])
 def test_a_token_gets_the_same_bits_in_any_fp32_batch_of_16_and_more(dim, hidden, num_experts):
     if not short_products_round_as_long_ones():
-        pytest.skip("a row's last bits depend on the number of rows on this machine, even in sixteens")
+        pytest.skip("a row's last bits depend on the number of rows on this machine, even in multiples of 16")
     layer = make(shared=False, dim=dim, hidden=hidden, num_experts=num_experts)
     x = torch.randn(300, dim)
     whole, routing = layer(x)
@@ -114,7 +114,7 @@ def test_hostile_neighbours_change_nothing(hostile):
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_elsewhere_a_token_gets_the_same_experts_and_a_number_within_rounding(dtype, error):
+def test_in_any_batch_a_token_gets_the_same_experts_and_output_within_rounding(dtype, error):
     layer = make(dim=64, hidden=32).to(dtype)
     x = torch.randn(40, 64).to(dtype)
     whole, routing = layer(x)
@@ -196,7 +196,7 @@ def test_a_gated_shared_expert_equals_transformers_qwen2_moe():
 
 
 @pytest.mark.parametrize("gives", [lambda x: x, lambda x: (x, x, x, x)])
-def test_a_router_that_gives_no_routing_is_refused(gives):
+def test_a_router_that_returns_no_routing_is_refused(gives):
     class Odd(torch.nn.Module):
         def forward(self, x):
             return gives(x)

@@ -1,4 +1,4 @@
-"""What a router does, as numbers: against loops over tokens, on uneven loads with padding and empty slots."""
+"""Routing metrics against loops over tokens, on uneven loads with padding and empty slots."""
 
 import math
 
@@ -11,7 +11,7 @@ BATCH, TIME, NUM_EXPERTS, TOP_K = 3, 7, 6, 2
 
 
 def uneven():
-    """Unlike loads, expert 5 idle, empty slots and a token without any; scores that do not sum to 1."""
+    """Uneven loads, expert 5 unused, empty slots, a token with no expert; scores that do not sum to 1."""
     experts = torch.rand(BATCH, TIME, 5).topk(TOP_K).indices
     experts[0, :4] = torch.tensor([1, 3])
     experts[1, 2, 0] = experts[1, 4, 1] = -1
@@ -34,7 +34,7 @@ def tokens_of(routing, mask):
     return [([i for i in experts if i >= 0], scores) for experts, scores in rows]
 
 
-DOMAINS = torch.tensor([[0] * 7, [2] * 4 + [0] * 3, [3, 2, 3, 2, 2, 2, 2]])  # none of domain 1; 10, 9 and 2
+DOMAINS = torch.tensor([[0] * 7, [2] * 4 + [0] * 3, [3, 2, 3, 2, 2, 2, 2]])  # domain 1: no token; 10, 9 and 2
 
 
 def dropped_share(tokens, domains):
@@ -62,7 +62,7 @@ def router_confidence(tokens, domains):
 
 
 def entropy(values):
-    """Nats, of any values that are not negative."""
+    """In nats, of non-negative values."""
     return -sum(v / sum(values) * math.log(v / sum(values)) for v in values if v)
 
 
@@ -74,7 +74,7 @@ BY_HAND = [dropped_share, coactivation, domain_specialization, router_confidence
 
 
 def measure(name, routing, mask=None, domains=DOMAINS):
-    """A metric of that name, domains given to the one that takes them."""
+    """The metric of that name; only domain_specialization takes the domains."""
     more = (domains, 4) if name == "domain_specialization" else ()
     return getattr(metrics, name)(routing, *more, mask=mask)
 
@@ -91,7 +91,7 @@ def test_a_metric_equals_a_loop_over_tokens(by_hand, masked):
 
 @pytest.mark.parametrize("garbage", [-1.0, math.inf, math.nan])
 @pytest.mark.parametrize("by_hand", BY_HAND)
-def test_what_padding_holds_makes_no_difference(by_hand, garbage):
+def test_values_of_padding_make_no_difference(by_hand, garbage):
     routing, mask = uneven(), some_mask()
     scores = routing.scores.masked_fill(~mask.unsqueeze(-1), garbage)
     dirty = routing._replace(experts=routing.experts.where(mask.unsqueeze(-1), 5), scores=scores)
@@ -101,7 +101,7 @@ def test_what_padding_holds_makes_no_difference(by_hand, garbage):
 
 
 @pytest.mark.parametrize("by_hand", BY_HAND)
-def test_without_a_token_a_metric_is_0(by_hand):
+def test_without_tokens_a_metric_is_0(by_hand):
     nothing = torch.zeros(BATCH, TIME, dtype=torch.bool)
     assert not measure(by_hand.__name__, uneven(), nothing).any()
 
@@ -115,7 +115,7 @@ def test_leading_axes_make_no_difference(by_hand):
 
 
 @pytest.mark.parametrize("by_hand", BY_HAND)
-def test_a_mask_of_another_shape_is_refused(by_hand):
+def test_a_mask_of_wrong_shape_is_refused(by_hand):
     with pytest.raises(ValueError, match=r"mask is .*expected torch.bool \(3, 7\)"):
         measure(by_hand.__name__, uneven(), torch.ones(TIME, BATCH, dtype=torch.bool))
 
@@ -132,7 +132,7 @@ def test_a_mask_of_another_shape_is_refused(by_hand):
         ([0], 1),
     ],
 )
-def test_load_entropy_is_that_of_the_shares_over_that_of_even_ones(load, want):
+def test_load_entropy_is_relative_to_an_even_load(load, want):
     assert metrics.load_entropy(torch.tensor(load)).item() == pytest.approx(want, rel=1e-12)
 
 
@@ -144,7 +144,7 @@ def test_loads_may_have_leading_axes():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_equal_scores_give_the_even_end_of_every_range(top_k):
+def test_equal_scores_give_the_value_at_perfect_balance(top_k):
     experts = torch.arange(2 * 6 * top_k).remainder(6).view(2, 6, top_k)
     scores = torch.full((2, 6, 6), 0.3, dtype=torch.float64)
     routing = Routing(experts, scores[..., :top_k], scores, scores)
@@ -158,7 +158,7 @@ def test_equal_scores_give_the_even_end_of_every_range(top_k):
     assert together.sum(-1).tolist() == pytest.approx([top_k] * 6, rel=1e-12)
 
 
-def test_one_expert_for_all_gives_the_other_end():
+def test_one_expert_for_all_tokens_gives_the_opposite_value():
     experts = torch.full((1, 5, 1), 2)
     scores = torch.zeros(1, 5, 3, dtype=torch.float64).index_fill_(-1, torch.tensor([2]), 0.7)
     routing = Routing(experts, scores[..., 2:], scores, scores)
@@ -177,7 +177,7 @@ def test_metrics_keep_no_graph():
 
 
 @pytest.mark.parametrize("wrong", [DOMAINS[:2], DOMAINS.int(), DOMAINS.unsqueeze(-1)])
-def test_domains_of_another_shape_or_dtype_are_refused(wrong):
+def test_domains_of_wrong_shape_or_dtype_are_refused(wrong):
     with pytest.raises(ValueError, match=r"domains is torch.int.*; expected torch.int64 \(3, 7\)"):
         metrics.domain_specialization(uneven(), wrong, 4)
 
@@ -186,5 +186,5 @@ def test_domains_of_another_shape_or_dtype_are_refused(wrong):
 def test_a_domain_out_of_range_is_named(wrong):
     domains = DOMAINS.clone()
     domains[1, 5] = wrong
-    with pytest.raises(ValueError, match=rf"domains holds {wrong}, which is not in 0..3"):
+    with pytest.raises(ValueError, match=rf"domains holds {wrong}; expected 0..3"):
         metrics.domain_specialization(uneven(), domains, 4)

@@ -15,7 +15,7 @@ from moe.router import sigmoid
 ROUTERS = [SoftmaxRouter, SigmoidRouter]
 SIZES = [  # num_experts, top_k, num_groups, top_groups
     (12, 3, 4, 2),
-    (12, 4, 3, 1),  # as many as the open group has
+    (12, 4, 3, 1),  # all experts of the one group
     (6, 4, 3, 2),
     (12, 4, 4, 4),
     (7, 3, 1, 1),
@@ -43,7 +43,7 @@ def by_hand(router, logits, bias):
 
 
 def make(kind, sizes, dim=5, bias=None, **options):
-    """A router in float64, its selection bias of the size of the scores and of either sign."""
+    """A router in float64 with a selection bias of both signs and the scores' magnitude."""
     num_experts, top_k, num_groups, top_groups = sizes
     router = kind(dim, num_experts, top_k, num_groups, top_groups, **options).double()
     if kind is SigmoidRouter:
@@ -52,12 +52,12 @@ def make(kind, sizes, dim=5, bias=None, **options):
 
 
 def same(a: Routing, b: Routing) -> bool:
-    """Equal to the last bit, NaN equal to NaN."""
+    """Equal to the last bit, with NaN equal to NaN."""
     return all(torch.equal(x.nan_to_num(nan=-7.0), y.nan_to_num(nan=-7.0)) for x, y in zip(a[:4], b[:4]))
 
 
 def by_expert(routing: Routing, num_experts: int):
-    """(tokens, experts): each expert's weight, 0 where it was not chosen."""
+    """(tokens, experts): each expert's weight, 0 where not chosen."""
     weights = routing.weights.new_zeros(len(routing.weights), num_experts)
     return weights.scatter(1, routing.experts, routing.weights)
 
@@ -87,7 +87,7 @@ def test_the_papers_defaults_are_the_defaults():
 
 
 def test_bias_chooses_but_never_weighs():
-    router = make(SigmoidRouter, (6, 6, 1, 1))  # all are chosen: only weights could depend on the bias
+    router = make(SigmoidRouter, (6, 6, 1, 1))  # all are chosen: the bias could only change weights
     x = torch.randn(9, 5, dtype=torch.float64)
     before = by_expert(router(x), 6)
     router.bias.copy_(torch.tensor([9.0, -9, 0, 3, -2, 1e6]))
@@ -110,7 +110,7 @@ def test_scores_near_1e_8_are_weighed_though_biases_near_12_choose():
 @pytest.mark.parametrize(
     "bias, want",
     [
-        ([1, 1, -9, -0.5, -0.5, -0.5], {0, 1, 2}),  # the open group's third is below 0 and the closed
+        ([1, 1, -9, -0.5, -0.5, -0.5], {0, 1, 2}),  # the open group's third is below 0 and the closed group
         ([-9, -9, -9, -20, -20, -20], {0, 1, 2}),
         ([-20, -20, 5, -9, -9, -9], {0, 1, 2}),  # -20 + 5 is more than -9 - 9
         ([-20, -20, 1, -9, -9, -9], {3, 4, 5}),
@@ -134,10 +134,10 @@ def test_a_constant_on_every_bias_changes_nothing(sizes):
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_renaming_the_experts_renames_the_answer(kind):
+def test_renaming_the_experts_renames_the_routing(kind):
     router = make(kind, (7, 3, 1, 1))
     other = make(kind, (7, 3, 1, 1))
-    names = torch.randperm(7)  # expert i of the other is expert names[i] of the first
+    names = torch.randperm(7)  # expert i of `other` is expert names[i] of `router`
     other.load_state_dict({key: value[names] for key, value in router.state_dict().items()})
     x = torch.randn(20, 5, dtype=torch.float64)
     routing, renamed = router(x), other(x)
@@ -159,15 +159,15 @@ def test_gradients_equal_finite_differences(kind, normalize):
     assert torch.autograd.gradcheck(weights, (x, router.weight))
 
 
-def test_top_1_gives_the_router_a_gradient_only_where_the_weight_is_not_normalised():
+def test_top_1_gives_the_router_a_gradient_only_if_the_weight_is_not_normalized():
     x = torch.randn(9, 5, dtype=torch.float64)
     for kind in ROUTERS:
-        raw, normalised = (make(kind, (6, 1, 1, 1), normalize=normalize) for normalize in (False, True))
+        raw, normalized = (make(kind, (6, 1, 1, 1), normalize=normalize) for normalize in (False, True))
         raw(x).weights.square().sum().backward()
-        normalised(x).weights.square().sum().backward()
+        normalized(x).weights.square().sum().backward()
         assert raw.weight.grad.abs().sum() > 1e-3
-        assert normalised.weight.grad.abs().max() < 1e-15
-        assert (normalised(x).weights - 1).abs().max() < 1e-12
+        assert normalized.weight.grad.abs().max() < 1e-15
+        assert (normalized(x).weights - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -220,7 +220,7 @@ def test_bias_is_a_saved_buffer_that_no_cast_can_narrow(cast):
 
 @pytest.mark.parametrize("dim, num_experts", [(64, 8), (7, 5), (40, 33), (24, 80)])
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_a_token_is_routed_alike_to_the_last_bit_whoever_comes_with_it(kind, dim, num_experts):
+def test_routing_does_not_depend_on_other_tokens_to_the_last_bit(kind, dim, num_experts):
     router = kind(dim, num_experts, top_k=3)
     if kind is SigmoidRouter:
         router.bias.copy_(torch.randn(num_experts))
@@ -261,7 +261,7 @@ def test_leading_axes_are_kept_and_may_be_empty(shape):
         ((4, 1, 1, 1), {"routed_scaling_factor": 0.0}, "routed_scaling_factor=0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_by_name_and_value(sizes, options, message):
+def test_inconsistent_sizes_are_refused_by_name_and_value(sizes, options, message):
     for kind in ROUTERS:
         with pytest.raises(ValueError, match=re.escape(message)):
             make(kind, sizes, **options)
@@ -339,7 +339,7 @@ def test_routing_equals_transformers(version, num_groups, top_groups):
 
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("tokens", [0, 1, 48, 100])
-def test_gradients_of_the_logits_are_those_of_one_product(kind, tokens):
+def test_gradients_of_the_logits_are_those_of_a_matmul(kind, tokens):
     router = kind(5, 7, 2).double()
     x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(tokens, 7, dtype=torch.float64)
@@ -349,7 +349,7 @@ def test_gradients_of_the_logits_are_those_of_one_product(kind, tokens):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
 
 
-def test_a_narrow_input_is_kept_as_it_is_and_not_widened():
+def test_a_narrow_input_is_saved_in_its_own_dtype():
     router, kept = SoftmaxRouter(32, 8, 2), []
 
     def pack(tensor):

@@ -1,4 +1,4 @@
-"""A dense MLP made into experts: the same function at first, and a layer that learns."""
+"""Upcycling a dense MLP: the same function at first, and a layer that learns."""
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def test_a_token_uses_each_shard_of_the_copies_it_chose_once(sizes, router, grou
     used = torch.zeros(150, num_experts).scatter(1, routing.experts.flatten(0, 1), 1.0)
     used = used.view(150, num_experts // routed, routed)
     assert torch.equal(used.sum(1), torch.full((150, routed), float(top_k // routed)))
-    assert torch.equal(used, used[..., :1].expand_as(used))  # a copy whole, or nothing of it
+    assert torch.equal(used, used[..., :1].expand_as(used))  # a whole copy, or nothing of it
     if top_k < num_experts:
-        assert (used.sum(0)[:, 0] > 0).sum() > top_k // routed  # not all tokens the same copies
+        assert (used.sum(0)[:, 0] > 0).sum() > top_k // routed  # tokens use different copies
 
 
 def test_experts_are_the_mlps_features_in_order_and_the_first_are_shared():
@@ -80,12 +80,12 @@ def test_experts_are_the_mlps_features_in_order_and_the_first_are_shared():
 
 
 @ROUTERS
-def test_with_groups_the_function_stays_even_where_copies_tie_and_without_it_does_not(router):
+def test_only_with_groups_the_function_stays_where_copies_tie(router):
     mlp, x, off = make(), some_x(), {}
     for grouped in (True, False):
         layer = upcycle(mlp, 20, 4, num_shards=4, router=router, grouped=grouped)
         rows = layer.router.weight.data.view(5, 4, DIM)
-        rows[1], rows[2:] = rows[0], -0.5 * rows[:1]  # the first two are best together, or last together
+        rows[1], rows[2:] = rows[0], -0.5 * rows[:1]  # the first two tie, as the best or the worst
         y, routing = layer(x)
         off[grouped] = (y - by_hand(mlp, x)).abs().amax(-1) > 1e-12
         copies = routing.experts // 4
@@ -94,7 +94,7 @@ def test_with_groups_the_function_stays_even_where_copies_tie_and_without_it_doe
     assert off[False].sum() > 30  # of 150 tokens: some shards of one copy, some of the other
 
 
-def test_with_groups_the_function_stays_where_sigmoids_are_full():
+def test_with_groups_the_function_stays_where_sigmoids_saturate():
     mlp, x = make(torch.float32), some_x(torch.float32).abs()
     layer = upcycle(mlp, 20, 4, num_shards=4)
     layer.router.weight.data.abs_().mul_(1e4)
@@ -105,7 +105,7 @@ def test_with_groups_the_function_stays_where_sigmoids_are_full():
 
 @ROUTERS
 @pytest.mark.parametrize("grouped", [True, False])
-def test_the_router_learns_at_once_where_shards_differ_and_whole_copies_need_noise(router, grouped):
+def test_the_router_has_a_gradient_if_shards_differ_and_whole_copies_need_noise(router, grouped):
     x, direction = some_x(), some_x()
 
     def gradient(**options):
@@ -119,7 +119,7 @@ def test_the_router_learns_at_once_where_shards_differ_and_whole_copies_need_noi
     assert gradient(num_experts=8, top_k=2, noise=0.5) > 0.01
 
 
-def test_copies_part_as_they_learn_and_the_layer_comes_closer_to_its_target():
+def test_copies_diverge_in_training_and_the_loss_falls():
     layer, x = upcycle(make(), 8, 4, num_shards=4), some_x()
     target = by_hand(make(), x).detach()
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
@@ -137,7 +137,7 @@ def test_copies_part_as_they_learn_and_the_layer_comes_closer_to_its_target():
     assert len(rows.unique(dim=0)) == 8
 
 
-def test_noise_parts_copies_by_its_share_of_the_weights_and_without_it_they_are_equal():
+def test_noise_makes_copies_differ_by_its_share_of_the_weights():
     mlp, x = make(), some_x()
     plain = upcycle(mlp, 400, 2)
     assert len(plain.experts.gate_up.unique(dim=0)) == len(plain.experts.down.unique(dim=0)) == 1
@@ -202,6 +202,6 @@ def test_numbers_that_do_not_fit_are_refused(sizes, message):
         upcycle(make(), **{"num_experts": 8, "top_k": 2, **sizes})
 
 
-def test_only_a_swiglu_is_taken():
+def test_only_a_swiglu_is_accepted():
     with pytest.raises(ValueError, match=r"mlp=Linear must be a moe\.SwiGLU"):
         upcycle(torch.nn.Linear(3, 3), 8, 2)
