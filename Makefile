@@ -36,12 +36,14 @@ experiments: .venv/lm
 notebooks: .venv/dev
 	cd notebooks && for source in [0-9]*.py; do ../.venv/bin/jupytext --quiet --to ipynb --execute $$source || exit 1; done
 
-# the site: open build/site/index.html; .venv/bin/mkdocs serve shows it with its search
+# the site: open build/site/index.html; `.venv/bin/python -m mkdocs serve` also has its search
 docs: .venv/dev
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 
+# what is generated in docs and README.md
 tables: .venv/dev
 	.venv/bin/python docs/equations.py
+	.venv/bin/python -m docs.pages
 	.venv/bin/python docs/names.py
 	.venv/bin/python docs/figures.py
 	.venv/bin/python docs/claims.py

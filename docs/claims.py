@@ -85,9 +85,9 @@ def brief() -> dict[str, tuple[str, str, str]]:
     violation.append(cell("balance", "bias, proportional", "global MaxVio"))
     order = [name for name in reversed(by_loss("architectures")) if "router" not in name]
     hidden = {
-        who: float(cell("expert_choice", who, "nothing of what follows"))
-        - float(cell("expert_choice", who, "many texts in a call"))
-        for who in ("experts choose", "tokens choose")
+        who: float(cell("expert_choice", f"{who} choose", "nothing of what follows"))
+        - float(cell("expert_choice", f"{who} choose", "many texts in a call"))
+        for who in ("experts", "tokens")
     }
     all_rotated = float(cell("rope", "all turned", "absorbed is off by (worst seed)"))
     without = {
@@ -136,7 +136,7 @@ def brief() -> dict[str, tuple[str, str, str]]:
         ),
         "expert_choice": (
             "Does expert choice see the future?",
-            f"future hidden: loss +{hidden['experts choose']:.2f}; token choice +{hidden['tokens choose']:.2f}",
+            f"future hidden: loss +{hidden['experts']:.2f}; token choice +{hidden['tokens']:.2f}",
             "it leaks (arXiv 2408.15664 section 5)",
         ),
         "rope": (

@@ -1,4 +1,4 @@
-"""Make docs/explorers/cache.html and absorption.html: pages to try things on, with the packages' numbers.
+"""Generate the interactive pages docs/explorers/cache.html and absorption.html from the packages' numbers.
 
 python docs/explorers.py
 """
@@ -25,14 +25,14 @@ MODELS = (
 CACHE_TYPES = ("bf16", "fp8", "fp32")
 WEIGHT_TYPES = ("bf16", "fp8")
 GROUPS = 8
-TOKENS = 3  # in the text whose last token attends
-SEED = 272  # which makes columns that differ and numbers near one
+TOKENS = 3  # on the absorption page; the last one attends
+SEED = 272  # chosen for distinct columns and values near 1
 SMALL = AttentionConfig(num_heads=2, kv_lora_rank=4, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=3)
-COUNTED = ("deepseek-v3", "deepseek-v2-lite")  # beside the small one
+COUNTED = ("deepseek-v3", "deepseek-v2-lite")  # in addition to SMALL
 
 
 def cache() -> dict[str, Any]:
-    """What the cache page multiplies."""
+    """The data of the cache page."""
     return {
         "weight_bytes": {dtype: count.BYTES[dtype] for dtype in WEIGHT_TYPES},
         "cache_types": CACHE_TYPES,
@@ -41,7 +41,7 @@ def cache() -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """A preset's parameters, and bytes of cache a token: its own and those of other attentions."""
+    """A preset's parameters and cache bytes per token: its own, and with other attentions."""
     config = Config.preset(name).model
     kind = attention_kind(config.attention)
     return {
@@ -62,7 +62,7 @@ def attention_kind(attention: AttentionConfig) -> str:
 
 
 def rivals(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The same model with as many heads, keys and values as wide as its values now (V2 table 1)."""
+    """The same model with MHA, GQA and MQA of as many heads and the same value width (V2 table 1)."""
     heads, width = config.attention.num_heads, count.built_in_attention(config).value_dim
     found = {}
     for groups in (heads, min(heads, GROUPS), 1):
@@ -72,19 +72,19 @@ def rivals(config: ModelConfig) -> dict[str, ModelConfig]:
 
 
 def cache_bytes(config: ModelConfig) -> dict[str, int]:
-    """Bytes a token in all layers, for each type of the cache."""
+    """Cache bytes per token over all layers, for each cache dtype."""
     return {dtype: count.cache_bytes_per_token(config, dtype) for dtype in CACHE_TYPES}
 
 
 def absorption() -> dict[str, Any]:
-    """What the absorption page shows."""
+    """The data of the absorption page."""
     sizes = {"the matrices above": ModelConfig(attention=SMALL)}
     sizes |= {name: Config.preset(name).model for name in COUNTED}
     return {**attend(), "sizes": [{"name": name, **work(config)} for name, config in sizes.items()]}
 
 
 def small_attention() -> tuple[MultiheadLatentAttention, torch.Tensor]:
-    """An attention whose weights are quarters, in float64, and its input (1, TOKENS, dim)."""
+    """A float64 attention whose weights are multiples of 1/4, and its input (1, TOKENS, dim)."""
     generator = torch.Generator().manual_seed(SEED)
     attention = MultiheadLatentAttention(
         4,
@@ -103,9 +103,9 @@ def small_attention() -> tuple[MultiheadLatentAttention, torch.Tensor]:
 
 @torch.no_grad()
 def attend() -> dict[str, Any]:
-    """Each matrix on the last token's way through both forms, and what the module gives for them.
+    """Every matrix that the two forms compute for the last token, and the module's own outputs.
 
-    A column of c is a token, as in the papers; matrices of a head have the head as first axis.
+    Each column of c is a token, as in the papers; per-head matrices have the head as their first axis.
     """
     attention, x = small_attention()
     q_nope, q_rope = attention.query(x)
@@ -164,10 +164,10 @@ def attend() -> dict[str, Any]:
 
 
 def work(config: ModelConfig) -> dict[str, Any]:
-    """What a decoded token costs in one layer, as [for any context, and for each token of it].
+    """The cost of decoding a token in one layer, as [constant, per token of context].
 
-    Multiplications are a head's, as `absorbed_is_cheaper` compares them; bytes, in bf16, are those of all
-    heads' keys and values, or of the cache's entries.
+    Multiplications are per head, as in `absorbed_is_cheaper`; bytes are in bf16, for all heads' keys and
+    values or for the cache entries.
     """
     a, counted, width = config.attention, count.built_in_attention(config), count.BYTES["bf16"]
     expansion = a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
@@ -184,7 +184,7 @@ def work(config: ModelConfig) -> dict[str, Any]:
 
 
 def made(name: str) -> str:
-    """The whole of docs/explorers/{name}.html."""
+    """The content of docs/explorers/{name}.html."""
     data = {"cache": cache, "absorption": absorption}[name]()
     return page.render(FOLDER / f"{name}.template.html", data=data)
 

@@ -1,20 +1,20 @@
-"""README and docs say what the code does."""
+"""README and docs match the code: generated pages are current, references point somewhere, examples run."""
 
-import importlib.util
+import importlib
 import re
+import runpy
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
+from lm.tokenizer import ByteTokenizer
 from tests.helpers import ROOT
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"docs.{name}")
 
 
 def test_equations_page_is_current():
@@ -30,18 +30,116 @@ def test_claims_page_and_the_claims_of_the_readme_are_current():
     assert (ROOT / "README.md").read_text() == script("claims").readme()
 
 
+def test_pages_made_from_docs_source_are_current():
+    pages = script("pages").pages()
+    assert {name: (ROOT / name).read_text() for name in pages} == pages
+    made = [path for path in ROOT.glob("docs/**/*.md") if path.read_text().startswith("<!-- Generated")]
+    assert {path.relative_to(ROOT).as_posix() for path in made} == pages.keys()
+    assert {"docs/tour.md", "docs/reading/v3.md"} <= pages.keys()
+
+
+ROUTER = (ROOT / "moe" / "router.py").read_text().splitlines()
+TOPK = 1 + next(n for n, line in enumerate(ROUTER) if "# V3 eq. 16" in line)
+TEST = "`tests/moe/test_router.py::test_bias_chooses_but_never_weighs`"
+
+
+def test_a_bracket_becomes_the_code_and_a_link_to_its_line():
+    made = script("pages").filled("a\n\n[[V3 eq. 16]]\n\nb\n", "docs/reading/x.md")
+    link = f"[moe/router.py:SigmoidRouter.forward](../../moe/router.py#L{TOPK})"
+    assert made == f"a\n\n```python\n{ROUTER[TOPK - 1].strip()}\n```\n{link}\n\nb\n"
+
+
+def test_successive_brackets_from_one_function_share_a_block():
+    forward = "[[moe/router.py:SigmoidRouter.forward: topk]]\n[[V3 eq. 14]]\n"
+    made = script("pages").filled(forward + "[[V3 eq. 1]]\n", "docs/tour.md")
+    blocks = re.findall(r"```python\n(.*?)```\n\[[^]]+\]\(\.\./(.+?)#L(\d+)\)", made, re.S)
+    assert [(file, len(code.splitlines())) for code, file, _ in blocks] == [
+        ("moe/router.py", 2),
+        ("mla/attention.py", 1),
+    ]
+    assert blocks[0][2] == str(TOPK)
+
+
+def test_a_statement_of_several_lines_is_shown_whole():
+    made = script("pages").filled("[[lm/train.py:Trainer.step: loss.training_losses]]\n", "docs/tour.md")
+    code = made.partition("```python\n")[2].partition("```")[0]
+    assert code.startswith("losses, counts = ") and code.endswith("\n)\n") and len(code.splitlines()) > 2
+
+
+def test_the_name_of_a_test_becomes_a_link_to_it():
+    made = script("pages").filled(TEST, "docs/tour.md")
+    name, file, line = re.fullmatch(r"\[`(\w+)`\]\(\.\./(.+)#L(\d+)\)", made).groups()
+    assert f"def {name}(" in (ROOT / file).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("[[V3 eq. 99]]\n", "no line of code for [[V3 eq. 99]]"),
+        ("[[moe/router.py:sigmoid: cosh]]\n", "no line of code for [[moe/router.py:sigmoid: cosh]]"),
+        ("[[moe/nothing.py:f: x]]\n", "no line of code for [[moe/nothing.py:f: x]]"),
+        (f"{TEST[:-1]}_s`", f"no test {TEST[1:-1]}_s (did you mean {TEST[1:-1].partition('::')[2]!r}?)"),
+        ("`tests/moe/test_nothing.py::test_it`", "no test tests/moe/test_nothing.py::test_it"),
+    ],
+)
+def test_a_reference_to_missing_code_raises(text, said):
+    with pytest.raises(ValueError, match=re.escape(f"docs/tour.md: {said}")):
+        script("pages").filled(text, "docs/tour.md")
+
+
 def test_equations_page_finds_the_line_of_a_tag(tmp_path):
-    file = tmp_path / "part.py"
     method = '    def f(self):\n        """V3 eq. 9"""\n        return 1  # V3 eq. 5, 7-8; why\n'
-    file.write_text("class A:\n" + method)
-    assert script("equations").tags(file) == [("V3", n, "A.f", 4, "return 1") for n in (5, 7, 8)]
+    (tmp_path / "part.py").write_text(f"class A:\n{method}b = 2  # as V3 eq. 5\n")
+    expected = [("V3", n, False, "part.py", "A.f", 4, "return 1") for n in (5, 7, 8)]
+    expected.append(("V3", 5, True, "part.py", "", 5, "b = 2"))
+    assert script("equations").tags(tmp_path / "part.py", tmp_path) == expected
 
 
-def test_every_equation_of_the_papers_that_is_built_has_a_line():
-    page = script("equations").page()
-    v2, v3 = page.split("## DeepSeek-V3")
-    assert set(range(1, 21)) <= {int(n) for n in re.findall(r"^\| (\d+) \|", v3, re.M)}  # MLA 1-11, MoE 12-20
-    assert {21, 22, *range(26, 32)} <= {int(n) for n in re.findall(r"^\| (\d+) \|", v2, re.M)}
+def test_a_second_line_stands_in_the_row_of_the_first():
+    equations = script("equations")
+    places = [(False, "m/a.py", 3), (True, "m/b.py", 7), (True, "m/c.py", 9)]
+    tags = [equations.Tag("V3", 5, again, file, "f", line, "x | y") for again, file, line in places]
+    assert equations.table(tags)[-1] == (
+        "| 5 | `x \\| y` | [m/a.py:f](../m/a.py#L3) | [m/b.py:f](../m/b.py#L7), [m/c.py:f](../m/c.py#L9) |"
+    )
+    assert equations.table(tags[:1])[0] == "| equation | line | in |"
+
+
+def test_each_equation_of_attention_and_experts_in_v3_has_one_line():
+    tags = [tag for tag in script("equations").all_tags() if tag.paper == "V3" and not tag.again]
+    numbers = range(1, 21)  # MLA 1-11, MoE 12-20
+    assert Counter(tag.number for tag in tags) == dict.fromkeys(numbers, 1)
+    fast = {"mla/paged.py", "moe/fast.py"}
+    assert not [tag for tag in tags if tag.file in fast or tag.file.startswith("lm/")]
+
+
+def test_each_second_line_repeats_a_first_one():
+    tags = script("equations").all_tags()
+    first = {tag[:2] for tag in tags if not tag.again}
+    second = {tag[:2] for tag in tags if tag.again}
+    assert second and second <= first
+
+
+def test_the_equations_of_v2_that_differ_from_v3_have_a_line():
+    numbers = {tag.number for tag in script("equations").all_tags() if tag.paper == "V2"}
+    assert {21, 22, *range(26, 32)} <= numbers
+
+
+def test_the_files_on_the_path_are_those_whose_functions_are_called():
+    crossed = script("path").crossed
+    lines = (ROOT / "lm" / "tokenizer.py").read_text().count("\n")
+    assert crossed(lambda: ByteTokenizer().encode("a")) == [
+        ("lm/tokenizer.py", lines, "ByteTokenizer.encode")
+    ]
+    assert crossed(lambda: runpy.run_path(str(ROOT / "lm" / "tokenizer.py"))) == []  # importing is no call
+
+
+def test_a_forward_pass_crosses_at_most_9_files_and_1500_lines():
+    path = script("path")
+    forward, _ = path.passes()
+    assert {file for file, *_ in forward} >= path.LAST
+    read = [lines for file, lines, _ in forward if file not in path.LAST]
+    assert 5 <= len(read) <= 9 and sum(read) <= 1500
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
@@ -53,16 +151,26 @@ def test_python_on_the_page_runs(page, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-DOCS = ("docs/equations.md", "docs/checkpoints.md", "docs/claims.md", "docs/index.md", "docs/coursework.md")
-PAGES = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", *DOCS)
+TEXTS = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "exercises/README.md")
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
+PAGES = [page for page in (*TEXTS, *DOCS) if not page.startswith("docs/source/")]
+FOLDERS = "moe|mla|lm|docs|tests|experiments|benchmarks|exercises"
+FILE = re.compile(rf"\b(?:{FOLDERS})/[\w./-]+\.(?:py|toml|md|html)\b")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_within_the_project_lead_somewhere(page):
+def test_no_link_within_the_project_is_broken(page):
     text = (ROOT / page).read_text()
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
     missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_on_a_page_exist(page):
+    named = set(FILE.findall((ROOT / page).read_text()))
+    mine = re.compile(r"/(test_)?my_\w+\.")  # files that a reader is to write
+    assert not [name for name in named if not (ROOT / name).exists() and not mine.search(name)]
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
