@@ -1,10 +1,10 @@
-"""Memory of a train step beside transformers' DeepseekV3: what is kept for the backward pass, and the peak.
+"""Memory of a train step compared with transformers' DeepseekV3: saved activations and the peak.
 
 python -m benchmarks.memory  ->  benchmarks/results/memory-CPU.json
 
-Each peak is measured in a process of its own, above what that process holds before the model is made:
-weights, gradients, both moments of AdamW, and all that three steps of 16 x 256 tokens need. "trimmed": where
-freed memory is given back at once; otherwise the C library keeps a part of it, more or less by chance.
+Each peak is measured in a separate process, above its memory before the model is created: weights,
+gradients, both moments of AdamW, and everything else in three steps of 16 x 256 tokens. "trimmed" returns
+freed memory to the system at once; otherwise the C library keeps an unpredictable part of it.
 """
 
 import argparse
@@ -31,12 +31,12 @@ TRIMMED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072
 
 
 def saved_bytes(run: Callable[[], object], without: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of run(), each storage once; without the given ones."""
+    """Bytes that autograd saves in run() for the backward pass, each storage once, without those given."""
     known = {tensor.untyped_storage().data_ptr() for tensor in without}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -45,7 +45,7 @@ def saved_bytes(run: Callable[[], object], without: list[Tensor]) -> int:
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, float]:
-    """Three train steps of one candidate in this process -> megabytes of the peak, and kept by the last."""
+    """Run three train steps of a candidate in this process -> megabytes at the peak and saved by the last"""
     if name.startswith("transformers"):
         from transformers import DeepseekV3ForCausalLM  # noqa: F401
     build_optimizer(torch.nn.Linear(8, 8), TrainConfig())  # all imports and libraries count as idle
@@ -80,7 +80,7 @@ def measure(name: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def in_a_process(name: str, dtype: str, environment: dict[str, str]) -> dict[str, float]:
-    """`measure` in a new process with more in its environment."""
+    """`measure` in a new process with these environment variables."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, dtype],
         env={**os.environ, **environment}, capture_output=True, text=True, check=True,
@@ -89,7 +89,7 @@ def in_a_process(name: str, dtype: str, environment: dict[str, str]) -> dict[str
 
 
 def main() -> None:
-    """All measurements, printed and written."""
+    """Run all measurements, print and save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=2, metavar=("CANDIDATE", "DTYPE"))
     one = parser.parse_args().one

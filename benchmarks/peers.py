@@ -1,4 +1,4 @@
-"""The same model in transformers, to be equal to and to be measured beside."""
+"""The same model in transformers, and other rivals to compare with."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def deepseek_v3(ours: Transformer, experts: str = "grouped_mm", attention: str =
 
 
 def renamed(ours: Transformer) -> dict[str, Tensor]:
-    """Our weights under transformers' names."""
+    """Our weights by transformers' names."""
     found: dict[str, Tensor] = {
         "model.embed_tokens.weight": ours.embedding.weight,
         "model.norm.weight": ours.norm.weight,
@@ -102,7 +102,7 @@ def renamed(ours: Transformer) -> dict[str, Tensor]:
 
 
 def speed_model() -> ModelConfig:
-    """The 18.1 M parameters that speed is measured on: DeepSeek-V3's shape at a laptop's size."""
+    """The model of the speed benchmarks: DeepSeek-V3's shape with 18.1 M parameters."""
     return build(
         ModelConfig,
         {
@@ -127,12 +127,12 @@ def speed_model() -> ModelConfig:
                 "num_groups": 4,
                 "top_groups": 2,
             },
-        }
+        },
     )
 
 
 def with_attention(config: ModelConfig, heads: int) -> Transformer:
-    """The same model with grouped-query attention, of so many key-value heads: all is MHA, 1 is MQA."""
+    """The model with grouped-query attention of `heads` key-value heads; num_heads is MHA, 1 is MQA."""
     c = config.attention
     head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
     gqa = AttentionConfig(kind="gqa", num_heads=c.num_heads, num_kv_heads=heads, head_dim=head_dim)
@@ -142,7 +142,7 @@ def with_attention(config: ModelConfig, heads: int) -> Transformer:
 
 
 def loop_over_experts(layer: MoE, x: Tensor) -> Tensor:
-    """A MoE layer as it is often taught: for each expert, find its tokens, run them, add the results up."""
+    """A MoE layer as a loop over the experts: find each one's tokens, run them, add up the results."""
     routing, experts = layer.router(x), layer.experts
     y = torch.zeros_like(x)
     for i in range(experts.num_experts):

@@ -1,8 +1,7 @@
-"""Where the time of a train step goes: torch.profiler's operators, in fp32 and bf16 autocast.
+"""Time per operator of a train step by torch.profiler, in fp32 and bf16 autocast.
 
 python -m benchmarks.profile  ->  benchmarks/results/profile-CPU.json
 """
-
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +18,7 @@ STEPS, SHOWN = 3, 25
 
 
 def operators(dtype: torch.dtype) -> list[dict]:
-    """The operators of a train step of 16 x 256 tokens by their own time, the longest first."""
+    """The operators of a train step of 16 x 256 tokens, by their own time in descending order."""
     model = Transformer(speed_model())
     model.initialize(torch.Generator().manual_seed(0))
     optimizer = build_optimizer(model, TrainConfig())
@@ -52,7 +51,7 @@ def operators(dtype: torch.dtype) -> list[dict]:
 
 
 def main() -> None:
-    """Both tables, printed and written."""
+    """Profile both dtypes, print and save the tables."""
     found: dict = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = f"train step, 18M, {dtype}, batch 16 x 256"

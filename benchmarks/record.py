@@ -1,4 +1,4 @@
-"""How a benchmark is asked for, and how its result is written."""
+"""Options of a benchmark, and the file of its result."""
 
 import argparse
 import json
@@ -12,18 +12,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def options(description: str | None, rounds: int) -> argparse.Namespace:
-    """The options of a benchmark that is made of turns -> .rounds (1 if quick), .quick, .out"""
+    """Parse the options of a benchmark that runs in rounds -> .rounds (1 if quick), .quick, .out"""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--quick", action="store_true", help="little, once: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the result")
+    parser.add_argument("--quick", action="store_true", help="one round at small sizes, as a test")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     given = parser.parse_args()
     given.rounds = 1 if given.quick else given.rounds
     return given
 
 
 def commit() -> str:
-    """The commit that is measured; "" outside a clone."""
+    """The current commit; "" outside a clone."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS)
@@ -33,7 +33,7 @@ def commit() -> str:
 
 
 def write(name: str, found: dict[str, Any], folder: Path = RESULTS) -> None:
-    """A result with its machine, as NAME-CPU.json."""
+    """Write a result with its machine as NAME-CPU.json."""
     facts = machine.describe()
     kind = str(facts["cpu_capability"]).lower().replace(" ", "-")
     whole = {"machine": facts, "commit": commit(), **found}

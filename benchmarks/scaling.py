@@ -1,4 +1,4 @@
-"""How time and memory grow: experts, width and tokens of a MoE layer; context and batch of decoding.
+"""Scaling of time and memory: experts, width and tokens of a MoE layer; context and batch of decoding.
 
 python -m benchmarks.scaling [--rounds N] [--quick]  ->  benchmarks/results/scaling-CPU.json
 """
@@ -20,17 +20,17 @@ from . import record
 from .peers import loop_over_experts
 from .speed import copy_rate, in_turns, matmul_rate
 
-TOP_K, WIDTH, DIM, TOKENS = 4, 128, 256, 4096  # of the layer that speed is measured on; an axis changes one
+TOP_K, WIDTH, DIM, TOKENS = 4, 128, 256, 4096  # the layer of benchmarks.speed; each axis changes one
 CONTEXTS = (256, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def best(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, the best of its turns."""
+    """Milliseconds of each, best of the rounds."""
     return {name: round(1e3 * min(values), 4) for name, values in in_turns(calls, rounds).items()}
 
 
 def layers(experts: int, dim: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Forward and backward of our layer, of the loop over its experts, and of a dense MLP as active."""
+    """Forward and backward of our layer, of a loop over its experts and of a dense MLP of equal width."""
     layer = MoE(SigmoidRouter(dim, experts, TOP_K), Experts(experts, dim, WIDTH))
     dense = SwiGLU(dim, TOP_K * WIDTH)
     x = torch.randn(tokens, dim, requires_grad=True)
@@ -44,7 +44,7 @@ def layers(experts: int, dim: int, tokens: int, rounds: int) -> dict[str, float]
 
 
 def attentions() -> dict[str, Any]:
-    """The attentions of benchmarks.peers.speed_model, and its rivals, with one head's width alike."""
+    """The attention of benchmarks.peers.speed_model and its rivals, with equal head width."""
     sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
     return {
         "MLA": MultiheadLatentAttention(DIM, 8, **sizes, q_lora_rank=128),
@@ -54,7 +54,7 @@ def attentions() -> dict[str, Any]:
 
 
 class Expanded(nn.Module):
-    """MLA decoding as it is often written: keys and values of the whole past made anew at each step."""
+    """MLA decoding that expands keys and values of the whole past at each step."""
 
     def __init__(self, attention: MultiheadLatentAttention):
         super().__init__()
@@ -64,7 +64,7 @@ class Expanded(nn.Module):
 
 @torch.inference_mode()
 def decode(context: int, batch: int, rounds: int) -> dict[str, Any]:
-    """One more token of each text in one attention layer: time, and bytes of cache a token."""
+    """A decode step of one attention layer: time, and bytes of cache."""
     calls: dict[str, Callable[[], object]] = {}
     size: dict[str, int] = {}
     for name, attention in attentions().items():
@@ -79,7 +79,7 @@ def decode(context: int, batch: int, rounds: int) -> dict[str, Any]:
         label = "MLA absorbed" if name == "MLA" else name
         calls[label] = lambda a=attention, x=x, pool=pool, plan=plan, run=step.run: run(a, x, pool, plan)
         size[label] = pool[0, :, 0].nbytes
-    if context <= 8192:  # beyond, it takes seconds a step
+    if context <= 8192:  # beyond that, a step takes seconds
         attention = Expanded(attentions()["MLA"]).attention
         cache = attention.new_cache(batch, context + 1)
         cache.entries.normal_()
@@ -96,7 +96,7 @@ def decode(context: int, batch: int, rounds: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def crossing(past: int, queries: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Absorbed against expanded, queries behind a past: where do they cross, and where by arithmetic?"""
+    """Absorbed against expanded attention by number of queries: the measured and the predicted crossing."""
     attention = attentions()["MLA"]
     found: dict[str, Any] = {"past": past, "queries": {}}
     for time in queries:
@@ -118,7 +118,7 @@ def crossing(past: int, queries: tuple[int, ...], rounds: int) -> dict[str, Any]
 
 
 def main() -> None:
-    """All curves, printed and written."""
+    """Run all measurements, print and save them."""
     options = record.options(__doc__, rounds=7)
     rounds = options.rounds
     some = slice(2) if options.quick else slice(None)

@@ -1,4 +1,4 @@
-"""Train step, MoE layer, decoding and engine beside their peers: same sizes, weights and dtype, in turns.
+"""Train step, MoE layer, decoding and engine against peers of equal sizes, weights and dtype, in turns.
 
 python -m benchmarks.speed [--rounds N] [--quick]  ->  benchmarks/results/speed-CPU.json
 """
@@ -25,11 +25,11 @@ from moe import SwiGLU
 from . import record
 from .peers import deepseek_v3, loop_over_experts, speed_model, with_attention
 
-RUN = 8  # decoding steps in a row: text is not written a token from each of two models in turn
+RUN = 8  # consecutive decode steps per turn: alternating models at every token would be unrealistic
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates in turns; a first round is not counted."""
+    """Seconds of each call, with the candidates in turns; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, call in candidates.items():
@@ -41,7 +41,7 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def summary(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
-    """Best and median of each, and how many times as fast the first is: by the medians and by the best."""
+    """Best and median of each, and the speed-up of the first over the others, by median and by best."""
     found: dict[str, Any] = {
         name: {
             "best_ms": round(1e3 * min(values), 3),
@@ -58,7 +58,7 @@ def summary(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
 
 
 def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int, batch: int = 16) -> dict:
-    """Forward, backward, AdamW: ours and transformers' with each of its experts, on new tokens each time."""
+    """Forward, backward and AdamW: ours, and transformers with each experts implementation, on new tokens."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     context = 256
@@ -87,7 +87,7 @@ def train_step(config: ModelConfig, dtype: torch.dtype, rounds: int, batch: int 
 
 
 def moe_layer(config: ModelConfig, dtype: torch.dtype, rounds: int, tokens: int = 4096) -> dict:
-    """Forward and backward of a MoE layer, a loop over its experts, and a dense MLP of equal active width."""
+    """Forward and backward of a MoE layer, of a loop over its experts and of a dense MLP of equal width."""
     layer = build_moe(config.dim, config.moe)
     width = (config.moe.top_k + config.moe.num_shared_experts) * config.moe.hidden_dim
     dense = SwiGLU(config.dim, width)
@@ -113,26 +113,26 @@ def moe_layer(config: ModelConfig, dtype: torch.dtype, rounds: int, tokens: int 
 def at_context(
     model: Transformer, context: int, batch: int, steps: int, compile: bool = False
 ) -> Callable[[], Any]:
-    """A call that decodes one token more of `batch` texts of so many tokens, with entries drawn at random."""
+    """A function that decodes one token for `batch` rows of `context` tokens, with random cache entries."""
     engine = Engine(model, batch, batch * (context + steps + 64), compile)
     requests: list[Request] = []
     for row in range(batch):
         requests.append(engine.submit([row], steps + 1))
         if not engine.let_in(requests[-1]):
-            raise RuntimeError("no room for a request")
+            raise RuntimeError("no free pages for a request")
     rows = [request.row for request in requests]
     engine.pages.grow(rows, context)
     for pool in engine.pools:
         pool.normal_()
     for request in requests:
         request.row.length = context
-        request.text = [0] * (context + steps + 1)
+        request.sequence = [0] * (context + steps + 1)
     return lambda: engine.read(requests, 1)
 
 
 @torch.inference_mode()
 def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
-    """One token more at a context, fp32: ours as it is, compiled, with MHA and with GQA, and transformers."""
+    """A decode step at a context length, fp32: ours eager, compiled, with MHA, with GQA, and transformers."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     theirs = deepseek_v3(ours)
@@ -160,7 +160,7 @@ def decode(config: ModelConfig, context: int, batch: int, rounds: int) -> dict:
 
 @torch.inference_mode()
 def long_context(config: ModelConfig, rounds: int, contexts: tuple[int, ...]) -> dict:
-    """Decoding at ever longer contexts, fp32, batch 1: seconds beside copying the latents that it reads."""
+    """Decode steps at several contexts, fp32, batch 1, and the time to copy the latents that they read."""
     ours = Transformer(config)
     ours.initialize(torch.Generator().manual_seed(0))
     steps = RUN * (rounds + 1)
@@ -181,7 +181,7 @@ def long_context(config: ModelConfig, rounds: int, contexts: tuple[int, ...]) ->
 
 
 def engine(config: ModelConfig, rounds: int, requests: int = 64) -> dict:
-    """Requests of unequal length, all at once and one by one: tokens a second; and a shared beginning."""
+    """Requests of different lengths, in one batch and one by one; and requests with a common prefix."""
     model = Transformer(config)
     model.initialize(torch.Generator().manual_seed(0))
     draw = random.Random(0)
@@ -223,14 +223,14 @@ def engine(config: ModelConfig, rounds: int, requests: int = 64) -> dict:
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of this machine's best of 20 products of 1024 x 1024."""
+    """GFLOP/s of the best of 20 products of 1024 x 1024."""
     a = torch.randn(1024, 1024).to(dtype)
     seconds = in_turns({"matmul": lambda: torch.mm(a, a)}, 20)["matmul"]
     return round(2 * 1024**3 / min(seconds) / 1e9, 1)
 
 
 def copy_rate() -> float:
-    """GB/s of copying 256 MB, read and written."""
+    """GB/s of copying 256 MB, counting reads and writes."""
     a = torch.ones(2**26)
     b = torch.empty_like(a)
     seconds = in_turns({"copy": lambda: b.copy_(a)}, 10)["copy"]
@@ -238,7 +238,7 @@ def copy_rate() -> float:
 
 
 def main() -> None:
-    """All measurements, printed and written."""
+    """Run all measurements, print and save them."""
     options = record.options(__doc__, rounds=9)
     rounds = options.rounds
     native = machine.pick_dtype("auto", torch.device("cpu"))

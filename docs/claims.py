@@ -18,12 +18,12 @@ NOT_HERE = "Does not reproduce here, because"  # begins a paragraph that comes a
 HEAD = """# The claims, measured
 
 Made by `python docs/claims.py` from the result files in [experiments/results](../experiments/results), which
-hold every training with its seed, and the machine. Losses are nats a byte on four held-out plays where
-nothing else is said, as mean ± standard error over seeds; differences are taken seed by seed, since models of
-one seed see the same text in the same order. "As claimed" is yes where every seed agrees with the prediction,
-no where every seed says the opposite of a part of it. The models are those of the preset `mini`, changed in
-what is compared, in `rivals` and `convert` of `toy`. To repeat one: `lm experiment NAME`, all: `make
-experiments`; trainings that are kept in runs/experiments are taken from there.
+hold every training with its seed, and the machine. Unless stated otherwise, a loss is in nats per byte on four
+held-out plays, as mean ± standard error over seeds. Differences are taken seed by seed, since models of one
+seed see the same text in the same order. "As claimed" is yes where every seed agrees with the prediction, and
+no where every seed contradicts a part of it. The models are variants of the preset `mini`; in `rivals` and
+`convert`, of `toy`. `lm experiment NAME` repeats one, `make experiments` all; trainings that are kept in
+runs/experiments are reused.
 """
 
 

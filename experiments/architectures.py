@@ -2,19 +2,20 @@
 
 lm experiment architectures [--quick]  ->  experiments/results/architectures.json and .png
 
-Claim: with 16 experts of a dense model's width, or as many parts of them, trained on 100 B tokens, the loss
-on the Pile is 2.060 (dense), 1.932 (Hash), 1.881 (Switch), 1.867 (GShard), 1.808 (DeepSeekMoE) (DeepSeekMoE,
-arXiv 2401.06066 table 1). Prediction: the same order.
+Claim: with 16 experts as wide as the dense model's MLP, or the same width split finer, trained on 100 B
+tokens, the loss on the Pile is 2.060 (dense), 1.932 (Hash), 1.881 (Switch), 1.867 (GShard), 1.808
+(DeepSeekMoE) (DeepSeekMoE, arXiv 2401.06066 table 1). Prediction: the same order.
 
-As there, all but the dense model have the same parameters (within 1 %, rows of the router), GShard and
-DeepSeekMoE the same at work (within 4 %: two of the dense model's MLP), dense, Hash and Switch half of that;
-here of 32 such experts, there of 16. No expert is full; GShard leaves out a second expert at random, as its
-paper says. DeepSeekMoE has V3's sigmoids and bias, so beside it stands GShard's shape with that router.
+As in the paper, all but the dense model have the same parameters (within 1 %, rows of the router). GShard and
+DeepSeekMoE have the same active parameters (within 4 %: two MLPs of the dense model); dense, Hash and Switch
+have half of them. Here there are 32 such experts, in the paper 16. No expert has a capacity limit; GShard
+drops a second expert at random, as in its paper. DeepSeekMoE uses V3's sigmoid router with a bias, so a
+control has GShard's shape with that router.
 
-Does not reproduce here, because tokens are bytes: the paper's table sends thousands of arbitrary tokens to an
-expert, this one two or three letters, so that each letter has nearly an MLP of its own, without anything to
-learn for a router. The others stand in the published order; of GShard, Hash and DeepSeekMoE three seeds
-cannot tell neighbours apart, and most of DeepSeekMoE's lead over GShard is its router's.
+Does not reproduce here, because tokens are bytes: the paper's Hash sends thousands of arbitrary tokens to
+each expert, this one two or three letters, so that each letter nearly has its own MLP and a router has
+nothing to learn. The others follow the published order. Three seeds do not separate neighbours among
+GShard, Hash and DeepSeekMoE, and most of DeepSeekMoE's lead over GShard comes from its router.
 """
 
 import itertools
@@ -30,7 +31,7 @@ ASIDE = "GShard's shape, DeepSeekMoE's router"
 
 
 def models(config: Config) -> dict[str, Config]:
-    """The five, from the DeepSeekMoE, of whose experts half of a token's are one MLP of the others."""
+    """The five models, from a DeepSeekMoE: half of its active experts are as wide as one other MLP."""
     moe = config.model.moe
     parts = (moe.top_k + moe.num_shared_experts) // 2
     width, number = parts * moe.hidden_dim, (moe.num_experts + moe.num_shared_experts) // parts
@@ -55,7 +56,7 @@ def models(config: Config) -> dict[str, Config]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the five."""
+    """Train the five models and the control."""
     given = common.options(__doc__, 600, arguments)
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     answer = [
         f"From the highest loss to the lowest: {', '.join(order)} ({same}). {'; '.join(steps)}.",
         f"DeepSeekMoE's router alone lowers GShard's loss by {alone}.",
-        f"The text has {number} different bytes: each of Hash's experts has {each:.1f} of them on average.",
+        f"The text has {number} different bytes: {each:.1f} per expert of Hash on average.",
     ]
     table = [["", "parameters", "active", "held-out loss", "published, of another text"]]
     for name, config in configs.items():

@@ -1,16 +1,16 @@
-"""What keeps experts busy, and at what cost in loss?
+"""What balances the expert load, and at what cost in loss?
 
 lm experiment balance [--quick]  ->  experiments/results/balance.json and .png
 
 Claim: the selection bias alone balances the load, at no cost in loss: MaxVio over a held-out text goes from
 0.72 with a balance loss to 0.04, perplexity from 9.56 to 9.50 (arXiv 2408.15664 table 2; DeepSeek-V3 section
-2.1.2). Prediction: with the bias update the global MaxVio is at most 0.1, the loss not above that with the
-Switch loss, and without any method both are worse. The step of V3's update, by the sign of the gap, is fixed,
-and as large as a bias wanders; in so short a training only a step in proportion to the gap comes to rest.
+2.1.2). Prediction: with the bias update the global MaxVio is at most 0.1 and the loss is not above that with
+the Switch loss; without any method both are worse. V3's update, by the sign of the gap, has a fixed step, and
+the bias keeps fluctuating by that much. In so short a training only a step proportional to the gap converges.
 
-The global MaxVio counts the whole held-out text, a batch's only one batch of training: batches that are each
-uneven in another way are even together. Dead experts are those that the held-out text never goes to, of both
-layers, in the worst seed.
+The global MaxVio counts the whole held-out text, a batch's only one training batch: batches that are each
+uneven in a different way are balanced together. Dead experts receive no token of the held-out text; both
+layers are counted, in the worst seed.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from moe import balance, metrics
 from . import common
 
 OFF = {"bias_update_rate": 0.0, "sequence_loss": 0.0}
-QUARTERS = {"accumulation": 4}  # the step in four passes: of one pass, the load is another than of all
+QUARTERS = {"accumulation": 4}  # the step in four passes: a pass has a different load than the step
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "Switch loss, 0.001": {"switch_loss": 0.001},
@@ -48,7 +48,7 @@ AUXILIARY, SIGN, GAP = "Switch loss, 0.01", "bias, by sign", "bias, proportional
 
 @torch.no_grad()
 def load(model: Transformer, config: Config) -> dict[str, Any]:
-    """How the held-out text spreads over the experts of each layer."""
+    """How the held-out text is distributed over the experts of each layer."""
     windows = common.validation(config)
     counts: list[torch.Tensor] = []
     model.eval()
@@ -65,12 +65,12 @@ def load(model: Transformer, config: Config) -> dict[str, Any]:
 
 
 def in_quarters(config: Config) -> Config:
-    """Where a step is made in several passes, each on its part of the batch."""
+    """Split the batch over the passes of a step."""
     return common.changed(config, train={"batch_size": config.train.batch_size // config.train.accumulation})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train by each method, and look at the load."""
+    """Train with each method and measure the load."""
     given = common.options(__doc__, 600, arguments)
     base = common.base(given)
     few = ("none", AUXILIARY, "global-batch loss, 0.01, in quarters", SIGN, GAP)
@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     less = [common.shown(common.paired(rows, AUXILIARY, name), 4) for name in (SIGN, GAP)]
     answer = [
         f"Global MaxVio of the worse layer is {none} without any method, {auxiliary} with the Switch loss of "
-        f"weight 0.01, {sign} with a bias that moves by a fixed step, {gap} with one that moves by the gap.",
-        f"The loss with the Switch loss is above that with these biases by {less[0]} and {less[1]}.",
+        f"weight 0.01, {sign} with a fixed bias step, {gap} with a bias step proportional to the gap.",
+        f"The loss with the Switch loss is above those with these bias updates by {less[0]} and {less[1]}.",
     ]
     table = [["", "global MaxVio", "MaxVio of a batch", "dead experts", "held-out loss"]]
     for name in names:

@@ -5,11 +5,11 @@ lm experiment cache [--quick]  ->  experiments/results/cache.json and .png
 Claim: "MLA stores more data with less memory" (of DeepSeek-V3, in the news); with a cache of 4 to 14 % of
 MHA's it is better than MHA, while GQA and MQA are worse (DeepSeek-V2, arXiv 2405.04434 tables 8 and 9).
 Prediction: at equal parameters there is a rank at which MLA's loss is MHA's within one standard error, with
-at most 0.15 of its bytes, and with fewer than GQA needs for the same.
+at most 0.15 of its bytes, and fewer than GQA needs for the same.
 
-8 heads of 16; the MLPs are dense, and what an attention has less in weights they have more. At this size that
-makes GQA and MQA better than MHA, where V2's table 8, at 7 B, has them worse: a small cache costs no loss in
-either way, and MLA's is the smaller.
+8 heads of 16. The MLPs are dense, and wider where the attention has fewer weights. At this size that makes
+GQA and MQA better than MHA, while they are worse in V2's table 8, at 7 B. Neither kind of small cache costs
+any loss here, and MLA's is the smaller one.
 """
 
 import argparse
@@ -28,12 +28,12 @@ HEADS = 8
 GROUPS = {"MHA": 8, "GQA, 4 groups": 4, "GQA, 2 groups": 2, "MQA": 1}
 RANKS = (8, 16, 26)
 ROPE = 12  # dims of MLA's shared key
-THETA = 100.0  # of all, so that their slowest pairs turn within a text of 128 bytes, too
+THETA = 100.0  # so that the slowest pairs rotate within 128 bytes, too
 BATCH, CONTEXT = 8, 2048  # of the timed decoding
 
 
 def models(config: Config) -> dict[str, Config]:
-    """Each attention in the model, all with MHA's parameters."""
+    """The model with each attention, all with MHA's parameters."""
     dense = {"num_dense_layers": config.model.num_layers, "hidden_dim": 256}
     base = common.changed(config, model=dense, rope={"theta": THETA})
     heads = {"num_heads": HEADS, "head_dim": 16, "q_lora_rank": 0}
@@ -50,7 +50,7 @@ def models(config: Config) -> dict[str, Config]:
 
 
 def filled_up(config: Config, parameters: int) -> Config:
-    """The model with its MLPs as wide as brings it nearest to so many parameters."""
+    """The model with its MLPs widened to come closest to `parameters`."""
     model = config.model
     a_column = 3 * model.dim * model.num_dense_layers
     wider = round((parameters - count.total_parameters(model)) / a_column)
@@ -58,7 +58,7 @@ def filled_up(config: Config, parameters: int) -> Config:
 
 
 def bytes_per_token(config: Config) -> int:
-    """Of the caches of all layers, by making them."""
+    """Bytes of all layers' caches per token, measured on real caches."""
     model = Transformer(config.model)
     one, many = (sum(cache.nbytes for cache in model.new_caches(1, length)) for length in (1, 1001))
     return (many - one) // 1000
@@ -66,7 +66,7 @@ def bytes_per_token(config: Config) -> int:
 
 @torch.no_grad()
 def decode_seconds(configs: dict[str, Config], context: int, rounds: int) -> dict[str, float]:
-    """The quickest step of decoding after a context, the models taking turns."""
+    """The fastest decode step at a context length, with the models measured in turns."""
     prepared: dict[str, tuple[Any, Any]] = {}
     for name, config in configs.items():
         model = Transformer(config.model).eval()
@@ -83,7 +83,7 @@ def decode_seconds(configs: dict[str, Config], context: int, rounds: int) -> dic
 
 
 def smallest_as_good(losses: dict[str, list[float]], sizes: dict[str, int], kind: str) -> str | None:
-    """Of a kind's models, that with the least cache whose loss is at most MHA's, within a standard error.
+    """A kind's model with the smallest cache whose loss is at most MHA's, within one standard error.
 
     The error is that of the difference, seed by seed.
     """
@@ -95,7 +95,7 @@ def smallest_as_good(losses: dict[str, list[float]], sizes: dict[str, int], kind
 
 
 def answers(losses: dict[str, list[float]], sizes: dict[str, int]) -> list[str]:
-    """What the figures say of the prediction."""
+    """The findings in sentences."""
     found = []
     for kind in ("MLA", "GQA", "MQA"):
         name = smallest_as_good(losses, sizes, kind)
@@ -110,7 +110,7 @@ def answers(losses: dict[str, list[float]], sizes: dict[str, int]) -> list[str]:
 
 
 def draw(losses: dict[str, list[float]], sizes: dict[str, int], given: argparse.Namespace) -> None:
-    """Loss against bytes a token."""
+    """Plot loss against bytes per token."""
     figure, axis = common.plt.subplots(figsize=(6, 3.6))
     of_mla = [name for name in losses if name.startswith("MLA")]
     for kind, names in (("MLA", of_mla), ("MHA, GQA, MQA", [name for name in losses if name in GROUPS])):
@@ -120,7 +120,7 @@ def draw(losses: dict[str, list[float]], sizes: dict[str, int], given: argparse.
             label = name.replace("MLA, ", "")
             axis.annotate(label, (sizes[name], mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("bytes of cache a token, fp32")
+    axis.set_xlabel("bytes of cache per token, fp32")
     axis.set_ylabel("held-out loss, nats a byte")
     axis.legend(frameon=False)
     common.tidy(axis)
@@ -128,7 +128,7 @@ def draw(losses: dict[str, list[float]], sizes: dict[str, int], given: argparse.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train with each attention, count its cache, time its decoding."""
+    """Train with each attention, measure its cache, time its decoding."""
     given = common.options(__doc__, 2400, arguments)
     configs = models(common.base(given))
     if given.quick:
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = decode_seconds(configs, *((64, 2) if given.quick else (CONTEXT, 20)))
     rows = common.train_all(configs, given)
     losses = common.last(rows)
-    head = ["", "parameters", "bytes a token", "of MHA's", "million tokens a GiB", "ms a decoding step"]
+    head = ["", "parameters", "bytes a token", "of MHA's", "million tokens a GiB", "ms per decode step"]
     table = [[*head, "held-out loss"]]
     for name, config in configs.items():
         share, tokens = f"{sizes[name] / sizes['MHA']:.3f}", f"{2**30 / sizes[name] / 1e6:.2f}"

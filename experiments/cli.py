@@ -1,4 +1,4 @@
-"""`lm experiment`: list the files of this folder, run one."""
+"""`lm experiment`: list the experiments in this folder, or run one."""
 
 import ast
 from pathlib import Path
@@ -8,20 +8,20 @@ from lm.parts import import_here
 
 
 def main(arguments: list[str]) -> int:
-    """Run the experiment that is named first, with what follows; without a name, list them -> exit status"""
+    """Run the experiment NAME with its options, or list all without a name -> exit status"""
     folder = Path("experiments")
     known: dict[str, str] = {}
     for path in sorted(folder.glob("*.py")):
         if path.stem not in ("common", "cli"):
             try:
                 known[path.stem] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-            except (SyntaxError, ValueError) as error:  # half written: no matter to the others
+            except (SyntaxError, ValueError) as error:  # unfinished: the others still run
                 known[path.stem] = f"(cannot be read: {error})"
     if not known:
         raise ValueError(f"{folder.absolute()}: no experiments here; run this in the project's folder")
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: lm experiment NAME ... (lm experiment NAME --help tells its options)\n")
+        print("usage: lm experiment NAME ... (lm experiment NAME --help shows its options)\n")
         print("\n".join(f"  {name:16}{(text.splitlines() or [''])[0]}" for name, text in known.items()))
         return 0
     if name.startswith("-"):

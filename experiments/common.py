@@ -1,4 +1,4 @@
-"""What experiments share: trainings over several seeds, kept; timings in turns; what the curves say."""
+"""Shared by the experiments: cached trainings over several seeds, interleaved timings, statistics, plots."""
 
 import argparse
 import concurrent.futures.process
@@ -39,9 +39,9 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).parent.parent / "runs" / "experiments"
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 freedoms
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, degrees of freedom 1..9
 QUICK_STEPS = 8
-STOPPED: list[int] = []  # in a worker: what ended its last training, after which it begins no other
+STOPPED: list[int] = []  # in a worker: the signal that stopped its training; it starts no other
 Measure = Callable[[Transformer, Config], dict[str, Any]]
 
 
@@ -51,23 +51,23 @@ def options(
     """The options of an experiment -> .steps, .seeds, .jobs, .quick, .out, .runs"""
     shown = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("lm experiment", description=description, formatter_class=shown)
-    parser.add_argument("--steps", type=int, default=steps, help=f"of the longest training; {steps}")
+    parser.add_argument("--steps", type=int, default=steps, help=f"steps of the longest training; {steps}")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each model, 2 to 10; 3")
     cores = os.cpu_count()
-    parser.add_argument("--jobs", type=int, default=cores, help=f"trainings at once, on a core each; {cores}")
-    parser.add_argument("--quick", action="store_true", help="a few steps of tiny models: does it run?")
+    parser.add_argument("--jobs", type=int, default=cores, help=f"parallel trainings, one core each; {cores}")
+    parser.add_argument("--quick", action="store_true", help="a few steps of tiny models, as a test")
     parser.add_argument("--out", type=Path, help="folder for the result and its picture; experiments/results")
     parser.add_argument(
         "--runs",
         type=Path,
         default=RUNS,
-        help="where trainings are kept, to be taken again by their config;\n"
-        "another folder, or an empty one, after a change of code; runs/experiments",
+        help="folder of the trainings, reused if their config is the same;\n"
+        "use another one after a change of code; runs/experiments",
     )
     given = parser.parse_args(arguments)
     if given.quick:
         given.steps, given.seeds = QUICK_STEPS, 2
-    if given.out is None:  # what means nothing must not take the place of a result
+    if given.out is None:  # a quick run must not overwrite a result
         given.out = given.runs / "quick" if given.quick else RESULTS
     for name, least, most in (("steps", 8, 10**9), ("seeds", 2, 10), ("jobs", 1, 10**4)):
         if not least <= getattr(given, name) <= most:
@@ -83,7 +83,7 @@ def options(
 
 
 def base(given: argparse.Namespace) -> Config:
-    """Where an experiment's models start from: the preset mini; to be quick, nano on a short text."""
+    """The config that an experiment changes: the preset mini, or with --quick nano on a short text."""
     if not given.quick:
         return Config.preset("mini")
     text = given.runs / "short.txt"
@@ -100,7 +100,7 @@ def base(given: argparse.Namespace) -> Config:
 
 
 def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """The config with other numbers: model=, attention=, rope=, moe=, train=, data=, each a table."""
+    """The config with changes in model=, attention=, rope=, moe=, train=, data=, each a table."""
     model = dict(sections.pop("model", {}))
     for name in {"attention", "rope", "moe"} & sections.keys():
         model[name] = dataclasses.replace(getattr(config.model, name), **sections.pop(name))
@@ -110,7 +110,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 
 def with_steps(config: Config, steps: int, seed: int) -> Config:
-    """The same training for so many steps, with its own rise and fall of the learning rate."""
+    """The training with this number of steps and seed, and its own learning-rate schedule."""
     never = steps + 1
     warmup = min(config.train.warmup, steps // 4)
     return changed(
@@ -126,14 +126,14 @@ def train_all(
     budgets: Mapping[str, Sequence[float]] | None = None,
     measure: Measure | None = None,
 ) -> list[dict[str, Any]]:
-    """Each of the trainings, with each seed -> a row for each
+    """Train each config with each seed -> a row for each
 
-    They run in processes of their own, with one thread each, so that the numbers do not depend on how many
-    run at once. What was trained before, by this experiment or another, is taken from `given.runs`.
+    Trainings run in separate processes with one thread each, so that results do not depend on the number of
+    jobs. Trainings found in `given.runs`, of this experiment or another, are reused.
 
     Args:
-        budgets: by name, shares of the steps, each a training of its own; else all of them.
-        measure: adds to a row what it finds in the trained model.
+        budgets: by name, the shares of the steps to train for, each separately; default: all steps.
+        measure: returns further entries of a row from the trained model.
     """
     jobs = [
         (name, with_steps(config, max(1, round(given.steps * share)), seed))
@@ -143,7 +143,7 @@ def train_all(
     ]
     with processes(given.jobs) as pool:
         found: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
-        for name, config in jobs:  # two names may mean one training
+        for name, config in jobs:  # two names may share a training
             if key(config) not in found:
                 found[key(config)] = pool.submit(trained, config, given.runs, measure)
                 found[key(config)].add_done_callback(functools.partial(tell, name))
@@ -152,7 +152,7 @@ def train_all(
 
 
 def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
-    """A line for a training that is done."""
+    """Print a line for a finished training."""
     if not done.cancelled() and not done.exception():
         row = done.result()
         said = f"{name}, {row['steps']} steps, seed {row['seed']}: loss {row['held_out_loss']:.4f}"
@@ -160,7 +160,7 @@ def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
 
 
 def key(config: Config) -> str:
-    """The name of the folder where a training is kept: another one when a part of one's own has changed."""
+    """The folder name of a training: a hash of its config and of the source of its custom parts."""
     own = [find_class(name, path) for name, path in config.model.own_parts().items()]
     code = [inspect.getsource(sys.modules[part.__module__]) for part in own]
     return hashlib.sha256("".join([config.to_toml(), *code]).encode()).hexdigest()[:16]
@@ -168,10 +168,9 @@ def key(config: Config) -> str:
 
 @contextlib.contextmanager
 def processes(jobs: int, calls: int | None = None) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """New processes, each with one thread, and each for so many calls; None: for any number.
+    """A pool of new processes with one thread each, replaced after `calls` calls; None: never.
 
-    They end with the block, also where Ctrl-C, SIGTERM or a closed terminal ends it: then after a last step,
-    which is saved.
+    They end with the block. On Ctrl-C, SIGTERM or a closed terminal they first finish their step and save.
     """
     spawn = multiprocessing.get_context("spawn")
     ends = (signal.SIGTERM, signal.SIGHUP)
@@ -187,10 +186,10 @@ def processes(jobs: int, calls: int | None = None) -> Iterator[concurrent.future
                     child.terminate()
                 pool.shutdown(cancel_futures=True)
                 if isinstance(error, KeyboardInterrupt | SystemExit):
-                    print("stopped; what is trained is kept, and the same command goes on", file=sys.stderr)
+                    print("stopped; trainings are kept, and the same command resumes them", file=sys.stderr)
                 if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-                    said = "a training was killed: out of memory? the same command goes on, and --jobs 1"
-                    raise RuntimeError(f"{said} needs less") from None
+                    said = "a training was killed, perhaps out of memory; the same command resumes"
+                    raise RuntimeError(f"{said}, with --jobs 1 in less memory") from None
                 raise
     finally:
         for number, handler in zip(ends, before):
@@ -198,9 +197,9 @@ def processes(jobs: int, calls: int | None = None) -> Iterator[concurrent.future
 
 
 def stand_alone() -> None:
-    """Begin a worker: one thread, and out of reach of Ctrl-C, which the process that began it passes on.
+    """Initialise a worker: one thread, and a process group of its own, since the parent handles Ctrl-C.
 
-    When that one is no more, the worker ends, too, as if told to.
+    The worker stops itself when the parent is gone.
     """
     torch.set_num_threads(1)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -216,13 +215,13 @@ def stand_alone() -> None:
 
 
 def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, Any]:
-    """Train, or go on, or find it done -> what came of it, a row of a result file."""
+    """Train, resume or reuse a training -> a row of a result file"""
     if STOPPED:
         raise KeyboardInterrupt
     run = folder / key(config)
     kept = run / "config.toml"
     if kept.exists() and kept.read_text("utf-8") != config.to_toml():
-        raise ValueError(f"{run}: holds another training than its name says; remove it to train again")
+        raise ValueError(f"{run}: holds a different training than its name says; remove it to train again")
     since = checkpoint.newest_checkpoint(run).stat().st_mtime if kept.exists() else None
     with contextlib.redirect_stdout(io.StringIO()):
         status = train.train(config, run, resume=kept.exists())
@@ -236,7 +235,7 @@ def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, 
     late = [row["max_violations"] for row in log if row["step"] > config.train.steps * 3 / 4]
     try:
         flops = log[-1]["tokens"] * count.training_flops_per_token(config.model, config.train.context)
-    except ValueError:  # a part of one's own: nobody can count it
+    except ValueError:  # custom parts are not counted
         flops = None
     row = {
         "seed": config.train.seed,
@@ -258,7 +257,7 @@ def validation(config: Config) -> data.Windows:
 
 
 def trainer(config: Config, model: Transformer, folder: Path) -> train.Trainer:
-    """A trainer of this model, to be led step by step, on the windows of the config's seed."""
+    """A trainer of this model, to call step by step, on the windows of the config's seed."""
     text = data.load(config.data, config.model.vocab_size)[0]
     windows = data.Windows(text, config.train.context, config.train.seed)
     return train.Trainer(config, folder, model, windows, validation(config))
@@ -272,7 +271,7 @@ def new_trainer(config: Config, folder: str) -> train.Trainer:
 
 
 def step_seconds(configs: Mapping[str, Config], rounds: int) -> dict[str, float]:
-    """The quickest step of each training: they take turns, so that a busy machine is busy for all of them."""
+    """The fastest step of each training, measured in turns, so that other load affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: new_trainer(config, folder) for name, config in configs.items()}
@@ -285,7 +284,7 @@ def step_seconds(configs: Mapping[str, Config], rounds: int) -> dict[str, float]
 
 
 def peak_bytes(config: Config) -> int:
-    """What three steps of a training add to this process's memory, at most; to be called in a fresh one."""
+    """Peak memory that three steps of a training add to this process; call it in a new process."""
     idle = peak_resident()
     with tempfile.TemporaryDirectory() as folder:
         one = new_trainer(config, folder)
@@ -295,24 +294,22 @@ def peak_bytes(config: Config) -> int:
 
 
 def peak_resident() -> int:
-    """The most bytes of memory that this process ever held."""
-    status = Path(
-        "/proc/self/status"
-    )  # unlike getrusage it says nothing of the process that started this one
+    """Peak resident memory of this process, in bytes."""
+    status = Path("/proc/self/status")  # unlike getrusage, not inherited from the parent process
     if status.exists():
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """Parameters, all and active."""
+    """Total and active parameters."""
     return {"parameters": count.total_parameters(config), "active": count.active_parameters(config)}
 
 
 def reach(xs: Sequence[float], losses: Sequence[float], level: float) -> float | None:
-    """The x at which a falling curve comes to a level, straight between points over log x.
+    """The x at which a falling curve reaches a level, interpolated linearly over log x.
 
-    -> None if it starts below it, or never comes to it
+    -> None if the curve starts below the level or never reaches it
     """
     for (x, loss), (next_x, next_loss) in zip(zip(xs, losses), zip(xs[1:], losses[1:])):
         if loss >= level >= next_loss and loss > next_loss:
@@ -330,14 +327,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the mean of which these are 2 to 10 samples lies, 95 % (Student's t)."""
+    """The 95 % confidence interval of the mean of 2 to 10 samples (Student's t)."""
     middle, error = mean_and_error(values)
     away = STUDENT[len(values) - 2] * error
     return middle - away, middle + away
 
 
 def paired(rows: Iterable[dict[str, Any]], one: str, other: str, key: str = "held_out_loss") -> list[float]:
-    """What `one` has more than `other`, seed by seed: both saw the same tokens, in the same order."""
+    """`one` minus `other`, seed by seed: both saw the same tokens in the same order."""
     by_name: dict[str, dict[int, float]] = {one: {}, other: {}}
     for row in rows:
         if row["model"] in by_name:
@@ -346,7 +343,7 @@ def paired(rows: Iterable[dict[str, Any]], one: str, other: str, key: str = "hel
 
 
 def by_model(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str, dict[int, list[float]]]:
-    """Rows -> {model: {steps: its values, a seed each}}"""
+    """Rows -> {model: {steps: values, one per seed}}"""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         found.setdefault(row["model"], {}).setdefault(row["steps"], []).append(row[key])
@@ -354,25 +351,25 @@ def by_model(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict
 
 
 def last(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str, list[float]]:
-    """Rows -> {model: the values of its longest trainings, a seed each}"""
+    """Rows -> {model: values of its longest trainings, one per seed}"""
     return {name: by_steps[max(by_steps)] for name, by_steps in by_model(rows, key).items()}
 
 
 def as_claimed(*claims: Sequence[float]) -> str:
-    """Claims as a number for each seed, above 0 where it holds -> yes, no, or seeds differ"""
+    """Claims, each a number per seed, above 0 if it holds -> "yes", "no" or "seeds differ\""""
     if all(value > 0 for claim in claims for value in claim):
         return "yes"
     return "no" if any(all(value <= 0 for value in claim) for claim in claims) else "seeds differ"
 
 
 def shown(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard error, as a cell of a table."""
+    """Mean and standard error, as a table cell."""
     middle, error = mean_and_error(values)
     return f"{middle:.{digits}f} ± {error:.{digits}f}"
 
 
 def size_cells(config: Config) -> list[str]:
-    """Parameters, all and active, as cells of a table."""
+    """Total and active parameters, as table cells."""
     return [f"{size:,}" for size in sizes(config.model).values()]
 
 
@@ -386,12 +383,12 @@ def write(
     configs: Mapping[str, Config],
     **more: Any,
 ) -> None:
-    """A result, with its machine, every config and every training, as NAME.json; its answer on the screen.
+    """Write a result with its machine, configs and trainings as NAME.json; print its answer.
 
     Args:
-        claimed: whether what is claimed was found, from `as_claimed`.
-        answer: sentences, what was found.
-        table: rows of cells, the first its head.
+        claimed: from `as_claimed`.
+        answer: the findings in sentences.
+        table: rows of cells, the header first.
     """
     how = {"machine": machine.describe(), "steps": given.steps, "seeds": given.seeds}
     differ = {name: differences(config) for name, config in configs.items()}
@@ -404,28 +401,28 @@ def write(
         "differ_from_mini": differ,
     }
     head = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
-    lines = ",\n  ".join(json.dumps(row) for row in rows)  # a training each
+    lines = ",\n  ".join(json.dumps(row) for row in rows)  # one training per line
     text = f'{head},\n "trainings": [\n  {lines}\n ]\n}}\n'
     (given.out / f"{name}.json").write_text(text, encoding="utf-8")
     print(f"As claimed: {claimed}.", *answer, sep="\n")
 
 
 def differences(config: Config) -> dict[str, Any]:
-    """What a config has other than the preset mini, by dotted names; of files the name alone."""
+    """The fields that differ from the preset mini, by dotted name; files without their folder."""
     mini, here = (runs.flat(dataclasses.asdict(one), "") for one in (Config.preset("mini"), config))
     found = {name.lstrip("."): value for name, value in here.items() if (name, value) not in mini.items()}
     return {name: Path(value).name if name.startswith("data.") else value for name, value in found.items()}
 
 
 def draw_losses(name: str, given: argparse.Namespace, losses: Mapping[str, Sequence[float]]) -> None:
-    """The picture of an experiment that compares losses alone, as NAME.png."""
+    """Plot losses, as NAME.png."""
     figure, axis = plt.subplots(figsize=(5, 0.6 + 0.35 * len(losses)))
     points(axis, losses, "held-out loss, nats a byte")
     save(figure, name, given)
 
 
 def points(axis: Any, values: Mapping[str, Sequence[float]], label: str) -> None:
-    """A point for each name, with the standard error over seeds, named at the side."""
+    """Plot a point with its standard error over seeds for each name."""
     names = list(values)[::-1]
     means, errors = zip(*(mean_and_error(values[name]) for name in names))
     axis.errorbar(means, range(len(names)), xerr=errors, fmt="o", ms=4, capsize=2)
@@ -435,7 +432,7 @@ def points(axis: Any, values: Mapping[str, Sequence[float]], label: str) -> None
 
 
 def log_axis(axis: Any, ticks: Sequence[float] | None = None) -> None:
-    """A logarithmic x axis with these numbers on it, or with powers of ten."""
+    """Make the x axis logarithmic, with these ticks or powers of ten."""
     axis.set_xscale("log")
     axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     if ticks is not None:
@@ -448,6 +445,6 @@ def tidy(axis: Any) -> None:
 
 
 def save(figure: Any, name: str, given: argparse.Namespace) -> None:
-    """The picture, as NAME.png."""
+    """Save a picture as NAME.png."""
     figure.savefig(given.out / f"{name}.png", dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

@@ -1,14 +1,15 @@
-"""What does a trained model lose when its attention becomes MLA, or its MLPs experts? What brings it back?
+"""What does converting a trained model to MLA, or its MLPs to experts, cost, and what recovers it?
 
 lm experiment convert [--quick]  ->  experiments/results/convert.json and .png
 
-Claims: grouped-query attention is an MLA, and one with a smaller cache comes back after little training
-(TransMLA, arXiv 2502.07864); experts made from an MLP begin where it stood, and go on to a lower loss than
-the MLP trained as long (sparse upcycling, arXiv 2212.05055, in shards 2410.07524). Prediction: at full rank,
-and for every split into experts, nothing is lost; a smaller cache loses something, and most of it comes back.
+Claims: grouped-query attention is a special case of MLA, and an MLA with a smaller cache recovers after
+little training (TransMLA, arXiv 2502.07864). Experts made from an MLP start at its loss and reach a lower
+one than the MLP with equal further training (sparse upcycling, arXiv 2212.05055, in shards 2410.07524).
+Prediction: at full rank, and for every split into experts, nothing is lost; a smaller cache costs some
+loss, and most of it is recovered.
 
-The toys with GQA and with dense MLPs are trained, converted, and trained on a little, beside the same model
-left as it was. These trainings are not kept.
+The toys with GQA and with dense MLPs are trained, converted and trained further, next to an unconverted copy.
+These trainings are not kept.
 """
 
 import copy
@@ -29,7 +30,7 @@ from moe import upcycle
 
 from . import common
 
-MLA = {  # kv_lora_rank and qk_rope_head_dim (None: all), from a sample of inputs or from the weights alone
+MLA = {  # kv_lora_rank, qk_rope_head_dim (None: all), by a sample of inputs (True) or the weights alone
     "MLA, exact": (None, None, True),
     "MLA, half the cache": (32, 32, True),
     "MLA, half the cache, no sample": (32, 32, False),
@@ -46,7 +47,7 @@ LEFT = {"toy-gqa": "GQA, left as it was", "toy-dense": "MLPs, left as they were"
 
 @torch.no_grad()
 def attentions_to_mla(model: Transformer, tokens: torch.Tensor, rank, rope, sampled: bool) -> None:
-    """Every layer's attention, by the inputs that these tokens bring it."""
+    """Convert every layer's attention, with its inputs for these tokens as the sample."""
     hidden = model.embedding(tokens)
     for block in model.blocks:
         x = block.attention_norm(hidden)
@@ -55,14 +56,14 @@ def attentions_to_mla(model: Transformer, tokens: torch.Tensor, rank, rope, samp
 
 
 def mlps_to_moe(model: Transformer, options: dict) -> None:
-    """Every MLP but the first layer's."""
+    """Convert every MLP except the first layer's."""
     generator = torch.Generator().manual_seed(0)
     for block in model.blocks[1:]:
         block.mlp = upcycle(block.mlp, **options, generator=generator)
 
 
 def ways(preset: str, seed: int) -> dict[str, Callable[[nn.Module], None]]:
-    """How a model of the preset is made over."""
+    """The conversions of a model of the preset, by name."""
     if preset == "toy-dense":
         return {name: functools.partial(mlps_to_moe, options=options) for name, options in MOE.items()}
     text = data.load(Config.preset(preset).data, 256)[0]
@@ -74,7 +75,7 @@ def ways(preset: str, seed: int) -> dict[str, Callable[[nn.Module], None]]:
 
 
 def measure(preset: str, seed: int, steps: int, repair: int) -> list[dict[str, Any]]:
-    """Train, convert in each way, train on -> a row each: the losses before, after, repaired."""
+    """Train, convert in each way, train further -> a row each: the losses before, after, repaired."""
     settings = {"steps": steps, "seed": seed, "eval_tokens": 16384, "dtype": "float32"}
     config = common.changed(Config.preset(preset), train=settings)
     on = {"seed": seed + 1, "steps": repair, "learning_rate": 1e-3, "warmup": max(1, repair // 10)}
@@ -104,7 +105,7 @@ def measure(preset: str, seed: int, steps: int, repair: int) -> list[dict[str, A
 
 
 def answers(rows: list[dict[str, Any]]) -> list[str]:
-    """What the figures say of the claims."""
+    """The findings in sentences."""
     lost, ahead = {}, {}
     for names, left in ((MLA, LEFT["toy-gqa"]), (MOE, LEFT["toy-dense"])):
         for name in names:
@@ -114,19 +115,19 @@ def answers(rows: list[dict[str, Any]]) -> list[str]:
             ahead[name] = common.shown([whole["repaired"] - row["repaired"] for whole, row in pairs])
     exact, half, *_ = MLA
     return [
-        f"Made over at full rank, GQA loses {lost[exact]}; with half the cache {lost[half]}, and after a "
-        f"short training it is {ahead[half]} ahead of the model left as it was.",
+        f"Converted at full rank, GQA loses {lost[exact]}; with half the cache it loses {lost[half]}, and "
+        f"after a short training it is {ahead[half]} ahead of the unconverted model.",
         *(f"As {name}, an MLP loses {lost[name]}, and is then {ahead[name]} ahead." for name in MOE),
     ]
 
 
 def of(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows of one model, in the order of the seeds."""
+    """The rows of one model, by seed."""
     return sorted((row for row in rows if row["model"] == name), key=lambda row: row["seed"])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Both models, every way."""
+    """Convert both models in every way."""
     given = common.options(__doc__, 400, arguments)
     repair = max(4, given.steps // 4)
     jobs = [(preset, seed, given.steps, repair) for seed in range(given.seeds) for preset in LEFT]

@@ -1,14 +1,14 @@
-"""What does expert choice know of the future?
+"""Does expert choice see future tokens?
 
 lm experiment expert_choice [--quick]  ->  experiments/results/expert_choice.json and .png
 
-Claim: experts that choose their tokens look at future ones, too, so that a language model trained with them
-is too good on paper (said of Expert Choice, arXiv 2202.09368, by arXiv 2408.15664 section 5). Prediction: its
-loss over whole texts is below what it is where each token is foretold from what stands before it alone; that
-of a router whose tokens choose is the same both ways.
+Claim: experts that choose their tokens also see future ones, so that a language model trained with them
+reports too low a loss (said of Expert Choice, arXiv 2202.09368, by arXiv 2408.15664 section 5). Prediction:
+its loss over whole sequences is lower than when each token is predicted from the preceding ones alone; for
+a token-choice router the two are equal.
 
-Three losses on the same held-out bytes: of many windows in one call, of each window in a call of its own, and
-of each byte in a call with nothing but what stands before it, as when writing.
+Three losses on the same held-out bytes: many windows in one call, each window in its own call, and each byte
+in a call with only the preceding bytes, as in generation.
 """
 
 import torch
@@ -25,7 +25,7 @@ WAYS = ("many texts in a call", "one text in a call", "nothing of what follows")
 
 @torch.no_grad()
 def losses(model: Transformer, config: Config) -> dict[str, float]:
-    """The held-out loss of the second half of some windows, read in each of the ways."""
+    """The held-out loss of the second half of some windows, computed in each of the three ways."""
     windows = common.validation(config)
     step = len(windows) // WINDOWS
     batch = torch.stack([windows[index * step] for index in range(WINDOWS)])
@@ -43,7 +43,7 @@ def losses(model: Transformer, config: Config) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train both kinds, read in each way."""
+    """Train with both routers and compute the loss in each way."""
     given = common.options(__doc__, 600, arguments)
     config = common.base(given)
     choice = {"router": "expert_choice", "routed_scaling_factor": 1.0}
@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         before, _, after = (found[f"{name}, {way}"] for way in WAYS)
         rises[name] = common.shown([alone - whole for alone, whole in zip(after, before)], 4)
     answer = [
-        f"Where nothing of what follows is read the loss rises by {rises['experts choose']} where experts "
-        f"choose, by {rises['tokens choose']} where tokens do."
+        f"Without future tokens in the call the loss rises by {rises['experts choose']} where experts "
+        f"choose, by {rises['tokens choose']} where tokens choose."
     ]
     table = [["", *WAYS]]
     for name in configs:

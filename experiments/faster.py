@@ -1,18 +1,18 @@
-"""Does a mixture of experts train faster, with fewer parameters at work?
+"""Does a mixture of experts train faster, with fewer active parameters?
 
 lm experiment faster [--quick]  ->  experiments/results/faster.json and .png
 
 Claim: "MoE trains models faster with fewer parameters" (of DeepSeek-V3, in the news); at equal FLOPs a
 DeepSeekMoE reaches 1.808 where a dense model reaches 2.060 (DeepSeekMoE, arXiv 2401.06066 table 1); at small
-size, better per FLOP and slower per second (nanochat). Prediction: a MoE needs at most half of the FLOPs that
-a dense model of equal active width needs for the same loss; in seconds less is left, since small products are
+size, better per FLOP and slower per second (nanochat). Prediction: a MoE needs at most half the FLOPs of a
+dense model of equal active width for the same loss; in seconds the gain is smaller, since small products are
 slow.
 
-Every budget of steps is a training of its own, with its own rise and fall of the learning rate. Seconds are
-steps times the quickest step, all models taking turns with all threads of the machine. Memory is what three
-steps need at most, weights, gradients, moments and activations together. In parentheses behind a ratio are
-the ends of its interval, 95 % (Student's t over seeds); a seed whose curve does not meet the level is left
-out. With a quarter of the batch a training sees a quarter of the tokens.
+Every number of steps is a separate training with its own learning-rate schedule. Seconds are steps times
+the fastest step, with the models measured in turns on all threads of the machine. Memory is the peak of
+three steps: weights, gradients, moments and activations. The range behind a ratio is its 95 % confidence
+interval (Student's t over seeds); seeds whose curve does not reach the loss are left out. With a quarter of
+the batch a training sees a quarter of the tokens.
 """
 
 from collections.abc import Sequence
@@ -24,34 +24,34 @@ from lm.config import Config
 from . import common
 from .fineness import split
 
-BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the steps
-LEAST = (1 / 8,)  # for the rival of as many parameters, which is slow
-DIMS = {64: BUDGETS[:4]}  # beside the model's own, for the frontier
-VARIED = 1 / 4  # the budget of models that vary the MoE
+BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # shares of the steps
+LEAST = (1 / 8,)  # for the dense model of equal parameters, which is slow
+DIMS = {64: BUDGETS[:4]}  # besides the config's own, for the frontier
+VARIED = 1 / 4  # budget of the variants of the MoE
 RIVALS = ("dense", "dense, as many parameters")
 NUMBERS = (8, 16, 32, 128)  # of experts
-NAMES = (  # of these rivals
-    "a dense model of equal width at work ends with",
-    "a dense model of as many parameters has after an eighth of the steps",
+NAMES = (  # of RIVALS, in a sentence
+    "a dense model of equal active width ends with",
+    "a dense model of equal parameters has after an eighth of the steps",
 )
 KEYS = {"flops": "FLOPs", "seconds": "seconds"}
 
 
 def dense(config: Config, hidden_dim: int) -> Config:
-    """The model without experts."""
+    """The model with dense MLPs instead of experts."""
     return common.changed(
         config, model={"num_dense_layers": config.model.num_layers, "hidden_dim": hidden_dim}
     )
 
 
 def active_width(config: Config) -> int:
-    """Of the experts, what a token meets."""
+    """Total width of the experts that a token uses."""
     moe = config.model.moe
     return (moe.top_k + moe.num_shared_experts) * moe.hidden_dim
 
 
 def at_dim(config: Config, dim: int) -> Config:
-    """The model with all its widths in proportion; weights of a like effect, and the rate that suits them."""
+    """The model scaled to `dim`: all widths in proportion, init_std and learning rate by dim^-0.5."""
     model, times = config.model, dim / config.model.dim
     a, moe = model.attention, model.moe
     names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -65,7 +65,7 @@ def at_dim(config: Config, dim: int) -> Config:
 
 
 def varied(config: Config) -> dict[str, Config]:
-    """What of the MoE is varied, at equal active width."""
+    """Variants of the MoE, at equal active width."""
     moe, batch = config.model.moe, config.train.batch_size
     found = {f"{number} experts": common.changed(config, moe={"num_experts": number}) for number in NUMBERS}
     number, top_k = (count + moe.num_shared_experts for count in (moe.num_experts, moe.top_k))
@@ -82,12 +82,12 @@ def varied(config: Config) -> dict[str, Config]:
 
 
 def ratios(rows: list[dict[str, Any]], of: str, to: str, key: str, steps: int = 0) -> list[float]:
-    """For each seed, what `of` needs for the loss that `to` has after so many steps, as a share of `to`'s.
+    """For each seed, what `of` needs for the loss that `to` has after `steps`, as a share of what `to` needs.
 
-    Seeds for which its curve does not meet that loss are left out.
+    Seeds whose curve does not reach that loss are left out.
 
     Args:
-        steps: 0, the most that `to` was trained for.
+        steps: 0: the longest training of `to`.
     """
     steps = steps or max(row["steps"] for row in rows if row["model"] == to)
     found = []
@@ -101,7 +101,7 @@ def ratios(rows: list[dict[str, Any]], of: str, to: str, key: str, steps: int = 
 
 
 def described(values: Sequence[float]) -> dict[str, Any]:
-    """Ratios with their mean, and the interval of it over seeds."""
+    """Ratios with their mean and its interval over seeds."""
     low, high = common.interval(values) if len(values) > 1 else (None, None)
     return {
         "of_each_seed": [round(value, 3) for value in values],
@@ -111,16 +111,16 @@ def described(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How much a MoE needs for the last loss of each rival, as shares of its FLOPs and its seconds."""
+    """What the MoE needs for the final loss of each rival, as shares of the rival's FLOPs and seconds."""
     return {rival: {key: described(ratios(rows, "MoE", rival, key)) for key in KEYS} for rival in RIVALS}
 
 
 def frontier(
     rows: list[dict[str, Any]], pairs: dict[int, tuple[str, str]], key: str
 ) -> dict[int, dict[int, dict[str, Any]]]:
-    """{dim: {steps of the dense model: what the MoE needs}}, where its curve meets the dense one's loss.
+    """{dim: {steps of the dense model: what the MoE needs}}, where its curve reaches the dense model's loss.
 
-    pairs: of each dim, the names of the MoE and of the dense model
+    pairs: for each dim, the names of the MoE and the dense model
     """
     found: dict[int, dict[int, dict[str, Any]]] = {}
     for dim, (moe, rival) in pairs.items():
@@ -132,7 +132,7 @@ def frontier(
 
 
 def answers(found: dict[str, Any]) -> list[str]:
-    """What the figures say."""
+    """The findings in sentences."""
     said = [
         f"For the loss that {rival}, the MoE needs {share(values['flops'])} of its FLOPs and "
         f"{share(values['seconds'])} of its seconds."
@@ -140,7 +140,7 @@ def answers(found: dict[str, Any]) -> list[str]:
     ]
     ahead, behind = (
         [
-            f"dim {dim}, {steps:,} steps ({value['mean']:.2f}, of {len(value['of_each_seed'])})"
+            f"dim {dim}, {steps:,} steps ({value['mean']:.2f}, {len(value['of_each_seed'])})"
             for dim, by_steps in found["frontier"]["seconds"].items()
             for steps, value in by_steps.items()
             if (value["mean"] < 1) == is_ahead
@@ -149,12 +149,12 @@ def answers(found: dict[str, Any]) -> list[str]:
     )
     for word, places in (("ahead", ahead), ("behind", behind)):
         if places:
-            said.append(f"In seconds (share, of so many seeds) the MoE is {word} at {'; '.join(places)}.")
+            said.append(f"In seconds (ratio, number of seeds) the MoE is {word} at {'; '.join(places)}.")
     return said
 
 
 def share(value: dict[str, Any]) -> str:
-    """A ratio with its interval, in words."""
+    """A ratio with its interval, as text."""
     if value["mean"] is None:
         return "an unknown share (the curves do not meet)"
     low, high = value["interval_95"]
@@ -162,7 +162,7 @@ def share(value: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
-    """Loss against tokens, FLOPs, seconds and memory; what was varied; the frontier."""
+    """Plot loss against tokens, FLOPs, seconds and memory; the variants; the frontier."""
     figure, axes = common.plt.subplots(2, 3, figsize=(15, 8))
     curves = common.by_model(rows)
     for axis, (key, label) in zip(axes.flat, {"tokens": "tokens", **KEYS}.items()):
@@ -192,7 +192,7 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], given: Any) -> None:
 
 
 def draw_frontier(axis: Any, found: dict[str, dict[int, dict[int, dict[str, Any]]]]) -> None:
-    """What the MoE needs, over steps of the dense model, a line for each dim; 1 is as much."""
+    """What the MoE needs relative to the dense model, over the dense model's steps; one line per dim."""
     for key, style in (("flops", "--"), ("seconds", "-")):
         for number, (dim, by_steps) in enumerate(found[key].items()):
             spread = [value["of_each_seed"] for value in by_steps.values()]
@@ -203,7 +203,7 @@ def draw_frontier(axis: Any, found: dict[str, dict[int, dict[int, dict[str, Any]
     axis.axhline(1, color="black", lw=0.8)
     common.log_axis(axis, sorted({steps for of_dim in found["flops"].values() for steps in of_dim}))
     axis.set_xlabel("steps of the dense model")
-    axis.set_ylabel("what the MoE needs of it for the same loss")
+    axis.set_ylabel("MoE / dense for the same loss")
     axis.legend(frameon=False, fontsize=8)
 
 

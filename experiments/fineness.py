@@ -2,20 +2,21 @@
 
 lm experiment fineness [--quick]  ->  experiments/results/fineness.json and .png
 
-Claim: at equal parameters and equal work a shared expert helps, and so does each halving of the experts: 2 of
-16, 1 shared + 1 of 15, 1 + 3 of 31, 1 + 7 of 63 (DeepSeekMoE, arXiv 2401.06066 figure 3). Prediction: the
-same order.
+Claim: at equal total and active parameters a shared expert lowers the loss, and so does each halving of the
+experts: 2 of 16, 1 shared + 1 of 15, 1 + 3 of 31, 1 + 7 of 63 (DeepSeekMoE, arXiv 2401.06066 figure 3).
+Prediction: the same order.
 
-There they are 16 and their parts, here 32 and theirs. The single routed expert of "1 shared, 1 of 31" is
-weighted by its sigmoid itself, elsewhere the weights are divided by their sum: one weight divided by itself
-would leave its router without a gradient. To tell that from the sharing there are two more models: the single
-one weighted by the paper's softmax over all, and experts of half the width with none shared.
+The paper starts from 16 experts, this experiment from 32. The single routed expert of "1 shared, 1 of 31"
+is weighted by its plain sigmoid. Elsewhere the weights are divided by their sum, but a single weight
+divided by itself would leave the router without a gradient. Two more models separate this effect from that
+of sharing: the single expert weighted by the paper's softmax over all experts, and experts of half the
+width, none shared.
 
-Does not reproduce here, because the shared expert takes a choice away: of two experts one is left to the
-router, with sigmoid and softmax alike, and a byte's two choices among 32 are worth more here than an expert
-that knows what all bytes need. Where three of four are left to choose, sharing costs nothing, and gains
-nothing either in so short a training; finer experts help as published, from the second step on within the
-error.
+Does not reproduce here, because the shared expert takes a choice away. The router selects one expert
+instead of two, with sigmoid and with softmax, and a byte's second choice among 32 is worth more here than
+an expert that serves all bytes. With three of four experts left to select, sharing neither helps nor hurts
+in so short a training. Finer experts help as published; from the second step on the difference is within
+the error.
 """
 
 from typing import Any
@@ -29,10 +30,10 @@ BY_LOSS = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "switch_loss": 0.01}
 
 
 def models(config: Config) -> dict[str, Config]:
-    """The four of the claim, the two beside them: parameters, all and at work, are those of the config."""
+    """The four models of the claim and the two controls, with the config's total and active parameters."""
     moe = config.model.moe
     at_work = (moe.top_k + moe.num_shared_experts) * moe.hidden_dim
-    number = (moe.num_experts + moe.num_shared_experts) * moe.hidden_dim * 2 // at_work  # halves of a token's
+    number = (moe.num_experts + moe.num_shared_experts) * moe.hidden_dim * 2 // at_work  # two per token
     found = {f"2 of {number}": split(config, number, 2, 0, at_work // 2)}
     for times in (1, 2, 4):
         experts, top_k = number * times - 1, 2 * times - 1
@@ -45,7 +46,7 @@ def models(config: Config) -> dict[str, Config]:
 
 
 def split(config: Config, num_experts: int, top_k: int, shared: int, hidden_dim: int) -> Config:
-    """With so many experts, the weights of those chosen scaled so that their sum has the size of one."""
+    """The config with these experts, and weights scaled so that their sum has the size of one expert."""
     sizes: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "hidden_dim": hidden_dim}
     if top_k == 1:  # a weight divided by itself leaves the router without a gradient
         more = {"normalize": False, "routed_scaling_factor": 1.0}
@@ -58,7 +59,7 @@ def split(config: Config, num_experts: int, top_k: int, shared: int, hidden_dim:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train each."""
+    """Train all models."""
     given = common.options(__doc__, 600, arguments)
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     answer = [
         f"From {coarse} to {shared} the loss changes by {by_sharing}, then to {half} by {once}, then to "
         f"{quarter} by {twice}; from first to last by {in_all} (lower is better).",
-        f"The shared expert changes it by {by_softmax} where a softmax over all weighs the lone routed one, "
-        f"and by {among_halves} among experts of half the width, where all weights are normalised.",
+        f"The shared expert changes it by {by_softmax} with the single routed one weighted by a softmax over "
+        f"all, and by {among_halves} with experts of half the width, where all weights are normalised.",
     ]
     table = [["", "parameters", "active", "held-out loss"]]
     table += [[name, *common.size_cells(one), common.shown(losses[name])] for name, one in configs.items()]

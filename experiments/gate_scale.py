@@ -1,10 +1,10 @@
-"""Where do Moonlight's 2.446 and Kimi K2's 2.827, the factors on the routed experts, come from?
+"""Where do the routed scaling factors of Moonlight, 2.446, and Kimi K2, 2.827, come from?
 
 lm experiment gate_scale  ->  experiments/results/gate_scale.json
 
-Claim (Moonlight, arXiv 2502.16982, appendix): the factor is the mean of 1/||p||_2 over Gaussian logits, p the
-normalised sigmoids of the top k. Experts whose outputs are independent and of one size then add up to that
-size, as one dense MLP has it. Kimi K2's digits are those of V3's 256 experts; its own 384 give 0.0004 more.
+Claim (Moonlight, arXiv 2502.16982, appendix): the factor is the mean of 1/||p||_2 over Gaussian logits, p
+the normalised sigmoids of the top k. Independent expert outputs of equal size then add up to that size, as
+that of one dense MLP. Kimi K2's factor is the one for V3's 256 experts; its own 384 give 0.0004 more.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SEED = 0
 
 
 def gate_scale(num_experts: int, top_k: int, samples: int, seed: int) -> float:
-    """The mean of 1 / ||p||_2 over that many tokens with logits from N(0, 1)."""
+    """The mean of 1 / ||p||_2 over `samples` tokens with logits from N(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for start in range(0, samples, CHUNK):
@@ -36,7 +36,7 @@ def gate_scale(num_experts: int, top_k: int, samples: int, seed: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Each model's factor, beside the published one."""
+    """Compute each model's factor and compare it with the published one."""
     shown = argparse.RawTextHelpFormatter
     argparse.ArgumentParser(
         "lm experiment gate_scale", description=__doc__, formatter_class=shown

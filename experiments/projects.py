@@ -1,13 +1,13 @@
-"""How do a router or an attention of one's own do beside the built-in ones?
+"""How do custom routers and attentions compare with the built-in ones?
 
 lm experiment projects [--quick]  ->  experiments/results/projects.json and .png
 
-Claim: each file in exercises/projects says what it is meant to better. Prediction, of all: they beat a router
+Claim: each file in exercises/projects states what it should improve. Prediction for all: they beat a router
 that draws experts at random.
 
-What each config there names is trained as it says, but on the same batches of the same text as the preset
-mini, which has DeepSeek-V3's router and attention; beside it GShard's router, and multi-head attention with
-heads as wide.
+Each project's config is trained as it is, but on the same batches of the same text as the preset mini, which
+has DeepSeek-V3's router and attention. GShard's router and multi-head attention with heads of equal width are
+trained for comparison.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OURS, RANDOM = "DeepSeek-V3", "random router"
 
 
 def built_in(config: Config) -> dict[str, Config]:
-    """What projects stand beside."""
+    """The built-in models to compare with."""
     a = config.model.attention
     heads = {"num_kv_heads": a.num_heads, "head_dim": a.qk_nope_head_dim + a.qk_rope_head_dim}
     return {
@@ -40,10 +40,10 @@ def built_in(config: Config) -> dict[str, Config]:
 
 
 def projects(given: argparse.Namespace) -> dict[str, Config]:
-    """By name, the configs in exercises/projects; to be quick, what is their own in the quick model.
+    """The configs in exercises/projects by name; with --quick, their custom parts in the quick model.
 
     Raises:
-        ValueError: there are none, one cannot be built, or has the name of a built-in row.
+        ValueError: there is no project, one cannot be built, or has the name of a built-in row.
     """
     base, found = common.base(given), {}
     same = {name: getattr(base.train, name) for name in ("batch_size", "accumulation", "context")}
@@ -56,19 +56,19 @@ def projects(given: argparse.Namespace) -> dict[str, Config]:
             own = common.changed(base, moe=router, attention=kind)
         own = common.changed(own, train=same, data=vars(base.data))
         if path.stem in built_in(base):
-            raise ValueError(f"{path}: a built-in row of the table is called so; another name is needed")
+            raise ValueError(f"{path}: the name of a built-in row of the table; choose another")
         try:
             try_parts(Transformer(own.model))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         found[path.stem] = own
     if not found:
-        raise ValueError(f"{PROJECTS}: no project there; lm new router NAME begins one")
+        raise ValueError(f"{PROJECTS}: no project; lm new router NAME creates one")
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train all, and print them in the order of their losses."""
+    """Train all models and print them in order of loss."""
     given = common.options(__doc__, 600, arguments)
     own = projects(given)
     configs = built_in(common.base(given)) | own

@@ -1,13 +1,15 @@
-"""How do Llama's, Mixtral's and Qwen's styles do beside DeepSeek's?
+"""How do Llama's, Mixtral's and Qwen's architectures compare with DeepSeek's?
 
 lm experiment rivals [--quick]  ->  experiments/results/rivals.json and .png
 
-Claim: at equal parameters at work the DeepSeek style, MLA and many experts of which one is shared, has the
-lowest loss and the smallest cache (DeepSeek-V2, arXiv 2405.04434 section 2; DeepSeekMoE, arXiv 2401.06066).
-Prediction: MoEs are ahead of the dense Llama, the toy in DeepSeek's style ahead of the other MoEs.
+Claim: at equal active parameters DeepSeek's architecture, MLA and many experts of which one is shared, has
+the lowest loss and the smallest cache (DeepSeek-V2, arXiv 2405.04434 section 2; DeepSeekMoE, arXiv
+2401.06066). Prediction: the MoEs have a lower loss than the dense Llama, and DeepSeek's the lowest of the
+MoEs.
 
-The presets toy, toy-llama, toy-mixtral and toy-qwen, trained alike; each balances as its model did. 600 steps
-are a quarter of the toy's training; seconds are the quickest step's, all taking turns.
+The presets toy, toy-llama, toy-mixtral and toy-qwen have the same training settings; each uses its model's
+balancing method. 600 steps are a quarter of the toy's training. Times are those of the fastest step, with the
+models measured in turns.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ PRESETS = {"DeepSeek": "toy", "Llama": "toy-llama", "Mixtral": "toy-mixtral", "Q
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the four."""
+    """Train the four presets."""
     given = common.options(__doc__, 600, arguments)
     text = common.base(given).data
     configs = {
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     first, second, *others = sorted(losses, key=lambda name: common.mean(losses[name]))
     ahead = common.shown(common.paired(rows, second, first), 4)
     answer = [
-        f"From the lowest loss to the highest: {', '.join((first, second, *others))}; the first is ahead by "
+        f"From the lowest loss to the highest: {', '.join((first, second, *others))}; the first leads by "
         f"{ahead}."
     ]
     table = [["", "parameters", "active", "numbers cached a token", "ms a step", "held-out loss"]]

@@ -1,12 +1,12 @@
-"""Why does MLA turn only a few of each head's dims?
+"""Why does MLA rotate only a few of each head's dims?
 
 lm experiment rope [--quick]  ->  experiments/results/rope.json and .png
 
-Claim: a key that is turned after it was expanded cannot be absorbed (W_UK moved to the query, so that the
-cache holds the latent alone), so that the cache would have to hold every head's key; a few dims that carry
-position beside the latent suffice (DeepSeek-V2, arXiv 2405.04434 section 2.1.3). Prediction: with all dims
-turned the absorbed form gives other numbers than the expanded one; with none turned the loss is worse; with
-16 of 48 dims it is that of all 48.
+Claim: a key that is rotated after expansion cannot be absorbed (W_UK moved to the query, so that the cache
+holds only the latent): the cache would have to hold every head's key. A few separate dims are enough to carry
+position (DeepSeek-V2, arXiv 2405.04434 section 2.1.3). Prediction: with all dims rotated the absorbed form
+differs from the expanded one; with none rotated the loss is higher; with 16 of 48 dims rotated it equals that
+of all 48. "Turned" means rotated.
 """
 
 import torch
@@ -21,22 +21,22 @@ from . import common
 
 
 class NothingTurns(MultiheadLatentAttention):
-    """MLA without position: a token knows where it stands only from what it may see."""
+    """MLA without rotation: only the causal mask tells a token its position."""
 
     def rotate(self, q_rope: Tensor, k_rope: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return q_rope, k_rope
 
 
 class AllTurns(MultiheadLatentAttention):
-    """MLA with each head's whole query and key turned, those made from the latent too.
+    """MLA with each head's whole query and key rotated, including the part from the latent.
 
-    Only `expanded` is right: between W_UQ and W_UK stands a rotation, another one for each pair of positions.
+    Only `expanded` is exact: between W_UQ and W_UK there is a rotation that depends on the two positions.
     """
 
     def expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor | None
     ) -> Tensor:
-        """As MLA's, for a text from its start."""
+        """As in MLA, for a sequence from its start."""
         kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1))  # (batch, time, heads, nope + value)
         k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         positions = torch.arange(latent.shape[1], device=latent.device)
@@ -56,7 +56,7 @@ KINDS = {
 
 @torch.no_grad()
 def absorbed_is_off(model: Transformer, config: Config) -> dict[str, float]:
-    """How far the absorbed form is from the expanded one, of the expanded one's size, at most over layers."""
+    """Distance of the absorbed from the expanded form, relative to the expanded one, in the worst layer."""
     tokens = common.validation(config)[0][:-1].unsqueeze(0)
     hidden = model.embedding(tokens)
     positions = torch.arange(tokens.shape[1])
@@ -75,14 +75,14 @@ def absorbed_is_off(model: Transformer, config: Config) -> dict[str, float]:
 
 
 def numbers_kept(config: Config) -> dict[str, int]:
-    """Numbers a token and layer that a cache holds, if the key is kept as it was used."""
+    """Numbers per token and layer in a cache that keeps keys as they are used."""
     a = config.model.attention
     heads = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
     return {name: a.qk_rope_head_dim + (heads if name == "all turned" else a.kv_lora_rank) for name in KINDS}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train with each kind, and absorb each."""
+    """Train with each kind and compare its absorbed form."""
     given = common.options(__doc__, 600, arguments)
     config = common.base(given)
     if not given.quick:
@@ -94,9 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     hurt, rest = (common.shown(common.paired(rows, *pair), 4) for pair in ((none, few), (few, every)))
     least, most = (f"{end(off[every]):.0%}" for end in (min, max))
     answer = [
-        f"Absorbed, an attention with all dims turned is off by {least} to {most} of its size, with {few} by "
-        f"{max(off[few]):.0e} at most.",
-        f"With none turned the loss is {hurt} above that with {few}, and that {rest} above all turned.",
+        f"With all dims turned, the absorbed form is off by {least} to {most} of the output's size; with "
+        f"{few}, by {max(off[few]):.0e} at most.",
+        f"With none turned the loss is {hurt} above that with {few}, which is {rest} above all turned.",
     ]
     table = [["", "held-out loss", "absorbed is off by (worst seed)", "numbers cached a token and layer"]]
     table += [[name, common.shown(losses[name]), f"{max(off[name]):.1e}", f"{kept[name]}"] for name in KINDS]

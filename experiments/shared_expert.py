@@ -1,11 +1,10 @@
-"""Does the shared expert hold what the routed ones cannot give?
+"""Is the shared expert irreplaceable?
 
 lm experiment shared_expert [--quick]  ->  experiments/results/shared_expert.json and .png
 
-Claim: the shared expert cannot be replaced. Disabled, with one more routed expert in its place, the loss on
-the Pile goes from 1.808 to 2.414 (DeepSeekMoE, arXiv 2401.06066 section 4.5). Prediction: the loss rises
-here, too, and by far more than without one of the routed experts. The losses are of the first 65,536 held-out
-tokens.
+Claim: with the shared expert disabled and one more routed expert in its place, the loss on the Pile rises
+from 1.808 to 2.414 (DeepSeekMoE, arXiv 2401.06066 section 4.5). Prediction: the loss rises here too, by far
+more than without one of the routed experts. Losses are over 65,536 held-out tokens.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from lm.model import Transformer
 
 from . import common
 
-TOKENS = 65536  # held out, of each evaluation
+TOKENS = 65536  # held-out tokens per evaluation
 
 
 def without_shared(mlp: Any) -> None:
@@ -58,14 +57,14 @@ def losses(model: Transformer, config: Config) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, and leave something out."""
+    """Train, then disable experts."""
     given = common.options(__doc__, 600, arguments)
     configs = {"DeepSeekMoE": common.base(given)}
     rows = common.train_all(configs, given, measure=losses)
     values = {name: [row[name] for row in rows] for name in CHANGES}
     whole, less, _, _, swapped = (values[name] for name in CHANGES)
     answer = [
-        f"Without the shared expert, and one routed expert more, the loss goes from {common.shown(whole)} to "
+        f"With a routed expert more in place of the shared one the loss rises from {common.shown(whole)} to "
         f"{common.shown(swapped)} (published: from 1.808 to 2.414); with one routed expert less, to "
         f"{common.shown(less)}."
     ]

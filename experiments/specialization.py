@@ -2,19 +2,19 @@
 
 lm experiment specialization [--quick]  ->  experiments/results/specialization.json and .png
 
-Claim: with the best experts of each token disabled, a DeepSeekMoE loses more than a GShard of the same loss:
-its experts are less redundant (DeepSeekMoE, arXiv 2401.06066 section 4.5, figure 4). Prediction: experts take
-verse, Python source and sums unevenly, and the sign of the difference is the published one.
+Claim: with the best experts of each token disabled, the loss of a DeepSeekMoE rises more than that of a
+GShard of equal loss: its experts are less redundant (DeepSeekMoE, arXiv 2401.06066 section 4.5, figure 4).
+Prediction: experts specialise in verse, Python source or sums, and the difference has the published sign.
 
-The text is a third each: Shakespeare, the standard library of the Python that runs this, sums. With a share
-of its best experts disabled, a token gets the best of the others. The paper's first step, a sixteenth of 16
-experts, disables one of the two that a GShard's token has; with 32 experts here 1/32 does. Losses are the
-mean of the three texts'.
+The text is a third each of Shakespeare, the standard library of the running Python, and sums. With a share of
+its best experts disabled, a token is routed to the best of the others. The paper's first step, a sixteenth of
+16 experts, disables one of the two experts of a token in GShard; with 32 experts here 1/32 does. Losses are
+the mean over the three texts.
 
-Does not reproduce here, because a DeepSeekMoE keeps its shared expert, a quarter of what it computes, when
-the best routed ones are disabled, and a GShard keeps nothing: of its two experts the better one is gone.
-Disabled as well, it shows how little the routed ones replace each other: then a DeepSeekMoE loses more than a
-GShard.
+Does not reproduce here, because with its best routed experts disabled a DeepSeekMoE keeps its shared
+expert, a quarter of its active parameters, while a GShard loses the better one of its two experts. With the
+shared expert disabled too, the loss of a DeepSeekMoE rises more than that of a GShard: its routed experts
+hardly replace each other.
 """
 
 import functools
@@ -36,9 +36,9 @@ from moe import Routing, balance
 from . import common
 
 DOMAINS = ("verse", "Python", "sums")
-SHARES = (0, 1 / 32, 1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the experts, disabled
-TOKENS = 32768  # held out, of each domain and evaluation
-BLOCK = 2048  # bytes of one text before the next one
+SHARES = (0, 1 / 32, 1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the experts, to disable
+TOKENS = 32768  # held-out tokens per domain and evaluation
+BLOCK = 2048  # bytes of one domain before the next
 
 
 def verse(size: int) -> bytes:
@@ -46,13 +46,13 @@ def verse(size: int) -> bytes:
 
 
 def python(size: int) -> bytes:
-    """Modules of the standard library, in the order of their names."""
+    """Modules of the standard library, sorted by name."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return b"".join(path.read_bytes() for path in paths)[:size]
 
 
 def sums(size: int) -> bytes:
-    """Additions of numbers of one to four digits, a line each."""
+    """Additions of numbers with one to four digits, one per line."""
     rng = random.Random(0)
     lines, length = [], 0
     while length < size:
@@ -63,7 +63,7 @@ def sums(size: int) -> bytes:
 
 
 def texts(folder: Path, size: int) -> dict[str, Path]:
-    """The mixture to train on, and each domain's held-out tenth: files, made where they are not there."""
+    """Files with the training mixture and each domain's held-out tenth, created if missing."""
     parts = dict(zip(DOMAINS, (verse(size), python(size), sums(size))))
     shortest = min(map(len, parts.values()))
     cut = shortest * 9 // 10
@@ -79,9 +79,9 @@ def texts(folder: Path, size: int) -> dict[str, Path]:
 
 
 def models(config: Config) -> dict[str, Config]:
-    """The DeepSeekMoE, and a GShard with as many parameters, all and active."""
+    """The DeepSeekMoE, and a GShard with equal total and active parameters."""
     moe = config.model.moe
-    quarter = (moe.top_k + moe.num_shared_experts) // 2  # parts of one of GShard's experts
+    quarter = (moe.top_k + moe.num_shared_experts) // 2  # experts as wide as one of GShard's
     gshard = {
         "router": "gshard", "num_experts": (moe.num_experts + moe.num_shared_experts) // quarter, "top_k": 2,
         "hidden_dim": quarter * moe.hidden_dim, "num_shared_experts": 0, "routed_scaling_factor": 1.0,
@@ -90,7 +90,7 @@ def models(config: Config) -> dict[str, Config]:
 
 
 class Without(nn.Module):
-    """A trained router with each token's best experts disabled; weights are normalised over the others'."""
+    """A trained router with each token's best experts disabled; weights are normalised over the rest."""
 
     def __init__(self, router: Any, share: float):
         super().__init__()
@@ -110,7 +110,7 @@ class Without(nn.Module):
 
 @torch.no_grad()
 def look(model: Transformer, config: Config, paths: dict[str, Path]) -> dict[str, Any]:
-    """Which expert takes how much of each domain, and the loss with ever more of the best disabled."""
+    """Each expert's share of each domain, and the loss with more and more of the best experts disabled."""
     windows = {name: data.Windows(data.open_text(paths[name]), config.train.context) for name in DOMAINS}
     count = TOKENS // config.train.context
     model.eval()
@@ -124,7 +124,7 @@ def look(model: Transformer, config: Config, paths: dict[str, Path]) -> dict[str
     top = shares.amax(0) / mean.where(mean > 0, 1)
     found: dict[str, Any] = {
         "use": [[[round(float(x), 4) for x in layer] for layer in domain] for domain in shares],
-        "specialisation": float((top * mean).sum() / mean.sum()),  # experts count by what they do
+        "specialisation": float((top * mean).sum() / mean.sum()),  # weighted by their load
     }
     kept = [(block.mlp.router, block.mlp.shared) for block in model.blocks]
     ways = [(share, False) for share in SHARES] + [(SHARES[1], True)]
@@ -148,7 +148,7 @@ def disabled(share: float, without_shared: bool = False) -> str:
 
 
 def draw(rows: list[dict[str, Any]], given: Any) -> None:
-    """Who takes what, in one model; and what disabling costs."""
+    """Plot the experts' shares of the domains in one model, and the loss with experts disabled."""
     figure, axes = common.plt.subplots(1, 3, figsize=(14, 3.6))
     for axis, name in zip(axes, ("DeepSeekMoE", "GShard")):
         use = torch.tensor(next(row["use"] for row in rows if row["model"] == name))[
@@ -171,13 +171,13 @@ def draw(rows: list[dict[str, Any]], given: Any) -> None:
 
 
 def risen(rows: list[dict[str, Any]], name: str, share: float, without_shared: bool = False) -> list[float]:
-    """What a model's loss rises by with this share of the experts disabled, for each seed."""
+    """The rise of a model's loss with this share of the experts disabled, for each seed."""
     before, after = disabled(0), disabled(share, without_shared)
     return [row[after] - row[before] for row in rows if row["model"] == name]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train on the mixture, see who takes what, disable the best."""
+    """Train on the mixture, measure the experts' shares, disable the best experts."""
     given = common.options(__doc__, 600, arguments)
     paths = texts(given.runs, 60_000 if given.quick else 1_200_000)
     config = common.changed(common.base(given), data={"path": str(paths["mixed"])})
@@ -192,11 +192,11 @@ def main(arguments: list[str] | None = None) -> None:
     bare = common.shown(risen(rows, "DeepSeekMoE", SHARES[1], True))
     most = {name: f"{common.mean(special[name]):.2f}" for name in special}
     answer = [
-        f"With a token's best 32nd of the experts disabled the loss rises by {one}, with its best sixteenth "
-        f"by {two}.",
-        f"With the shared expert disabled beside the best 32nd, a DeepSeekMoE's rises by {bare}.",
-        f"An expert's share of its favourite text is {most['DeepSeekMoE']} times its mean share of the three "
-        f"in a DeepSeekMoE, {most['GShard']} times in a GShard (1: no preference, 3: that text alone).",
+        f"With a token's best 1/32 of the experts disabled the loss rises by {one}, with its best 1/16 by "
+        f"{two}.",
+        f"With the shared expert disabled too, that of a DeepSeekMoE rises by {bare} at 1/32.",
+        f"An expert's share of its favourite domain is {most['DeepSeekMoE']} times its mean share "
+        f"in a DeepSeekMoE, {most['GShard']} times in a GShard (1: no preference, 3: that domain alone).",
     ]
     table = [["share of a token's best experts disabled", *special]]
     for share in SHARES:

@@ -1,4 +1,4 @@
-"""What a preset reaches: the summary of a finished run, to be committed.
+"""The loss that a preset reaches: the summary of a finished run, to be committed.
 
 lm experiment training RUN ...  ->  experiments/results/train-NAME.json for each
 """
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def summary(run: Path) -> dict:
-    """Losses, time and sizes of a run, with the machine that this process runs on."""
+    """Losses, time and sizes of a run, with the machine of this process."""
     config = Config.load(run / "config.toml")
     state = checkpoint.read_state(checkpoint.newest_checkpoint(run))
     rows = read_metrics(run)
@@ -40,7 +40,7 @@ def summary(run: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Each run's file."""
+    """Write the file of each run."""
     shown = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser("lm experiment training", description=__doc__, formatter_class=shown)
     parser.add_argument("runs", nargs="+", type=Path)

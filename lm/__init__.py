@@ -1,10 +1,10 @@
-"""The toy transformer: `moe` and `mla` composed, trained, sampled, counted and stored.
+"""The toy transformer: `moe` and `mla` composed into a model that trains, generates, saves and loads.
 
-Its story, in reading order: config, parts, model, loss, count, fp8; tokenizer, data, optim, evaluate, train,
-run, checkpoint, files, machine; terminal, cli. Four packages beside it: inference writes text, hub reads
-other people's model folders, serve answers over HTTP, report draws pages.
+Modules in reading order: config, parts, model, loss, count, fp8; tokenizer, data, optim, evaluate, train,
+run, checkpoint, files, machine; terminal, cli. Four packages stand beside them: inference generates text,
+hub reads and writes Hugging Face folders, serve answers over HTTP, report makes HTML pages.
 
-Names are resolved when first used, so that `import lm` loads no torch.
+Names are resolved on first use, so `import lm` does not import torch.
 """
 
 import importlib

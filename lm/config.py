@@ -1,6 +1,6 @@
-"""Every number of a model and its training: frozen dataclasses, checked when built, TOML on disk.
+"""Configuration of a model and its training: frozen dataclasses, validated when built, TOML on disk.
 
-Loads no torch, so that `lm --help` is quick.
+Does not import torch, so `lm --help` is fast.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ def number(default: Any, least: float = 0, most: float = math.inf) -> Any:
 
 
 def choice(default: str, *others: str) -> Any:
-    """A field whose value must be one of these words."""
+    """A field whose value must be one of these strings."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table of the configuration; checks its fields' types and ranges when built."""
+    """One table of the configuration; validates its fields' types and ranges when built."""
 
     name: ClassVar[str] = ""
 
@@ -44,22 +44,22 @@ class Section:
 
 @dataclass(frozen=True)
 class AttentionConfig(Section):
-    """Attention: "mla" reads the ranks and the qk and v head dims, "gqa" num_kv_heads and head_dim."""
+    """Attention: "mla" uses the ranks and the qk and v head dims, "gqa" uses num_kv_heads and head_dim."""
 
     name: ClassVar[str] = "model.attention"
-    kind: str = "mla"  # "mla", "gqa", or "package.module:Class" of your own
+    kind: str = "mla"  # "mla", "gqa", or your own "package.module:Class"
     num_heads: int = number(4, 1)
-    q_lora_rank: int = number(0)  # 0: the query is not compressed
+    q_lora_rank: int = number(0)  # 0: no query compression
     kv_lora_rank: int = number(32, 1)
     qk_nope_head_dim: int = number(16, 1)
     qk_rope_head_dim: int = number(16, 2)
     v_head_dim: int = number(16, 1)
     num_kv_heads: int = number(4, 1)
     head_dim: int = number(32, 2)
-    qkv_bias: bool = False  # of the projections from x: gqa's query, key and value, mla's two compressions
+    qkv_bias: bool = False  # on the projections of x: gqa's query, key and value, mla's two down-projections
     out_bias: bool = False
-    qk_norm: bool = False  # gqa: an RMSNorm over each head's query and key, as Qwen3
-    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of a class of your own
+    qk_norm: bool = False  # gqa: RMSNorm over each head's query and key, as in Qwen3
+    arguments: dict[str, Any] = field(default_factory=dict)  # extra arguments of a custom class
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,14 +73,14 @@ class RopeConfig(Section):
 
     name: ClassVar[str] = "model.rope"
     theta: float = number(10000.0, 1e-6)
-    interleaved: bool = True  # pairs (2i, 2i + 1), as DeepSeek; false: (i, i + dim/2), as Llama
-    scaling: str = choice("none", "linear", "yarn", "llama3")  # for texts longer than in training
+    interleaved: bool = True  # pairs (2i, 2i + 1), as in DeepSeek; false: (i, i + dim/2), as in Llama
+    scaling: str = choice("none", "linear", "yarn", "llama3")  # for sequences longer than in training
     factor: float = number(1.0, 1)  # how many times longer
-    original_context: int = number(4096, 1)  # tokens in training, before scaling
-    beta_fast: float = number(32.0, 1e-6)  # yarn: pairs with more turns than this in training stay the same
-    beta_slow: float = number(1.0, 1e-6)  # yarn: pairs with fewer are slowed by the whole factor
+    original_context: int = number(4096, 1)  # context length in training, before scaling
+    beta_fast: float = number(32.0, 1e-6)  # yarn: pairs with more turns than this in training stay unchanged
+    beta_slow: float = number(1.0, 1e-6)  # yarn: pairs with fewer turns slow down by the full factor
     mscale: float = number(1.0)  # yarn: how much cos and sin grow with ln(factor)
-    mscale_all_dim: float = number(0.0)  # yarn: how much of that mla's softmax scale takes over
+    mscale_all_dim: float = number(0.0)  # yarn: the share of it that goes into mla's softmax scale
     low_freq_factor: float = number(1.0, 1e-6)  # llama3's beta_slow
     high_freq_factor: float = number(4.0, 1e-6)  # llama3's beta_fast
 
@@ -91,19 +91,19 @@ class MoEConfig(Section):
 
     name: ClassVar[str] = "model.moe"
     # sigmoid (V3), softmax (V2), noisy, switch, gshard, expert_choice, hash, mixtral, random (moe/zoo.py), or
-    # "package.module:Class" of your own
+    # your own "package.module:Class"
     router: str = "sigmoid"
     num_experts: int = number(16, 1)
     top_k: int = number(2, 1)
-    hidden_dim: int = number(64, 1)  # of one expert
-    num_shared_experts: int = number(1)  # always on
-    shared_gate: bool = False  # the shared experts count sigmoid(gate(x)), as Qwen2-MoE, and not 1
+    hidden_dim: int = number(64, 1)  # of each expert
+    num_shared_experts: int = number(1)  # used by every token
+    shared_gate: bool = False  # weight the shared experts by sigmoid(gate(x)), as Qwen2-MoE, instead of 1
     num_groups: int = number(1, 1)  # 1: no group limit
     top_groups: int = number(1, 1)  # groups a token may use
-    normalize: bool = True  # divide the chosen weights by their sum
+    normalize: bool = True  # divide the selected weights by their sum
     routed_scaling_factor: float = number(1.0)
-    capacity_factor: float = number(0.0)  # in training an expert takes so many times its share; 0: any number
-    arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of the router
+    capacity_factor: float = number(0.0)  # most tokens per expert in training, times its share; 0: any
+    arguments: dict[str, Any] = field(default_factory=dict)  # extra arguments of the router
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,12 +133,12 @@ class ModelConfig(Section):
     vocab_size: int = number(256, 1)
     dim: int = number(128, 1)
     num_layers: int = number(4, 1, 1000)
-    num_dense_layers: int = number(1)  # first layers, with a SwiGLU instead of experts; num_layers: all dense
+    num_dense_layers: int = number(1)  # leading layers with a SwiGLU, not experts; num_layers: all dense
     hidden_dim: int = number(384, 1)  # of a dense layer's SwiGLU
     norm_eps: float = number(1e-6)
-    tie_embeddings: bool = False  # the head's matrix is the embedding's
+    tie_embeddings: bool = False  # the head uses the embedding's matrix
     init_std: float = number(0.02, 1e-9)  # of every weight matrix; V2 and V3: 0.006
-    max_length: int = number(0)  # tokens of the longest text it was made for; 0: not stated
+    max_length: int = number(0)  # longest context it was trained for; 0: unknown
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -151,7 +151,7 @@ class ModelConfig(Section):
             )
 
     def own_parts(self) -> dict[str, str]:
-        """Classes of one's own, by the key that names each: {"model.moe.router": "package.module:Class"}"""
+        """Custom classes by the key that names each: {"model.moe.router": "package.module:Class"}"""
         parts = {"model.attention.kind": self.attention.kind, "model.moe.router": self.moe.router}
         return {key: path for key, path in parts.items() if ":" in path}
 
@@ -162,39 +162,39 @@ class TrainConfig(Section):
 
     name: ClassVar[str] = "train"
     steps: int = number(1000, 1)
-    batch_size: int = number(16, 1)  # sequences in one forward pass
-    accumulation: int = number(1, 1)  # forward passes a step
-    context: int = number(128, 1)  # tokens a sequence
-    learning_rate: float = number(1e-3)  # the highest
-    warmup: int = number(50)  # steps of linear rise
-    decay: float = number(1.0, 0, 1)  # share of steps at the end over which a cosine falls; before: constant
-    final_learning_rate: float = number(0.1, 0, 1)  # where it ends, as a share of the highest
+    batch_size: int = number(16, 1)  # sequences per forward pass
+    accumulation: int = number(1, 1)  # forward passes per step
+    context: int = number(128, 1)  # tokens per sequence
+    learning_rate: float = number(1e-3)  # the peak
+    warmup: int = number(50)  # steps of linear increase
+    decay: float = number(1.0, 0, 1)  # final share of the steps with cosine decay; constant before that
+    final_learning_rate: float = number(0.1, 0, 1)  # at the last step, as a share of the peak
     weight_decay: float = number(0.1)
     beta1: float = number(0.9, 0, 0.999999)
     beta2: float = number(0.95, 0, 0.999999)
-    grad_clip: float = number(1.0)  # the gradient's largest norm; 0: any
-    bias_update_rate: float = number(0.001)  # step of the selection bias (V3's gamma); 0: none
-    bias_update: str = choice("sign", "centred", "proportional")  # by sign; less its mean; by the gap itself
+    grad_clip: float = number(1.0)  # maximum gradient norm; 0: no clipping
+    bias_update_rate: float = number(0.001)  # step size of the selection bias (V3's gamma); 0: off
+    bias_update: str = choice("sign", "centred", "proportional")  # the sign; minus its mean; the gap
     sequence_loss: float = number(0.0001)  # weight of the sequence-wise balance loss (V3's alpha)
     switch_loss: float = number(0.0)  # weight of the balance loss over a forward pass (Switch: 0.01)
-    global_batch_loss: float = number(0.0)  # weight of the same, load of the step's passes so far
+    global_batch_loss: float = number(0.0)  # same, with the load of the step's passes so far
     z_loss: float = number(0.0)  # weight of the router's z-loss (ST-MoE: 0.001)
     device_loss: float = number(0.0)  # weight of the balance loss over devices (V2: 0.05)
-    communication_loss: float = number(0.0)  # weight of the loss over what devices receive (V2: 0.02)
-    num_devices: int = number(1, 1)  # equal groups of experts that the two losses above even out
-    top_devices: int = number(1, 1)  # the most devices that a token is sent to (V2's M)
+    communication_loss: float = number(0.0)  # weight of the loss over what each device receives (V2: 0.02)
+    num_devices: int = number(1, 1)  # equal groups of experts, balanced by the two losses above
+    top_devices: int = number(1, 1)  # maximum devices per token (V2's M)
     seed: int = number(0, 0, 2**63 - 1)
     log_every: int = number(10, 1)
     eval_every: int = number(100, 1)
-    eval_tokens: int = number(65536, 1)  # of the validation text, at each evaluation; the last takes all
+    eval_tokens: int = number(65536, 1)  # validation tokens per evaluation; the last one uses all
     sample_every: int = number(250, 1)
     save_every: int = number(250, 1)
-    keep: int = number(2, 1)  # checkpoints
-    dtype: str = choice("auto", "float32", "bfloat16")  # of the matrix products; auto: what is quick here
-    device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU where there is one
-    compile: bool = False  # torch.compile of the blocks: slow to start, then quicker; needs a C++ compiler
-    recompute: bool = False  # run each block once more in the backward pass: slower, in less memory
-    tensorboard: bool = False  # write event files too
+    keep: int = number(2, 1)  # newest checkpoints to keep
+    dtype: str = choice("auto", "float32", "bfloat16")  # of the matrix products; auto: the faster one here
+    device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU if available
+    compile: bool = False  # torch.compile the blocks: slow start, then faster; needs a C++ compiler
+    recompute: bool = False  # recompute each block in the backward pass: slower, less memory
+    tensorboard: bool = False  # also write event files
 
     def __post_init__(self):
         super().__post_init__()
@@ -204,22 +204,22 @@ class TrainConfig(Section):
             )
         for name in ("device_loss", "communication_loss"):
             if getattr(self, name) and self.num_devices == 1:
-                raise ValueError(f"train.{name}: one device has nothing to even out; set train.num_devices")
+                raise ValueError(f"train.{name}: one device has nothing to balance; set train.num_devices")
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """The text."""
+    """The training and validation text."""
 
     name: ClassVar[str] = "data"
-    path: str = ""  # any file, read as bytes; "": the plays and poems that come with the package
+    path: str = ""  # any file, read as bytes; "": the plays and poems in the package
     validation: str = ""  # held-out file; "": the package's four held-out plays, or the last tenth of path
     tokenizer: str = choice("bytes")
 
 
 @dataclass(frozen=True)
 class Config(Section):
-    """All of it."""
+    """The whole configuration."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -235,7 +235,7 @@ class Config(Section):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """One of the configurations in lm/presets by name, or a TOML file by its path."""
+        """A configuration in lm/presets by its name, or a TOML file by its path."""
         known = preset_names()
         if name.endswith(".toml"):
             return cls.load(name)
@@ -248,7 +248,7 @@ class Config(Section):
         """Read a TOML file.
 
         Raises:
-            ValueError: not a readable TOML file, or a key or value that does not belong; names the file.
+            ValueError: the file is not readable TOML, or has an unknown key or an invalid value.
         """
         try:
             table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -262,21 +262,21 @@ class Config(Section):
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Self:
-        """Build from nested tables; keys that are absent keep their defaults."""
+        """Build from nested tables; missing keys keep their defaults."""
         return build(cls, table)
 
     def to_toml(self) -> str:
-        """All values, as TOML that `load` reads back."""
+        """All values, as TOML for `load`."""
         return tomli_w.dumps(dataclasses.asdict(self))
 
 
 def preset_names() -> list[str]:
-    """The names that `Config.preset` knows."""
+    """The names that `Config.preset` accepts."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 def build(section: type[Any], table: Any) -> Any:
-    """A Section of this type from a table, its own sections first."""
+    """A Section of this type from a table, nested sections first."""
     if not isinstance(table, dict):
         raise ValueError(f"{section.name}: expected a table, got {table!r:.80}")
     hints = typing.get_type_hints(section)
@@ -292,7 +292,7 @@ def build(section: type[Any], table: Any) -> Any:
 
 
 def check_value(name: str, value: Any, kind: Any, limits: Any) -> Any:
-    """The value as its field's type, or ValueError."""
+    """The value as its field's type; raise ValueError if it is out of range."""
     name = name.lstrip(".")
     if kind in (int, float):
         least, most = limits["least"], limits["most"]
@@ -316,6 +316,6 @@ def check_value(name: str, value: Any, kind: Any, limits: Any) -> Any:
 
 
 def nearest(word: str, known: typing.Sequence[str]) -> str:
-    """' (did you mean ...?)', where something known is close."""
+    """' (did you mean ...?)' if a known word is close, else ''."""
     close = difflib.get_close_matches(str(word), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""Text as a memory-mapped row of tokens, cut into windows of context + 1."""
+"""A text as a memory-mapped array of tokens, split into windows of context + 1."""
 
 import math
 import random
@@ -14,10 +14,10 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 class Windows:
-    """Fixed-size windows of a text: `train(i)` in random order for ever, `[i]` one after the other.
+    """Fixed-size windows of a text: `train(i)` in random order without end, `[i]` in order.
 
-    Each epoch visits every window once, in an order and with an offset of its own that follow from the seed;
-    so window i is the same whether training was interrupted or not, and the order takes no memory.
+    Each epoch visits every window once. Its order and offset follow from the seed, so window i is the same
+    after a resumed training, and the order takes no memory.
     """
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int = 0):
@@ -38,13 +38,13 @@ class Windows:
         return self.cut(index * self.context)
 
     def train(self, index: int) -> Tensor:
-        """The index-th window of training, (context + 1,) int64."""
-        shifted = self.count - 1 if self.count > 1 else 1  # one window less leaves room for the offset
+        """Training window `index`, (context + 1,) int64."""
+        shifted = self.count - 1 if self.count > 1 else 1  # one window fewer, so that the offset fits
         epoch, turn = divmod(index, shifted)
         rng = random.Random(f"{self.seed} {epoch}")
         room = len(self.tokens) - 1 - shifted * self.context
         offset = rng.randint(0, min(room, self.context - 1))
-        # turn -> first + turn x stride (mod windows) meets each once if stride is coprime to their number
+        # first + turn x stride (mod shifted) visits each window once if stride and shifted are coprime
         first = rng.randrange(shifted)
         stride = next(s for s in iter(lambda: rng.randrange(1, shifted + 1), 0) if math.gcd(s, shifted) == 1)
         return self.cut(offset + (first + turn * stride) % shifted * self.context)
@@ -53,16 +53,16 @@ class Windows:
         return torch.from_numpy(self.tokens[start : start + self.context + 1].astype(np.int64))
 
     def batch(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """Training windows first, first + 1, ... -> inputs, targets (one token on), both (size, context)."""
+        """Training windows first, first + 1, ... -> inputs, targets (shifted by one): (size, context)"""
         windows = torch.stack([self.train(index) for index in range(first, first + size)])
         return windows[:, :-1], windows[:, 1:]
 
 
 def open_text(path: Path) -> np.ndarray:
-    """The file's bytes as uint8 tokens, read when needed.
+    """The file's bytes as uint8 tokens, memory-mapped.
 
     Raises:
-        ValueError: not a readable file; names it and says why.
+        ValueError: the file cannot be read or is empty.
     """
     try:
         if path.stat().st_size == 0:
@@ -73,10 +73,10 @@ def open_text(path: Path) -> np.ndarray:
 
 
 def load(config: DataConfig, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The training and the held-out tokens.
+    """The training and the validation tokens.
 
     Raises:
-        ValueError: a file cannot be read, or holds a byte above the vocabulary.
+        ValueError: a file cannot be read, or has a byte outside the vocabulary.
     """
     if config.path:
         train = open_text(Path(config.path))
@@ -91,6 +91,6 @@ def load(config: DataConfig, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
             highest = max(int(tokens[at : at + 2**20].max()) for at in range(0, len(tokens), 2**20))
             if highest >= vocab_size:
                 raise ValueError(
-                    f"the {name} text holds token {highest}; vocab_size={vocab_size} ends before it"
+                    f"the {name} text holds token {highest}; vocab_size={vocab_size} must be larger"
                 )
     return train, validation

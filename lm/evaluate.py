@@ -10,9 +10,9 @@ from .model import Transformer
 def evaluate(
     model: Transformer, windows: data.Windows, tokens: int | None, dtype: torch.dtype, batch_size: int
 ) -> float:
-    """Mean loss of a text, nats a token; None: of all of it, else of about that many tokens spread evenly.
+    """Mean loss in nats per token, over about `tokens` evenly spread tokens; None: over the whole text.
 
-    Windows overlap by an eighth, which does not count: the text before is known, as it is to an n-gram model.
+    Windows overlap by an eighth, which is context only: an n-gram model sees the preceding text too.
     """
     known = windows.context // 8
     starts = range(0, len(windows.tokens) - windows.context, windows.context - known)

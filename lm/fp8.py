@@ -1,16 +1,16 @@
-"""Block-quantised FP8 weights, as DeepSeek-V3 and Kimi K2 are published (V3 section 3.3.2)."""
+"""Block-quantised FP8 weights, the format of the DeepSeek-V3 and Kimi K2 checkpoints (V3 section 3.3.2)."""
 
 import torch
 from torch import Tensor
 
-BLOCK = 128  # rows and columns that share a scale; blocks at the edges are smaller
+BLOCK = 128  # rows and columns that share a scale; edge blocks are smaller
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (rows, columns) -> FP8 of the same shape, scale_inv (row blocks, column blocks) fp32
 
-    Each block is divided by the scale that brings its largest number to 448; a block of zeros keeps zeros.
+    Each block is scaled so that its largest magnitude becomes 448; a block of zeros stays zero.
     """
     rows, columns = matrix_shape(weight)
     wide = weight.float()
@@ -22,18 +22,18 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """FP8 weight (rows, columns) times its block's scale_inv, in fp32, then rounded to dtype
+    """FP8 weight (rows, columns) x scale_inv of each block, computed in fp32 -> the same shape in dtype
 
-    In spite of its name in the checkpoints, weight_scale_inv multiplies.
+    Despite its name in the checkpoints, weight_scale_inv is a multiplier.
 
     Raises:
-        ValueError: weight is no matrix, or the scales are not one for each block of 128 x 128.
+        ValueError: weight is not a matrix, or there is not one scale per 128 x 128 block.
     """
     rows, columns = matrix_shape(weight)
     blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
     if scale_inv.shape != blocks:
         found = tuple(scale_inv.shape)
-        raise ValueError(f"scales of shape {found}; {rows} x {columns} weights have {blocks}")
+        raise ValueError(f"scale_inv has shape {found}; {rows} x {columns} weights need {blocks}")
     return (weight.float() * spread(scale_inv.float(), rows, columns)).to(dtype)
 
 
@@ -46,5 +46,5 @@ def matrix_shape(weight: Tensor) -> tuple[int, int]:
 
 
 def spread(scale_inv: Tensor, rows: int, columns: int) -> Tensor:
-    """Each block's scale, for each of its numbers: (row blocks, column blocks) -> (rows, columns)"""
+    """Repeat each block's scale over its numbers: (row blocks, column blocks) -> (rows, columns)"""
     return scale_inv.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]

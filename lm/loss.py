@@ -1,4 +1,4 @@
-"""What training minimises: next-token cross-entropy, in nats, and how unevenly experts are used."""
+"""The training losses: next-token cross-entropy in nats, and the balance losses of the routers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from moe.router import check_ids
 from .config import TrainConfig
 from .model import Block, Transformer
 
-CHUNK = 2**27  # bytes of logits in fp32 that are held at once
+CHUNK = 2**27  # bytes of fp32 logits held at once
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target, in fp32 at least.
+    """Log-probability of each target, in fp32 or wider.
 
     logits (..., vocab), targets (...) int64 -> (...)
     """
@@ -26,14 +26,14 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} "
             "must agree in all but the vocabulary"
         )
-    check_ids("target", targets, logits.shape[-1])  # torch would count -100 as a correct prediction
+    check_ids("target", targets, logits.shape[-1])  # torch ignores -100: its loss would be 0
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(wide.reshape(-1, wide.shape[-1]), targets.flatten(), reduction="none")
     return -losses.view_as(targets)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean negative log-probability over the tokens where mask (...) is True; 0 where there is none.
+    """Mean negative log-probability over the targets where mask (...) is True; 0 if it is True nowhere.
 
     logits (..., vocab), targets (...) int64 -> (), nats a token
     """
@@ -45,11 +45,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`cross_entropy` of the head's logits, hidden weight^T; never all of them at once where they are many.
+    """`cross_entropy` of the head's logits, hidden weight^T, in chunks if there are many.
 
     hidden (..., dim) after the final norm, weight (vocab, dim), targets (...) int64 -> (), nats a token
     """
-    if mask is not None:  # what is not counted may be no number, and would make the gradients none
+    if mask is not None:  # a masked NaN would make the gradients NaN
         check_mask(mask, targets)
         hidden = hidden.where(mask.unsqueeze(-1), 0)
     tokens_at_once = max(1, CHUNK // (4 * len(weight)))
@@ -62,15 +62,15 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Te
 
 
 def check_mask(mask: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless mask says of each target whether it counts."""
+    """Raise ValueError unless mask is a bool for each target."""
     if mask.dtype != torch.bool or mask.shape != targets.shape:
         found, wanted = f"{mask.dtype} {tuple(mask.shape)}", f"torch.bool {tuple(targets.shape)}"
         raise ValueError(f"mask is {found}; expected {wanted}, True where a target counts")
 
 
 class Chunked(torch.autograd.Function):
-    """Loss and gradients of a few tokens' logits at a time, in the forward pass: a gradient with respect to
-    hidden and weight is all that stays of them (as in Liger, arXiv 2410.10989 section 3.2).
+    """Head and loss, a chunk of tokens at a time. The forward pass computes the gradients too: it keeps those
+    of hidden and weight, not the logits (as in Liger, arXiv 2410.10989 section 3.2).
     """
 
     @staticmethod
@@ -93,7 +93,7 @@ class Chunked(torch.autograd.Function):
                 total -= (of_target * part).where(part > 0, 0).sum()
                 if wants:
                     d_logits = log_probs.exp_().scatter_add_(-1, at, -torch.ones_like(at, dtype=share.dtype))
-                    d_logits = d_logits.mul_(part.unsqueeze(-1)).to(dtype)  # probability - target, by share
+                    d_logits = d_logits.mul_(part.unsqueeze(-1)).to(dtype)  # (probability - target) x share
                     torch.mm(d_logits, narrow, out=d_row)
                     d_weight += torch.mm(d_logits.t(), row)
         ctx.save_for_backward(d_rows.view_as(hidden).to(hidden.dtype), d_weight.to(weight.dtype))
@@ -102,16 +102,16 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("chunked logits leave no gradient of the gradient; use cross_entropy")
+            raise RuntimeError("chunked logits have no second derivative; use cross_entropy")
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_total, d_weight * d_total, None, None, None, None
 
 
 class Losses(NamedTuple):
-    """What a training pass is minimised by, and what its routers did."""
+    """The losses of a training pass and the load of its routers."""
 
-    named: dict[str, Tensor]  # each times its weight; "cross_entropy" and the balance losses in use
-    counts: list[Tensor]  # (experts,) int64 of each MoE layer, of the step so far
+    named: dict[str, Tensor]  # "cross_entropy" and the balance losses in use, each times its weight
+    counts: list[Tensor]  # tokens per expert of each MoE layer in this step so far, (experts,) int64
 
 
 def training_losses(
@@ -123,14 +123,14 @@ def training_losses(
     dtype: torch.dtype = torch.float32,
     run: Callable[..., Any] = Block.__call__,
 ) -> Losses:
-    """One forward pass of training; the sum of the losses is what to differentiate.
+    """One forward pass of training; backpropagate the sum of the losses.
 
     inputs, targets (batch, time) int64
 
     Args:
-        counts: those of the step's passes before, to which this one's are added.
+        counts: `Losses.counts` of the step's previous pass, to which this pass is added.
         dtype: of the matrix products.
-        run: how a block is called, see `Transformer.trunk`.
+        run: how to call a block, see `Transformer.trunk`.
     """
     with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
         hidden, routings = model.trunk(inputs, run=run)
@@ -144,11 +144,11 @@ def training_losses(
 
 
 def balance_losses(routing: Routing, tokens_per_expert: Tensor, config: TrainConfig) -> dict[str, Tensor]:
-    """The balance losses of one layer, each times its weight; those of weight 0 are left out.
+    """The balance losses of one layer, each times its weight; those with weight 0 are left out.
 
-    tokens_per_expert (experts,), of the step so far
+    tokens_per_expert (experts,), counted in this step so far
 
-    The global batch is taken as it fills up, its load counted up to this forward pass (arXiv 2501.11873).
+    The global-batch loss uses the load up to and including this forward pass (arXiv 2501.11873).
     """
     devices, top_devices = config.num_devices, config.top_devices
     losses: dict[str, Callable[[], Tensor]] = {

@@ -1,4 +1,4 @@
-"""What this machine is, and what it is quick at."""
+"""The machine: device, dtype, compiler, memory."""
 
 import os
 import platform
@@ -9,10 +9,10 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": a GPU where there is one.
+    """The device of that name; "auto": a GPU if available.
 
     Raises:
-        ValueError: it is not here; names those that are.
+        ValueError: no such device on this machine.
     """
     found = ["cpu"]
     if torch.cuda.is_available():
@@ -23,13 +23,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device(found[0])
     if name in found or f"{name}:0" in found:
         return torch.device(name)
-    raise ValueError(f"device {name!r} was not found; here there is: {', '.join(found)}")
+    raise ValueError(f"device {name!r} was not found; available: {', '.join(found)}")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; "auto": bf16 where the hardware has it, else fp32.
+    """The dtype of matrix products; "auto": bf16 if the hardware supports it, else fp32.
 
-    Where it has not, a CPU emulates bf16 a hundred times slower than fp32.
+    A CPU without bf16 units emulates it a hundred times slower than fp32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -41,17 +41,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_compiler(device: torch.device, asked: str) -> None:
-    """Raise ValueError, which names the option asked for, where torch.compile has no C++ compiler."""
+    """Raise ValueError naming the option `asked` if torch.compile has no C++ compiler."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(name) is None:
         raise ValueError(
             f"{asked}: torch.compile needs a C++ compiler, and {name!r} was not found; "
-            "install it, or name another in the environment variable CXX"
+            "install it, or set the environment variable CXX to another"
         )
 
 
 def memory() -> int:
-    """Bytes of main memory; 0 where the system does not tell."""
+    """Bytes of main memory; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -59,9 +59,9 @@ def memory() -> int:
 
 
 def bf16_units() -> str:
-    """What the CPU multiplies bf16 with: "AMX" (tiles), "BF16" (AVX-512's own instructions) or "" (nothing).
+    """The CPU's bf16 units that PyTorch uses: "AMX" (tiles), "BF16" (AVX-512 instructions) or "" (none).
 
-    ATEN_CPU_CAPABILITY can forbid PyTorch to use them.
+    ATEN_CPU_CAPABILITY can disable them.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return ""
@@ -71,7 +71,7 @@ def bf16_units() -> str:
 
 
 def describe(device: torch.device | None = None) -> dict[str, str | int]:
-    """The machine and versions that a measurement belongs to."""
+    """The hardware and versions, to be stored with a measurement."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as info:

@@ -16,11 +16,11 @@ from .parts import build_attention, build_moe
 
 
 class Output(NamedTuple):
-    """What one pass of the model gives."""
+    """The result of a forward pass."""
 
     logits: Tensor  # (batch, time, vocab)
     hidden: Tensor  # (batch, time, dim), the last block's output before the final norm
-    routings: list[Routing]  # of each MoE layer, in order
+    routings: list[Routing]  # one per MoE layer, in order
 
 
 class Block(nn.Module):
@@ -47,12 +47,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm, head. Under torch.device("meta") it is built without memory.
+    """Embedding, blocks, norm, head. Under torch.device("meta") no memory is allocated.
 
     tokens (batch, time) int64 -> Output
 
     Raises:
-        ValueError: numbers in the config do not fit each other, or tokens are not ids below vocab_size.
+        ValueError: inconsistent numbers in the config, or tokens outside 0..vocab_size - 1.
     """
 
     def __init__(self, config: ModelConfig):
@@ -73,19 +73,19 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         embeddings: Tensor | None = None,
     ) -> Output:
-        """caches from `new_caches`; positions and mask as in `MultiheadLatentAttention.forward`.
+        """caches: from `new_caches`; positions and mask: as in `MultiheadLatentAttention.forward`.
 
-        embeddings (batch, time, dim): what the blocks read in place of `embed(tokens)`, such as an image's.
+        embeddings (batch, time, dim): the blocks' input instead of `embed(tokens)`, such as an image's.
         """
         x, routings = self.trunk(tokens, caches, positions, mask, embeddings=embeddings)
         return Output(self.logits(x), x, routings)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (batch, time) int64 -> (batch, time, dim), what the first block reads"""
+        """tokens (batch, time) int64 -> (batch, time, dim), the input of the first block"""
         return self.embedding(tokens)
 
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
-        """hidden (..., dim) of the last block -> (..., vocab), by the final norm and this or another head"""
+        """hidden (..., dim) of the last block -> (..., vocab), by the final norm and `head` (None: ours)"""
         return (self.head if head is None else head)(self.norm(hidden))
 
     def trunk(
@@ -97,10 +97,10 @@ class Transformer(nn.Module):
         run: Callable[..., tuple[Tensor, Routing | None]] = Block.__call__,
         embeddings: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """All but the final norm and the head -> hidden (batch, time, dim), a Routing for each MoE layer.
+        """Embedding and blocks -> hidden (batch, time, dim), a Routing for each MoE layer.
 
         Args:
-            run: calls a block with its arguments; `lm.train.run_block` makes one that compiles or recomputes.
+            run: calls a block; `lm.train.run_block` returns one that compiles or recomputes it.
             embeddings: see `forward`.
         """
         self.check(tokens, caches, embeddings)
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
     def check(
         self, tokens: Tensor, caches: Sequence[Any] | None = None, embeddings: Tensor | None = None
     ) -> None:
-        """Raise ValueError for what is not a batch of token ids, one cache a layer, an embedding a token."""
+        """Raise ValueError unless tokens are ids, with one cache per layer and one embedding per token."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] < 1:
             raise ValueError(
                 f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 (batch, time >= 1)"
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw every weight matrix from a normal of std init_std (V3 section 4.2; there 0.006), biases 0."""
+        """Weight matrices from a normal with std init_std (V3 section 4.2: 0.006), biases 0."""
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, self.config.init_std, generator=generator)
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
 
 class ProductLinear(nn.Linear):
-    """A linear layer whose matrix product is computed by a function rows (..., in), weight (out, in)."""
+    """A linear layer that computes its product by a function of rows (..., in) and weight (out, in)."""
 
     product: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.linear)
 
@@ -158,16 +158,16 @@ class ProductLinear(nn.Linear):
 
 
 def use_product(model: Transformer, product: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Let every matrix product of the blocks be computed by `product`: quantised, counted or distributed.
+    """Compute every matrix product of the blocks by `product`, to quantise, count or distribute it.
 
-    product: rows (..., in), weight (out, in) -> (..., out). Embedding, head, the routers' gates and the score
-    of absorbed attention keep their own. Weights, names and the state dict stay the same.
+    product: rows (..., in), weight (out, in) -> (..., out). Embedding, head, router gates and the scores of
+    absorbed attention are not replaced. Weights, names and the state dict stay the same.
     """
     for parent in list(model.blocks.modules()):
         if isinstance(parent, Experts):
             parent.product = product
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, ProductLinear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, ProductLinear):
                 made = ProductLinear(child.in_features, child.out_features, False, device="meta")
                 made.weight, made.bias, made.product = child.weight, child.bias, product
                 setattr(parent, name, made.train(child.training))

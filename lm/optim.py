@@ -1,4 +1,4 @@
-"""AdamW with the usual exceptions from weight decay, and the learning rate over time."""
+"""AdamW without weight decay on norms and embedding, and the learning-rate schedule."""
 
 import math
 
@@ -9,9 +9,9 @@ from .config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (V3 section 4.2: betas 0.9 and 0.95, decay 0.1), fused where the device has it.
+    """AdamW (V3 section 4.2: betas 0.9 and 0.95, decay 0.1), fused where available.
 
-    Matrices decay; norms and the embedding do not. Selection biases are buffers and never get here.
+    Matrices decay; norms and the embedding do not. Selection biases are buffers, which no optimizer sees.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed: list[nn.Parameter] = []
@@ -29,13 +29,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 1 .. steps.
+    """The learning rate of step 1..steps.
 
-    A linear rise over `warmup`, then constant, then a cosine fall over the last `decay` share.
+    Linear warmup over `warmup` steps, then constant, then cosine decay over the last share `decay`.
     """
     if step <= config.warmup:
         return config.learning_rate * step / config.warmup
     fall = max(1, round((config.steps - config.warmup) * config.decay))
-    progress = max(0.0, (step - (config.steps - fall)) / fall)  # 0 until the fall begins, 1 at the last step
+    progress = max(0.0, (step - (config.steps - fall)) / fall)  # 0 until the decay begins, 1 at the last step
     low = config.learning_rate * config.final_learning_rate
     return low + (config.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

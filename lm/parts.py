@@ -1,7 +1,7 @@
-"""The parts that a config can name, and how each is built from it; the only place where the two meet.
+"""Build the parts that a config names; no other module passes a config to a part.
 
 A built-in name stands for a class, as "package.module:Class" does: a new kind is one entry in one of the two
-tables below. Loads no torch until a part is built: counting needs the tables alone.
+tables below. torch is imported when a part is built: counting needs only the tables.
 """
 
 import copy
@@ -19,28 +19,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .config import AttentionConfig, MoEConfig, RopeConfig, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from mla import RotaryEmbedding
     from moe import MoE, Routing
 
-FP8_BLOCK = 128  # numbers of a latent in fp8 that share a scale in fp32
+FP8_BLOCK = 128  # numbers of an fp8 latent that share one fp32 scale
 
 
 class AttentionCounts(NamedTuple):
     """The counts of one layer's attention."""
 
-    weights: int  # of its matrices
+    weights: int  # in matrices
     biases: int
     norms: int
-    per_key: int  # multiplications a query does with one key and its value, all heads
-    cache: int  # numbers a token
-    cache_fp8: int  # bytes a token
-    value_dim: int  # of a head
+    per_key: int  # multiplications per query and key, value included, all heads
+    cache: int  # numbers per token
+    cache_fp8: int  # bytes per token
+    value_dim: int  # per head
 
 
 def count_mla(dim: int, a: AttentionConfig) -> AttentionCounts:
-    """Multi-head latent attention's."""
+    """Counts of multi-head latent attention."""
     key, compressed = a.qk_nope_head_dim + a.qk_rope_head_dim, a.kv_lora_rank + a.qk_rope_head_dim
     query = a.q_lora_rank * (dim + a.num_heads * key) if a.q_lora_rank else dim * a.num_heads * key
     expansion = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
@@ -56,7 +56,7 @@ def count_mla(dim: int, a: AttentionConfig) -> AttentionCounts:
 
 
 def count_gqa(dim: int, a: AttentionConfig) -> AttentionCounts:
-    """Grouped-query attention's."""
+    """Counts of grouped-query attention."""
     query, cache = a.num_heads * a.head_dim, 2 * a.num_kv_heads * a.head_dim
     return AttentionCounts(
         weights=dim * (2 * query + cache),
@@ -83,9 +83,9 @@ class RouterKind:
 
     path: str  # of the class
     gates: int = 1  # matrices of num_experts x dim
-    has_bias: bool = False  # a selection bias, num_experts numbers
+    has_bias: bool = False  # has a selection bias of num_experts numbers
     normalizes: bool = False  # always divides the weights by their sum
-    renamed: dict[str, str] = field(default_factory=dict)  # arguments that have another name in the config
+    renamed: dict[str, str] = field(default_factory=dict)  # config name -> argument it must be passed as
 
 
 ATTENTIONS = {
@@ -136,7 +136,7 @@ def build_rope(dim: int, config: RopeConfig) -> "RotaryEmbedding":
 def build_moe(dim: int, config: MoEConfig, vocab_size: int = 0) -> "MoE":
     """The router that a config names, its experts, and the shared experts as one MLP.
 
-    vocab_size: for a router that needs token ids.
+    vocab_size: for routers that use token ids.
     """
     from moe import Experts, Gated, MoE, SwiGLU
 
@@ -149,7 +149,7 @@ def build_moe(dim: int, config: MoEConfig, vocab_size: int = 0) -> "MoE":
 
 
 def build_router(config: MoEConfig, sizes: dict[str, Any]) -> "nn.Module":
-    """The router that a config names, with limited room if capacity_factor says so."""
+    """The router that a config names, with a capacity limit if capacity_factor is set."""
     from moe import Capacity
     from moe.router import described
 
@@ -177,16 +177,16 @@ def build_router(config: MoEConfig, sizes: dict[str, Any]) -> "nn.Module":
 def build_part(
     name: str, path: str, arguments: dict[str, Any], sizes: dict[str, Any], built_in: bool
 ) -> "nn.Module":
-    """Make a module, given the config's numbers that its constructor names, and its further arguments.
+    """Build a module from the sizes that its constructor takes and the extra arguments.
 
     Raises:
-        ValueError: path names no importable nn.Module class, or the arguments do not fit.
+        ValueError: path is not an importable nn.Module class, or the arguments do not fit it.
     """
     cls = find_class(name, path)
     wanted = inspect.signature(cls).parameters
     section = name.rpartition(".")[0]
     for key in sorted(arguments.keys() & sizes.keys() & wanted.keys()):
-        raise ValueError(f"{section}.arguments {key}: is a number of the config; set {section}.{key}")
+        raise ValueError(f"{section}.arguments {key}: is a field of the config; set {section}.{key}")
     plain = {"num_groups": 1, "routed_scaling_factor": 1, "q_lora_rank": None}
     for key in plain.keys() & sizes.keys() - wanted.keys():
         if not built_in and sizes[key] != plain[key]:
@@ -199,7 +199,7 @@ def build_part(
 
 
 def find_class(name: str, path: str) -> "type[nn.Module]":
-    """The nn.Module class that "package.module:Class" names; it is imported, and nothing else is called."""
+    """The nn.Module class that "package.module:Class" names. Its module is imported; nothing is called."""
     from torch import nn
 
     module_name, colon, class_name = path.partition(":")
@@ -218,17 +218,17 @@ def find_class(name: str, path: str) -> "type[nn.Module]":
 
 
 def import_here(module: str) -> types.ModuleType:
-    """Import a module, the working folder's too: last, so that no file there stands in for a known module."""
+    """Import a module, also from the working folder: searched last, so that no file there hides a module."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the path of the `lm` command begins elsewhere
+        sys.path.append(os.getcwd())  # the `lm` command starts without it
     return importlib.import_module(module)
 
 
 def try_parts(model: Any) -> None:
-    """Run a copy of a Transformer that has parts of your own on a few tokens; no other model is run.
+    """Run a copy of the model on a few tokens if it has custom parts.
 
     Raises:
-        ValueError: it fails, or returns what losses and biases cannot use; names the parts.
+        ValueError: the forward pass fails, or its routings do not suit the losses and bias updates.
     """
     import torch
 
@@ -236,9 +236,9 @@ def try_parts(model: Any) -> None:
     if not own:
         return
     tokens = torch.arange(4).remainder(model.config.vocab_size).expand(2, -1)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the training's numbers stay what they are
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # leave the training's random state alone
         try:
-            for routing in copy.deepcopy(model)(tokens).routings:  # a part may count its passes
+            for routing in copy.deepcopy(model)(tokens).routings:  # a copy: a part may count its passes
                 check_routing(routing, (*tokens.shape, model.config.moe.num_experts))
         except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -248,7 +248,7 @@ def try_parts(model: Any) -> None:
 def check_routing(routing: "Routing", shape: tuple[int, ...]) -> None:
     """Raise ValueError unless scores and logits have this shape, (..., num_experts)."""
     for name in ("scores", "logits"):
-        part: Tensor | None = getattr(routing, name)
+        part: Any = getattr(routing, name)
         found = tuple(part.shape) if hasattr(part, "shape") else type(part).__name__
         if found != shape:
-            raise ValueError(f"{name} are {found}; expected {shape}, a number for each expert")
+            raise ValueError(f"{name} are {found}; expected {shape}, one number per expert")

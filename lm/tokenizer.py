@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes. A model's own tokenizer is read by hub/tokenizer.py."""
+"""The byte tokenizer. hub/tokenizer.py reads the tokenizer of a Hugging Face folder."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 class ByteTokenizer:
-    """Every byte is a token; ASCII's own end-of-text character, byte 3, ends a document.
+    """Every byte is a token; byte 3, ASCII's end of text, ends a document.
 
-    Any file works as it is, text or not, and no vocabulary has to be learnt or stored.
+    Any file works as it is, text or not, and there is no vocabulary to learn or store.
     """
 
     vocab_size = 256
@@ -17,21 +17,21 @@ class ByteTokenizer:
     chat_template = None
 
     def encode(self, text: str | bytes) -> list[int]:
-        """UTF-8 bytes; bytes that came from the command line as surrogates are themselves again."""
+        """UTF-8 bytes; surrogates, which stand for raw bytes on the command line, become those bytes."""
         return list(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes that the tokens are; of a vocabulary larger than theirs, 255, which is in no text."""
+        """Tokens as bytes; tokens above 255, of a larger vocabulary, become 255, which no UTF-8 text has."""
         return bytes(min(token, 255) for token in tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """As text, with U+FFFD where the bytes are not UTF-8."""
+        """Tokens as text, with U+FFFD for invalid UTF-8."""
         return self.decode_bytes(tokens).decode("utf-8", "replace")
 
     def encode_array(self, text: np.ndarray) -> np.ndarray:
-        """The tokens of a file's bytes; they are its tokens."""
+        """A file's bytes as tokens, unchanged."""
         return text
 
     def writer(self) -> Callable[[int], bytes]:
-        """A function token -> what it adds to the text."""
+        """A function token -> the bytes that it adds to the text."""
         return lambda token: self.decode_bytes([token])

@@ -1,4 +1,4 @@
-"""The benchmarks run, and measure what they say: their peers compute the same function."""
+"""The benchmarks run, and their peers compute the same function."""
 
 import json
 import subprocess
@@ -16,13 +16,13 @@ from lm.parts import build_moe
 from tests.helpers import ROOT
 
 
-def test_the_loop_over_experts_is_the_layer():
+def test_the_loop_over_experts_equals_the_layer():
     config = speed_model()
     layer, x = build_moe(config.dim, config.moe), torch.randn(50, config.dim)
     torch.testing.assert_close(loop_over_experts(layer, x), layer(x)[0])
 
 
-def test_the_rivals_differ_in_attention_alone():
+def test_rivals_differ_only_in_attention():
     config = speed_model()
     model = with_attention(config, 8)
     assert model.config.moe == config.moe and model.config.attention.kind == "gqa"
@@ -30,7 +30,7 @@ def test_the_rivals_differ_in_attention_alone():
 
 
 @torch.no_grad()
-def test_a_decoding_call_stands_at_its_context(monkeypatch):
+def test_a_timed_decode_step_is_at_its_context(monkeypatch):
     model = Transformer(Config.preset("nano").model)
     seen = []
     step = Decoder.step
@@ -49,7 +49,7 @@ def test_a_decoding_call_stands_at_its_context(monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["speed", "scaling"])
-def test_a_quick_run_writes_every_figure(name, tmp_path):
+def test_a_quick_run_writes_every_measurement(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (path,) = tmp_path.glob(f"{name}-*.json")

@@ -1,4 +1,4 @@
-"""What holds between packages: which way imports go, what is never called, and that parts travel alone."""
+"""Rules for every file of the packages: forbidden calls and docstrings; `moe` and `mla` work when copied."""
 
 import ast
 import os
@@ -10,14 +10,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-ARROWS = {  # who may import whom of ours; the order of building, too
-    "moe": set(),
-    "mla": set(),
-    "lm": {"moe", "mla"},
-    "rl": {"moe", "mla", "lm"},
-    "janus": {"moe", "mla", "lm"},
-}
-PACKAGES = [name for name in ARROWS if (ROOT / name).is_dir()]
+PACKAGES = ("moe", "mla", "lm")
 FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -54,17 +47,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 @EVERY_FILE
-def test_imports_go_one_way(path):
-    package = path.relative_to(ROOT).parts[0]
-    names = imported(ast.parse(path.read_text()))
-    assert names & set(ARROWS) <= ARROWS[package] | {package}
-    assert not names & {"tests", "experiments", "benchmarks", "notebooks", "exercises"}
-    if package in ("moe", "mla"):
-        assert names <= {"torch", "einops"} | sys.stdlib_module_names
-
-
-@EVERY_FILE
-def test_nothing_pickled_is_read_and_no_text_is_run(path):
+def test_no_pickle_is_loaded_and_no_string_is_executed(path):
     for node in ast.walk(tree := ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             forbidden = {"eval", "exec", "compile", "__import__"}
@@ -81,7 +64,7 @@ def test_nothing_pickled_is_read_and_no_text_is_run(path):
 
 
 @EVERY_FILE
-def test_every_public_function_and_class_says_what_it_is(path):
+def test_every_public_function_and_class_has_a_docstring(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree) or path.name == "__main__.py"
     for node in tree.body:
@@ -96,7 +79,7 @@ def test_a_folder_copied_alone_into_another_project_works(names, tmp_path):
     lines = ["import sys, torch, " + ", ".join(names), "x = torch.randn(2, 16, 64)"]
     lines += [EXAMPLE[name] for name in names]
     lines += [f"assert {name}.__file__.startswith({str(tmp_path)!r})" for name in names]
-    lines += [f"assert not set(sys.modules) & {set(ARROWS) - set(names)}"]
+    lines += [f"assert not set(sys.modules) & {set(PACKAGES) - set(names)}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COV_"))}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],

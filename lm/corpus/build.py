@@ -22,7 +22,7 @@ END_OF_TEXT = "\x03"  # ASCII ETX; the tokenizer's end-of-text token is this byt
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
 HELD_OUT = {"macbeth", "richard_ii", "tempest", "twelfth_night"}  # a tragedy, a history, a romance, a comedy
 
-# Slips of single source files that no general rule can tell from good text; each left side occurs once.
+# Errors in single source files that no general rule can detect; each left side occurs once.
 REPAIRS = {
     "coriolanus": [("\nALL. Farewell.", "\nALL.\nFarewell.")],
     "cymbeline": [("[not]", "not"), ("[but]", "but")],  # an editor's brackets around words that are spoken
@@ -81,15 +81,15 @@ REPAIRS = {
 TITLE_PAGE = re.compile(r".*?\nby William Shakespeare\n", re.DOTALL)
 START = re.compile(r"^(?:ACT\b|Act\b|PROLOGUE|THE PROLOGUE|INDUCTION)", re.MULTILINE)
 SCENE = re.compile(r"(?:ACT|SCENE|Act|Scene)\W+(?:[IVX]+|\d|FIRST|SECOND|THIRD|FOURTH|FIFTH)\b|INDUCTION\b")
-LABEL = re.compile(r"(?:SONG|Song|DUMB SHOW|SPRING|WINTER|THRENOS|THE END)\.?|[@*_ ]+")  # heads, never spoken
+LABEL = re.compile(r"(?:SONG|Song|DUMB SHOW|SPRING|WINTER|THRENOS|THE END)\.?|[@*_ ]+")  # headings
 NUMERAL = re.compile(r"[IVXLC]+\.?")
 DIRECTION = re.compile(r"(\s*)\[[^\[\]]*\](\s*)")
 CONNECTORS = {"and", "of", "the", "de", "&", "&c"}
 
 
 def without_directions(paragraph: str) -> list[str]:
-    """Take the bracketed stage directions out of a paragraph; returns the lines that are left."""
-    if paragraph.count("[") != paragraph.count("]"):  # the source lost a bracket
+    """Remove the bracketed stage directions from a paragraph; return the remaining lines."""
+    if paragraph.count("[") != paragraph.count("]"):  # a bracket is missing in the source
         if paragraph.startswith("[") or paragraph.endswith("]"):
             return []
         paragraph = re.sub(r"\[[^\[\]\n]*$", "", paragraph, flags=re.MULTILINE)  # it ends with its line
@@ -110,7 +110,7 @@ def without_directions(paragraph: str) -> list[str]:
 
 
 def without_labels(lines: list[str]) -> list[str]:
-    """Drop the heads of songs and poems, and a numeral that stands before all else."""
+    """Drop the headings of songs and poems, and a leading numeral."""
     kept: list[str] = []
     for line in lines:
         if not LABEL.fullmatch(line) and (kept or not NUMERAL.fullmatch(line)):
@@ -119,7 +119,7 @@ def without_labels(lines: list[str]) -> list[str]:
 
 
 def is_speaker(lines: list[str]) -> bool:
-    """Tell whether the first of a paragraph's lines is a speaker's name: "FIRST LORD.", "EGEUS", "Ham."."""
+    """Whether a paragraph starts with a speaker's name, such as "FIRST LORD.", "EGEUS" or "Ham."."""
     words = lines[0].rstrip(" .-").split()
     names = [word for word in words if word not in CONNECTORS]
     if not names or len(words) > 6 or re.search(r"[^\w .,&'-]", lines[0]):
@@ -132,10 +132,10 @@ def is_speaker(lines: list[str]) -> bool:
 
 
 def speaker_name(line: str) -> str:
-    """Write a speaker's name in one way: "LADY MACBETH." becomes "Lady Macbeth:"."""
+    """Normalise a speaker's name: "LADY MACBETH." becomes "Lady Macbeth:"."""
     words = line.removeprefix("THE ").rstrip(" .-").split()
     if len(words) > 1 and words[0] == "I":
-        words[0] = "1"  # "I Player." stands beside "2 Player."
+        words[0] = "1"  # the source has "I Player." and "2 Player."
     cased = [word.lower() if word.lower() in CONNECTORS else word.capitalize() for word in words]
     return " ".join(cased) + ":"
 
@@ -161,7 +161,7 @@ def clean_play(paragraphs: list[str]) -> str:
             if inside or (index == 0 and is_speaker(lines)):
                 speeches.append([speaker_name(line)])
                 before_speech = False
-            elif not before_speech:  # between a scene's head and its first speaker all is stage matter
+            elif not before_speech:  # before a scene's first speaker all lines are directions
                 if index == 0 and len(speeches[-1]) > 1 and not after_direction:
                     speeches[-1].append("")  # a stanza of a song ends
                 speeches[-1].append(re.sub(r"^\d\. ", "", line))
@@ -170,7 +170,7 @@ def clean_play(paragraphs: list[str]) -> str:
 
 
 def clean_poem(paragraphs: list[str]) -> str:
-    """Keep a poem's stanzas, without their numbers and the heads."""
+    """Keep a poem's stanzas, without numbers and headings."""
     stanzas = [without_labels(paragraph.split("\n")) for paragraph in paragraphs]
     return "\n\n".join("\n".join(stanza) for stanza in stanzas if stanza)
 
@@ -179,7 +179,7 @@ def clean(work: str, text: str) -> str:
     """Clean one work.
 
     Raises:
-        ValueError: the text is not the one that the repairs are for.
+        ValueError: a repair does not match the text exactly once.
     """
     text = "\n".join(" ".join(line.split()) for line in text.translate(str.maketrans("{}", "[]")).split("\n"))
     for wrong, right in REPAIRS.get(work, []):
@@ -201,7 +201,7 @@ def read_works(archive: Path) -> dict[str, str]:
     """Read the modern-spelling works from the source archive, by name in alphabetical order.
 
     Raises:
-        ValueError: not the archive that this script knows.
+        ValueError: wrong sha256.
     """
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != ARCHIVE_SHA256:
@@ -224,9 +224,9 @@ def download(folder: Path) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the two files beside this script and say what they hold."""
+    """Write the two files beside this script and print a summary."""
     if len(arguments) > 1:
-        raise ValueError(f"arguments={arguments}: at most one is right, the path of the source archive")
+        raise ValueError(f"arguments={arguments}: expected at most one, the path of the source archive")
     with tempfile.TemporaryDirectory() as folder:
         works = read_works(Path(arguments[0]) if arguments else download(Path(folder)))
     for name, chosen in (("train.txt", works.keys() - HELD_OUT), ("validation.txt", HELD_OUT)):

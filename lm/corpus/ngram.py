@@ -1,9 +1,9 @@
-"""Byte n-gram baselines: the losses that a trained model has to beat.
+"""Byte n-gram baselines: the losses that a trained model should beat.
 
 Run `python -m lm.corpus.ngram`: it counts train.txt, scores all of validation.txt and writes baselines.json.
 
-"Order" is the number of preceding bytes that a prediction looks at: order 0 knows only how frequent each byte
-is, order 7 counts runs of 8 bytes. Smoothing is method C of I. H. Witten and T. C. Bell, "The zero-frequency
+"Order" is the number of preceding bytes that a prediction uses: order 0 uses only the frequency of each byte,
+order 7 counts runs of 8 bytes. Smoothing is method C of I. H. Witten and T. C. Bell, "The zero-frequency
 problem", IEEE Transactions on Information Theory 37(4), 1991, in the interpolated form of S. F. Chen and
 J. Goodman, "An empirical study of smoothing techniques for language modeling", 1998.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 METHOD = "interpolated Witten-Bell byte n-grams down to the uniform distribution over 256 bytes"
-HIGHEST_ORDER = 7  # a run of 8 bytes fills the 64-bit integer that stands for it
+HIGHEST_ORDER = 7  # a run of 8 bytes fills a 64-bit integer
 BYTE = np.uint64(8)  # bits
 
 
@@ -29,7 +29,7 @@ def runs(text: np.ndarray, length: int) -> np.ndarray:
 
 
 def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where it is not among the sorted keys."""
+    """The value of each wanted key, 0 if it is not among the sorted keys."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, values[place], 0)
 
@@ -37,12 +37,12 @@ def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndar
 class WittenBell:
     """Witten-Bell estimates of all orders from 0 to `order`, counted in one text.
 
-    With h the k preceding bytes, h' the last k - 1 of them, N(h) the times that a byte followed h, N(hc) the
-    times that this byte was c, and T(h) the number of different bytes that followed h:
+    With h the k preceding bytes, h' the last k - 1 of them, N(h) the number of bytes that followed h, N(hc)
+    how many of them were c, and T(h) the number of different bytes that followed h:
 
         P_k(c | h) = (N(hc) + T(h) P_{k-1}(c | h')) / (N(h) + T(h)),    P_{-1}(c) = 1/256,
 
-    and P_k(c | h) = P_{k-1}(c | h') for an h that the text does not hold.
+    and P_k(c | h) = P_{k-1}(c | h') if h does not occur in the text.
     """
 
     def __init__(self, text: np.ndarray, order: int = HIGHEST_ORDER):
@@ -67,10 +67,10 @@ class WittenBell:
         return np.where(total > 0, (count + kind * lower) / np.maximum(total + kind, 1), lower)
 
     def probabilities(self, text: np.ndarray) -> np.ndarray:
-        """The probability of each byte of a text after those before it, by every order.
+        """The probability of each byte of a text given the bytes before it, for every order.
 
-        Returns (order + 1, bytes) float64. A byte with fewer than k before it has the estimate of the highest
-        order that fits in row k too.
+        Returns (order + 1, bytes) float64. A byte with fewer than k bytes before it has the estimate of the
+        highest order that fits in row k too.
         """
         current = np.full(len(text), 1 / 256)
         result = []
@@ -80,7 +80,7 @@ class WittenBell:
         return np.stack(result)
 
     def distribution(self, context: bytes) -> np.ndarray:
-        """The probability of each byte after a context, by the highest order that fits it: (256,) float64."""
+        """The probability of each byte after a context, by the highest order that fits: (256,) float64."""
         following = np.arange(256, dtype=np.uint64)
         current = np.full(256, 1 / 256)
         for k in range(min(self.order, len(context)) + 1):
@@ -90,7 +90,7 @@ class WittenBell:
 
 
 def main() -> None:
-    """Score validation.txt with what train.txt holds and write baselines.json."""
+    """Score validation.txt by the counts of train.txt and write baselines.json."""
     folder = Path(__file__).parent
     train, validation = ((folder / f"{name}.txt").read_bytes() for name in ("train", "validation"))
     model = WittenBell(np.frombuffer(train, np.uint8))

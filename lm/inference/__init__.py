@@ -1,5 +1,5 @@
-"""Writing text: one model, many texts at once, in pages of cache.
+"""Generation: one model, many sequences at once, over a paged cache.
 
-Read generate, then engine; step is a decode step of the whole model, pages its memory, sampling the choice of
-the next token, compiled the same step as compiled code.
+Read generate, then engine. step is a decode step of the whole model, pages the cache, sampling draws the next
+token, compiled is the decode step under torch.compile.
 """

@@ -1,4 +1,4 @@
-"""A step of decoding as compiled code: its kernels one after another, without Python between them."""
+"""The decode step under torch.compile, without Python between its kernels."""
 
 from collections.abc import Sequence
 from types import FunctionType
@@ -13,15 +13,15 @@ from .step import Decoder
 
 
 class CompiledStep:
-    """`Decoder.step` by one token of each text. On a GPU the kernels are replayed as a CUDA graph.
+    """`Decoder.step` for one token per row. On a GPU the kernels are replayed as a CUDA graph.
 
-    The code is the same for any lengths of the texts. It is made when it is needed first, in some ten
-    seconds: for one text, for a few whose experts are copied, for more.
+    It compiles on first use, in about ten seconds: once for one row, once for a few rows, whose experts are
+    copied, and once for more. Sequence lengths do not matter.
 
-    The model's weights may change, their shapes and dtypes may not.
+    The model's weights may change; their shapes and dtypes may not.
 
     Raises:
-        ValueError: there is no C++ compiler.
+        ValueError: no C++ compiler.
     """
 
     def __init__(self, decoder: Decoder, device: torch.device):
@@ -30,8 +30,8 @@ class CompiledStep:
         def step(tokens: Tensor, pools: Sequence[Tensor], plan: Plan) -> Tensor:
             return decoder.step(tokens, pools, plan)
 
-        # What torch.compile made is found again by code object, then by guards. A code object for this model
-        # alone needs no guards on its modules: they would take a tenth of a step.
+        # torch.compile looks up its code by code object, then by guards. A code object for this model alone
+        # needs no guards on its modules, which would take a tenth of a step.
         own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
         self.run = torch.compile(
             own,
@@ -43,7 +43,7 @@ class CompiledStep:
         )
 
     def __call__(self, tokens: Tensor, pools: Sequence[Tensor], plan: Plan) -> Tensor:
-        """tokens (rows,), plan of `time` 1 that is made for it -> logits (rows, 1, vocab)"""
+        """tokens (rows,), plan with `time` 1 and compiled=True -> logits (rows, 1, vocab)"""
         several = (tokens, plan.positions, plan.page, plan.starts) if plan.rows > 1 else ()
         for tensor in (*several, plan.seen, plan.reader, plan.keys, plan.order):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -1,4 +1,4 @@
-"""Many texts written at once: continuous batching (Orca, OSDI 2022) over a paged cache (arXiv 2309.06180)."""
+"""Continuous batching (Orca, OSDI 2022) over a paged cache (arXiv 2309.06180)."""
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -15,17 +15,17 @@ from .pages import Pages, Row
 from .sampling import check_options, sampler
 from .step import Decoder
 
-CHUNK = 256  # tokens of prompts that a step reads before it goes on writing: bounds how long others wait
-SCORES = 2**24  # attention scores of a chunk, at most: 64 MB in fp32
+CHUNK = 256  # prompt tokens per step, so that a long prompt does not hold up the others
+SCORES = 2**24  # maximum attention scores of a chunk: 64 MB in fp32
 
 
 class Request:
-    """A text to be continued, and what has been made of it so far.
+    """A prompt and its completion so far.
 
     Attributes:
-        prompt: the token ids to go on from.
-        tokens: those made so far, without the one that ended it.
-        finished: None, or why it ended: "stop" (a token of `ends`), "length" or "cancelled".
+        prompt: token ids.
+        tokens: the completion so far, without the token that ended it.
+        finished: None, or the reason: "stop" (a token of `ends`), "length" or "cancelled".
     """
 
     def __init__(
@@ -46,49 +46,49 @@ class Request:
         self.generator = torch.Generator()
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         self.finished: str | None = None
-        self.text = list(prompt)  # prompt and answer
-        self.start = 0  # where its window begins
+        self.sequence = list(prompt)  # prompt and completion
+        self.start = 0  # first position of the window
         self.row = Row([], 0)
-        self.need = 0  # pages, at most
-        self.weights = 0  # the version it was begun with
-        self.caches: list[Any] = []  # of an attention without a step over pages
+        self.need = 0  # maximum pages
+        self.weights = 0  # version of the weights at its start
+        self.caches: list[Any] = []  # for an attention without a decode step over pages
 
     def cancel(self) -> None:
-        """Stop it; its place is given back at the next step."""
+        """Stop; its pages are freed at the next step."""
         self.finished = self.finished or "cancelled"
 
     @property
     def unread(self) -> int:
-        """Tokens of the text that are not in the cache yet."""
-        return len(self.text) - self.start - self.row.length
+        """Tokens that are not in the cache yet."""
+        return len(self.sequence) - self.start - self.row.length
 
     def slide(self) -> bool:
-        """Where the window is full, begin it again in its middle -> whether it was"""
-        if self.window is None or len(self.text) - self.start <= self.window:
+        """Restart a full window at its middle -> whether it was full"""
+        if self.window is None or len(self.sequence) - self.start <= self.window:
             return False
-        self.start = len(self.text) - max(1, self.window // 2)
+        self.start = len(self.sequence) - max(1, self.window // 2)
         return True
 
 
 class Engine:
-    """Runs requests together: a step reads a chunk of the prompts that wait, and writes a token of each text.
+    """Runs requests in one batch: a step reads a chunk of the prompts and generates a token for the others.
 
-    Requests of any lengths come and go between steps. In fp32 a text is the same, bit for bit, whatever runs
-    beside it: its attention is its own, and other products have rows in multiples of 8, which a CPU rounds
-    alike as long as widths are multiples of 16. What texts begin with in common is read once.
+    Requests of any length come and go between steps. In fp32 a completion does not depend on the rest of the
+    batch, bit for bit: each row has its own attention, and the other products get rows in multiples of 8,
+    which a CPU rounds the same if widths are multiples of 16. Common prefixes are read once.
 
-    The model's memory stays as it is. Its weights may change between steps: the engine takes them over before
-    it begins a text, and when `refresh` is called.
+    The model's memory is not changed. Its weights may change between steps: the engine copies the new ones
+    before it starts a request, and in `refresh`.
 
     Args:
-        max_batch: texts at once.
-        max_tokens: what the cache holds of them all, in pages of 64; None: 1,024 for each, or one of the
-            model's own length.
-        compile: write tokens by compiled code (`CompiledStep`): one text comes two to six times as fast,
-            after half a minute. A text is then the same up to rounding, not bit for bit.
+        max_batch: maximum requests at once.
+        max_tokens: capacity of the cache, in pages of 64; None: 1,024 per request, at least the model's
+            context length.
+        compile: decode with `CompiledStep`: a single sequence decodes two to six times as fast, after half a
+            minute. Outputs then agree up to rounding, not bit for bit.
 
     Raises:
-        ValueError: a number is below 1; compile: there is no compiler, or an attention without a paged step.
+        ValueError: a number below 1; compile: no compiler, or an attention without a decode step over pages.
     """
 
     def __init__(
@@ -115,19 +115,19 @@ class Engine:
         if compile and not self.paged:
             raise ValueError("compile: the model's attention has no step over pages to compile")
         self.compiled = CompiledStep(self.decoder, self.device) if compile else None
-        self.weights = 0  # the version that known pages were made with
-        self.fresh = False  # whether the weights were looked at in this step
+        self.weights = 0  # version of the weights in the known pages
+        self.fresh = False  # weights already checked in this step
         self.waiting: deque[Request] = deque()
         self.active: list[Request] = []
 
     @property
     def busy(self) -> bool:
-        """Whether something waits or runs."""
+        """Whether any request is waiting or active."""
         return bool(self.waiting or self.active)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of cache that texts hold now; a page that several share counts once."""
+        """Bytes of cache held by requests now; a shared page counts once."""
         held = sum(1 for holders in self.pages.holders if holders)
         return held * sum(pool[0].nbytes for pool in self.pools)
 
@@ -142,16 +142,16 @@ class Engine:
         ends: Collection[int] = (),
         window: int | None = None,
     ) -> Request:
-        """A request, in the queue; options as in `decode.generate`.
+        """Queue a request; options as in `generate.generate`.
 
         Args:
-            ends: the ids that end the text.
-            window: as many tokens as the model was trained on. A text that has filled it is read again from
-                the middle of the window on; None: never.
+            ends: ids that end the completion.
+            window: the context length in training. When it is full, the second half is read again as a new
+                window; None: no limit.
 
         Raises:
-            ValueError: the prompt is empty, has ids outside the vocabulary or is, with what is to come, more
-                than the cache holds; an option is out of its range.
+            ValueError: the prompt is empty, has ids outside the vocabulary, or does not fit in the cache with
+                its completion; an option out of range.
         """
         check_options(max_new_tokens, temperature, top_k, top_p, window, seed)
         if not len(prompt):
@@ -171,9 +171,9 @@ class Engine:
         return request
 
     def refresh(self) -> bool:
-        """Take the model's weights over if they have changed, and forget the pages made with the old ones.
+        """If the model's weights have changed, copy them and forget the pages of the old ones -> whether so
 
-        -> whether they had. It is called before a text is begun; texts at work go on with what is taken over.
+        Called before a request starts; active requests continue with the new weights.
         """
         self.fresh = True
         if not self.paged or not self.decoder.refresh():
@@ -183,20 +183,20 @@ class Engine:
         return True
 
     def longest(self, request: Request) -> int:
-        """Tokens of a request that are in the cache at once, at most. The last one made is never read."""
+        """Maximum tokens of a request in the cache at once. Its last token is never read."""
         whole = len(request.prompt) + request.max_new_tokens - 1
         return whole if request.window is None else min(whole, request.window)
 
     def run(self) -> None:
-        """Steps until nothing is left."""
+        """Step until no request is left."""
         while self.busy:
             self.step()
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Read on in the prompts, write a token more of each text that is read -> the requests it is of.
+        """Read a chunk of prompts and generate a token for each request that is fully read -> those requests
 
-        A failure (of memory, say) leaves every request as it was before the step, or one token further.
+        After a failure (out of memory, say) every request is as before the step, or one token further.
         """
         self.retire()
         self.fresh = False
@@ -223,20 +223,20 @@ class Engine:
                 self.write(ready, torch.cat(logits))
         except BaseException:
             for request in self.active:
-                lost = request.unread == 0 and not request.finished  # its logits: its last token once more
+                lost = request.unread == 0 and not request.finished  # logits lost: read the last token again
                 self.cut(request, request.row.length - lost)
             raise
         return ready
 
     def reading(self) -> Iterator[Request]:
-        """The requests whose prompts are not all read; those that wait are let in when it is their turn."""
+        """Requests with unread prompt tokens: the active ones, then waiting ones as they become active."""
         yield from [request for request in self.active if request.unread > 1]
         while self.waiting and len(self.active) < self.max_batch and self.let_in(self.waiting[0]):
             yield self.active[-1]
 
     def let_in(self, request: Request) -> bool:
-        """Make the first that waits active, if there are pages for all that it may come to."""
-        known = len(request.text) - 1  # the last token is always read: its logits are wanted
+        """Make the first waiting request active if there are pages for its maximum length."""
+        known = len(request.sequence) - 1  # the last token is always read, for its logits
         same = [
             other
             for other in self.active
@@ -245,14 +245,14 @@ class Engine:
         if not self.paged:
             row = Row([], 0)
         elif same and same[0].start == request.start == 0:
-            row = self.pages.fork(same[0].row, known)  # the last page too, until one of them writes it
+            row = self.pages.fork(same[0].row, known)  # the last page too, until one of them writes to it
         else:
-            row = self.pages.open(request.text[request.start :])
+            row = self.pages.open(request.sequence[request.start :])
         request.row, request.need, request.weights = row, pages_for(self.longest(request)), self.weights
         if sum(map(self.outstanding, [*self.active, request])) > self.pages.available:
             self.pages.truncate(row, 0)
             return False
-        if not self.fresh and self.refresh():  # what it found may be of other weights
+        if not self.fresh and self.refresh():  # the pages found may be of the old weights
             self.pages.truncate(row, 0)
             return self.let_in(request)
         if not self.paged:
@@ -261,24 +261,24 @@ class Engine:
         return True
 
     def outstanding(self, request: Request) -> int:
-        """Pages that a request may still ask for."""
+        """Pages that a request may still need."""
         return max(0, request.need - len(request.row.pages)) + self.pages.is_shared(request.row)
 
     def read(self, requests: list[Request], time: int) -> Tensor:
-        """The next `time` tokens of each -> (requests, vocab), the logits after the last of them"""
+        """Read the next `time` tokens of each -> the logits after them, (requests, vocab)"""
         rows = [request.row for request in requests]
         starts = [request.start + request.row.length for request in requests]
-        texts = [request.text[start : start + time] for request, start in zip(requests, starts)]
+        chunks = [request.sequence[start : start + time] for request, start in zip(requests, starts)]
         self.pages.grow(rows, time)
         if self.paged:
             compiled = self.compiled if time == 1 else None
             tables, lengths = [row.pages for row in rows], [row.length for row in rows]
             plan = Plan(tables, lengths, time, self.device, compiled is not None)
-            tokens = torch.tensor(texts, device=self.device).flatten()
+            tokens = torch.tensor(chunks, device=self.device).flatten()
             logits = (compiled or self.decoder.step)(tokens, self.pools, plan)[:, -1]
         else:
-            tokens = torch.tensor(texts, device=self.device).unsqueeze(1)  # (requests, 1, time)
-            passes = [self.model(text, request.caches) for text, request in zip(tokens, requests)]
+            tokens = torch.tensor(chunks, device=self.device).unsqueeze(1)  # (requests, 1, time)
+            passes = [self.model(chunk, request.caches) for chunk, request in zip(tokens, requests)]
             logits = torch.cat([out.logits[:, -1] for out in passes])
         for row in rows:
             row.length += time
@@ -297,7 +297,7 @@ class Engine:
                     request.finished = "stop"
                     continue
                 request.tokens.append(token)
-                request.text.append(token)
+                request.sequence.append(token)
                 if len(request.tokens) == request.max_new_tokens:
                     request.finished = "length"
                 elif request.slide():
@@ -310,12 +310,12 @@ class Engine:
             cache.truncate(length)
 
     def remember(self, request: Request) -> None:
-        """What comes next may go on from this text, as the next turn of a talk does."""
+        """Make the request's pages known to later prompts, such as the next turn of a chat."""
         if self.paged and request.weights == self.weights:
-            self.pages.remember(request.row, request.text[request.start :])
+            self.pages.remember(request.row, request.sequence[request.start :])
 
     def retire(self) -> None:
-        """Give back the places of those that are finished."""
+        """Free the pages of finished requests."""
         for request in [r for r in self.active if r.finished]:
             self.remember(request)
             self.pages.truncate(request.row, 0)
@@ -323,5 +323,5 @@ class Engine:
         self.waiting = deque(r for r in self.waiting if not r.finished)
 
     def longest_chunk(self, request: Request) -> int:
-        """Tokens whose attention scores are not too many at once."""
-        return max(1, SCORES // (self.model.config.attention.num_heads * len(request.text)))
+        """Tokens whose attention scores stay within SCORES."""
+        return max(1, SCORES // (self.model.config.attention.num_heads * len(request.sequence)))

@@ -1,4 +1,4 @@
-"""Writing on from prompts of any lengths, together."""
+"""Generation from a batch of prompts, of equal or different lengths."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,18 +23,18 @@ def generate(
     seed: int | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Prompts of one length, continued -> (batch, time + max_new_tokens) int64
+    """Continue prompts of equal length -> (batch, time + max_new_tokens) int64
 
     Args:
         tokens: (batch, time) int64.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: choose among this many most likely tokens; None: all.
-        top_p: choose among the fewest most likely tokens that have this probability together.
-        seed: row i draws from seed + i, so its text does not depend on the other rows; None: unrepeatable.
+        top_k: sample from the top_k most likely tokens; None: all.
+        top_p: sample from the fewest most likely tokens whose total probability is at least top_p.
+        seed: row i is seeded with seed + i, independent of the other rows; None: not reproducible.
         window: see `stream`.
 
     Raises:
-        ValueError: an option out of its range, or tokens that are not (batch, time >= 1) ids.
+        ValueError: an option out of range, or tokens that are not (batch, time >= 1) ids.
     """
     model.check(tokens, None)
     steps = stream(model, tokens.tolist(), max_new_tokens, temperature, top_k, top_p, seed, window)
@@ -52,11 +52,11 @@ def stream(
     seed: int | None = None,
     window: int | None = None,
 ) -> Iterator[Tensor]:
-    """Prompts of any length, continued together: yields (batch,) int64, each row's next token, as it is made.
+    """Continue prompts of any lengths, in one batch; yields each row's next token, (batch,) int64.
 
     Args:
-        window: as many tokens as the model was trained on. A row that has filled it is read again from the
-            middle of the window on; None: never.
+        window: the context length in training. When it is full, the second half is read again as a new
+            window; None: no limit.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, window, seed)
     if not prompts or not all(prompts):

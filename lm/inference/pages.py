@@ -1,7 +1,7 @@
-"""Pages: one pool of memory for many texts that come, grow, share a common beginning, and go.
+"""The paged cache: one pool of memory for many sequences that start, grow, share prefixes and end.
 
-A text's cache entries lie in pages of 64 tokens anywhere in the pool, as virtual memory's do (PagedAttention,
-arXiv 2309.06180). mla/paged.py computes attention over them.
+The cache entries of a sequence lie in pages of 64 tokens anywhere in the pool, as in virtual memory
+(PagedAttention, arXiv 2309.06180). mla/paged.py computes attention over them.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from mla.paged import PAGE, pages_for
 
 
 class Row:
-    """A text's place: the pages it lies in, in order, and how many tokens of it they hold."""
+    """A sequence's pages, in order, and the number of tokens in them."""
 
     def __init__(self, pages: list[int], length: int):
         self.pages = pages
@@ -22,10 +22,10 @@ class Row:
 
 
 class Pages:
-    """The block table: which page is whose. The memory is in `pools`, one for each layer, all paged alike.
+    """The block table: which rows hold which page. The memory is in `pools`, one per layer, with one table.
 
-    A page may be held by several rows and is then never written: who must write copies it first. A full page
-    can be known by its tokens and all before them; it stays, held by nobody, until its memory is needed.
+    A page held by several rows is never written: a row that has to write copies it first. A full page can be
+    known by its tokens and all before them; it stays after its last row until its memory is needed.
 
     Raises:
         ValueError: num_pages is below 1.
@@ -35,26 +35,26 @@ class Pages:
         if num_pages < 1:
             raise ValueError(f"num_pages={num_pages} must be at least 1")
         self.holders = [0] * num_pages
-        self.free = list(range(num_pages))[::-1]  # taken from the end: low pages first, neighbours together
-        self.known: dict[bytes, int] = {}  # digest of a text up to a page's end -> the page
-        self.names: dict[int, bytes] = {}  # the same the other way
-        self.idle: dict[int, None] = {}  # known pages that nobody holds, the longest idle first
+        self.free = list(range(num_pages))[::-1]  # taken from the end: low pages first, contiguous
+        self.known: dict[bytes, int] = {}  # digest of a sequence up to a page's end -> the page
+        self.names: dict[int, bytes] = {}  # the inverse
+        self.idle: dict[int, None] = {}  # known pages held by no row, longest idle first
         self.pools: list[Tensor] = []
 
     @property
     def available(self) -> int:
-        """Pages that a row could be given."""
+        """Pages that a row can take."""
         return len(self.free) + len(self.idle)
 
     def new_pool(self, heads: int, width: int, dtype: torch.dtype | None = None, device=None) -> Tensor:
-        """Memory for a layer, (pages, heads, 64, width): a page is set to zero when it is given to a row."""
+        """Memory for a layer, (pages, heads, 64, width); a page is zeroed when a row takes it."""
         if heads < 1 or width < 1:
             raise ValueError(f"heads={heads} and width={width} must be at least 1")
         self.pools.append(torch.empty(len(self.holders), heads, PAGE, width, dtype=dtype, device=device))
         return self.pools[-1]
 
     def open(self, tokens: Sequence[int] = ()) -> Row:
-        """A new row. Known pages of its text are in it already; at least its last token is not."""
+        """A new row that starts with the known pages of these tokens, without the last token."""
         row = Row([], 0)
         for name in digests(tokens[: max(0, len(tokens) - 1)]):
             if name not in self.known:
@@ -65,7 +65,7 @@ class Pages:
         return row
 
     def fork(self, row: Row, length: int) -> Row:
-        """A new row with the first length tokens of another, in the same pages."""
+        """A new row that shares the pages of another's first `length` tokens."""
         if not 0 <= length <= row.length:
             raise ValueError(f"length={length} must lie in 0..{row.length}, what the row holds")
         pages = row.pages[: pages_for(length)]
@@ -74,7 +74,7 @@ class Pages:
         return Row(pages, length)
 
     def truncate(self, row: Row, length: int) -> None:
-        """Forget all but the first length tokens; pages that hold none of them are given back."""
+        """Drop all but the first `length` tokens and release the pages after them."""
         if not 0 <= length <= row.length:
             raise ValueError(f"length={length} must lie in 0..{row.length}, what the row holds")
         kept = pages_for(length)
@@ -84,27 +84,27 @@ class Pages:
         row.length = length
 
     def remember(self, row: Row, tokens: Sequence[int]) -> None:
-        """Make the row's full pages known by its tokens, for rows to come."""
+        """Make the row's full pages known by their tokens, for later rows."""
         for page, name in zip(row.pages, digests(tokens[: row.length])):
             if name not in self.known and page not in self.names:
                 self.known[name], self.names[page] = page, name
 
     def forget(self) -> None:
-        """Know no page by its tokens any more."""
+        """Make all pages unknown."""
         self.free += self.idle
         self.known, self.names, self.idle = {}, {}, {}
 
     def grow(self, rows: Sequence[Row], time: int) -> None:
-        """Make room for `time` more tokens in each row; its page is copied first if it is not its own.
+        """Add pages for `time` more tokens to each row; copy its last page first if it is shared.
 
         Raises:
-            ValueError: there are not enough pages; nothing has changed.
+            ValueError: not enough pages; nothing is changed.
         """
         needed = 0
         for row in rows:
             needed += pages_for(row.length + time) - len(row.pages) + self.is_shared(row)
         if needed > self.available:
-            raise ValueError(f"cache full: {needed} pages asked for, {self.available} are left")
+            raise ValueError(f"cache full: {needed} pages needed, {self.available} available")
         for row in rows:
             if self.is_shared(row):
                 theirs, ours = row.pages.pop(), self.take()
@@ -116,14 +116,14 @@ class Pages:
                 row.pages.append(self.take())
 
     def is_shared(self, row: Row) -> bool:
-        """Whether the page that the row's next token goes to is one that it must not write."""
+        """Whether the page of the row's next token must not be written: it is shared or known."""
         at = row.length // PAGE
         if at >= len(row.pages):
             return False
         return self.holders[row.pages[at]] > 1 or row.pages[at] in self.names
 
     def take(self) -> int:
-        """A page of zeros, held once. What a page held before could be NaN, and 0 x NaN is NaN."""
+        """Take a page and zero it: old entries could be NaN, and 0 x NaN is NaN."""
         if self.free:
             page = self.free.pop()
         else:
@@ -135,12 +135,12 @@ class Pages:
         return page
 
     def hold(self, page: int) -> None:
-        """One row more holds the page."""
+        """Count one more holder of the page."""
         self.idle.pop(page, None)
         self.holders[page] += 1
 
     def release(self, page: int) -> None:
-        """One row less does."""
+        """Count one fewer holder; free or idle the page at 0."""
         self.holders[page] -= 1
         if self.holders[page] == 0:
             if page in self.names:
@@ -150,7 +150,7 @@ class Pages:
 
 
 def digests(tokens: Sequence[int]) -> list[bytes]:
-    """A name for each full page of a text that tells it from every other, with all that comes before."""
+    """A digest for each full page of the tokens: of the page and all tokens before it."""
     names, last = [], b""
     for start in range(0, len(tokens) - PAGE + 1, PAGE):
         page = b"".join(int(token).to_bytes(8, "little") for token in tokens[start : start + PAGE])

@@ -1,4 +1,4 @@
-"""The next token, drawn from logits."""
+"""Sampling of the next token from logits."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,20 +9,20 @@ from torch import Tensor
 def sampler(
     temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
 ) -> Callable[[Tensor], Tensor]:
-    """A function logits (batch, vocab) -> (batch,) int64, each row drawn by its own generator."""
+    """A function logits (batch, vocab) -> (batch,) int64, with one generator per row."""
 
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
         device = logits.device
-        probabilities = (logits.float().cpu() / max(temperature, 1e-30)).softmax(-1)  # less would overflow
+        probabilities = (logits.float().cpu() / max(temperature, 1e-30)).softmax(-1)  # no overflow
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             ranked[:, top_k:] = 0
         if top_p < 1:
-            before = ranked.cumsum(-1) - ranked  # the probability of all that are more likely
+            before = ranked.cumsum(-1) - ranked  # the total probability of more likely tokens
             beyond = before >= top_p * ranked.sum(-1, keepdim=True)
-            ranked[:, 1:][beyond[:, 1:]] = 0  # the first always stays, even where top_p times the sum is 0
+            ranked[:, 1:][beyond[:, 1:]] = 0  # always keep the first, even if top_p times the sum is 0
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(ranked, generators)]
         return order.gather(1, torch.stack(drawn)).squeeze(1).to(device)
 
@@ -37,7 +37,7 @@ def check_options(
     window: int | None = None,
     seed: int | None = None,
 ) -> None:
-    """Raise ValueError for an option out of its range."""
+    """Raise ValueError for an option out of range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
     if not 0 <= temperature < float("inf"):

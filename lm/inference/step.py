@@ -1,6 +1,6 @@
-"""A decode step of the whole model over pages: `Transformer.forward` on a flat batch of tokens of many texts.
+"""A decode step of the whole model over pages: `Transformer.forward` on the tokens of many rows, flattened.
 
-The attention's part is mla/paged.py.
+mla/paged.py has the attention.
 """
 
 import copy
@@ -25,14 +25,14 @@ WARNED: set[type] = set()
 
 
 class Decoder:
-    """A model as an engine runs it, on its own copy of the matrices where that is faster.
+    """A model as an engine runs it, on a column-major copy of the matrices where that is faster.
 
-    On a CPU few rows times a matrix stored by columns take two thirds of the time. The model's own memory
-    stays as it is; `refresh` takes its weights over when they have changed. Their shapes, dtypes and device
-    must stay. A model that would fill more than a quarter of the machine's memory is run as it is.
+    On a CPU a product of few rows with a column-major matrix takes two thirds of the time. The model's own
+    memory is not changed; `refresh` copies changed weights again. Shapes, dtypes and device must not change.
+    A model larger than a quarter of the machine's memory is not copied.
 
     Attributes:
-        paged: every attention has a step over pages; else only the model itself can be run.
+        paged: every attention has a decode step over pages; if not, only `model` itself can run.
         entries: (heads, width, dtype, device) of each layer's pages.
     """
 
@@ -48,7 +48,7 @@ class Decoder:
             said = f"{kind.__name__} {because}; it is run without pages, several times slower"
             warnings.warn(said, stacklevel=3)
         self.model = model
-        self.copies: list[tuple[nn.Module, nn.Module, str]] = []  # a module, its copy, the matrix's name
+        self.copies: list[tuple[nn.Module, nn.Module, str]] = []  # module, its copy, name of the matrix
         self.marks: list[Tensor] = []
         self.view: Any = model
         if not self.paged:
@@ -63,13 +63,13 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, pools: Sequence[Tensor], plan: Plan, last: int = 1) -> Tensor:
-        """Read `plan.time` more tokens of each text, and predict what follows the last of them.
+        """Read `plan.time` more tokens of each row -> the logits at the last positions
 
         tokens (rows x time,) int64, pools: each layer's memory -> (rows, last, vocab)
 
         Args:
-            last: at how many places, counted from the end, logits are wanted: 1 to draw a token, more to
-                verify drafts.
+            last: number of positions, from the end, to return logits for: 1 to draw a token, more to verify
+                drafts.
         """
         tokens = F.pad(tokens, (0, plan.filled - plan.tokens))
         x = self.view.embedding(tokens)  # (filled, dim)
@@ -87,10 +87,10 @@ class Decoder:
 
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Take the model's weights over if a number of them has changed, by whatever means -> whether one had
+        """Copy the model's weights again if any number has changed, by whatever means -> whether one has
 
         Raises:
-            ValueError: they have another shape, dtype or device than when this was made.
+            ValueError: a weight has a different shape, dtype or device than at the start.
         """
         marks = [mark(tensor) for tensor in weights_of(self.model)]
         if len(marks) == len(self.marks) and all(map(torch.equal, marks, self.marks)):
@@ -99,15 +99,15 @@ class Decoder:
             new, old = getattr(theirs, name), getattr(ours, name)
             if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
                 now, was = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (new, old))
-                raise ValueError(f"{name} is {now}, and was {was} when the engine was made; make a new one")
+                raise ValueError(f"{name} is {now}, was {was} when the engine was created; create a new one")
             old.copy_(new)
         self.marks = marks
         return True
 
     def laid_out(self, module: nn.Module, linears: bool) -> nn.Module:
-        """The module with its matrices stored by columns; what has none in it is shared, not copied.
+        """The module with column-major matrices; submodules without such matrices are shared, not copied.
 
-        linears: whether the weights of linear layers are such matrices here.
+        linears: whether to copy the weights of linear layers.
         """
         names: tuple[str, ...] = ()
         if isinstance(module, Experts):
@@ -118,7 +118,7 @@ class Decoder:
         children = {name: self.laid_out(child, inside) for name, child in module.named_children()}
         if not names and all(children[name] is child for name, child in module.named_children()):
             return module
-        ours = copy.copy(module)  # which shares the tables of children and parameters: they get their own
+        ours = copy.copy(module)  # a shallow copy: give it its own tables of children and parameters
         ours._modules = {**module._modules, **children}
         matrices = {name: nn.Parameter(by_columns(getattr(module, name)), False) for name in names}
         ours._parameters = {**module._parameters, **matrices}
@@ -129,7 +129,7 @@ class Decoder:
 def moe_step(layer: MoE, x: Tensor, count: int, tokens: Tensor, mixes: bool) -> Tensor:
     """`MoE.forward` where only the first `count` rows of x (filled, dim) are tokens -> y (filled, dim)
 
-    mixes: the router chooses among all rows, so those that only fill up must not take the tokens' places.
+    mixes: the router compares all rows, so it must not see the padding.
     """
     routed, tokens = (x[:count], tokens[:count]) if mixes else (x, tokens)
     routing = layer.router(routed, tokens=tokens) if layer.needs_tokens else layer.router(routed)
@@ -139,20 +139,20 @@ def moe_step(layer: MoE, x: Tensor, count: int, tokens: Tensor, mixes: bool) -> 
 
 
 def by_columns(matrix: Tensor) -> Tensor:
-    """A copy with the same numbers, shape and (..., rows, columns), stored column after column."""
+    """A column-major copy of matrices (..., rows, columns)."""
     return matrix.detach().mT.contiguous().mT
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
-    """Every number that a model's output depends on."""
+    """All parameters and buffers: everything that a model's output depends on."""
     return [*model.parameters(), *model.buffers()]
 
 
 def mark(tensor: Tensor) -> Tensor:
-    """The sums of a tensor's bits along its last axis and across it, modulo 2^64: they tell any change.
+    """A checksum: sums of a tensor's bits along its last axis and across it, modulo 2^64.
 
-    A version counter would miss what is changed through `.data`. One change of a number is always seen;
-    several stay unseen only if they cancel in every row and in every column.
+    A version counter would miss changes through `.data`. A change of one number is always detected; several
+    go undetected only if they cancel in every row and every column.
     """
     bits = tensor.detach().contiguous().view(INTEGERS[tensor.itemsize])
     if not bits.numel():

@@ -1,4 +1,4 @@
-"""What the tests of experiments share."""
+"""Fixtures of the experiments' tests."""
 
 import argparse
 import importlib
@@ -10,18 +10,18 @@ from tests.helpers import ROOT
 
 @pytest.fixture
 def experiments(monkeypatch):
-    """The function name -> module experiments.NAME, as `lm experiment NAME` finds it."""
+    """A function name -> module experiments.NAME, found as `lm experiment NAME` does."""
     monkeypatch.syspath_prepend(str(ROOT))
     return lambda name: importlib.import_module(f"experiments.{name}")
 
 
 @pytest.fixture
 def experiment(request, experiments):
-    """For test_NAME.py the module experiments.NAME."""
+    """The module experiments.NAME in test_NAME.py."""
     return experiments(request.module.__name__.rpartition("test_")[2])
 
 
 @pytest.fixture
 def mini(experiments):
-    """What experiments' models start from at full size."""
+    """The config that the experiments change, at full size."""
     return experiments("common").base(argparse.Namespace(quick=False))

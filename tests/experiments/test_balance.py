@@ -1,4 +1,4 @@
-"""What an experiment on balance measures, and what its methods set."""
+"""The load that the balance experiment measures, and the options of its methods."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from lm.model import Transformer
 
 
-def test_the_load_is_that_of_the_whole_held_out_text(experiment, experiments, mini, tmp_path):
+def test_the_load_counts_the_whole_held_out_text(experiment, experiments, mini, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 60)
     config = experiments("common").changed(
@@ -28,7 +28,7 @@ def test_the_load_is_that_of_the_whole_held_out_text(experiment, experiments, mi
     assert 0 < found["load_entropy"] < 1
 
 
-def test_methods_set_what_they_are_called_and_nothing_else(experiment, experiments, mini):
+def test_methods_set_only_the_options_in_their_name(experiment, experiments, mini):
     for name, method in experiment.METHODS.items():
         config = experiment.in_quarters(experiments("common").changed(mini, train=experiment.OFF | method))
         train = config.train

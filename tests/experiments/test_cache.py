@@ -1,11 +1,11 @@
-"""Attentions of equal parameters, their caches, and which of them is as good as MHA."""
+"""Attentions of equal parameters, their caches, and the smallest one as good as MHA."""
 
 import pytest
 
 from lm import count
 
 
-def test_all_have_mhas_parameters_and_their_caches_the_bytes_that_arithmetic_gives(experiment, mini):
+def test_parameters_are_equal_and_cache_bytes_are_as_counted(experiment, mini):
     configs = experiment.models(mini)
     sizes = [count.total_parameters(config.model) for config in configs.values()]
     assert max(sizes) < 1.005 * min(sizes)
@@ -18,7 +18,7 @@ def test_all_have_mhas_parameters_and_their_caches_the_bytes_that_arithmetic_giv
     assert bytes_per_token["MLA, rank 8"] == 4 * layers * (8 + experiment.ROPE)
 
 
-def test_the_smallest_cache_whose_loss_is_mhas_within_a_standard_error(experiment):
+def test_the_smallest_cache_within_one_standard_error_of_mha(experiment):
     sizes = {"MHA": 100, "MLA, rank 4": 10, "MLA, rank 8": 14, "MLA, rank 16": 20, "GQA": 50}
     losses = {
         "MHA": [1.0, 1.1, 1.2],
@@ -34,7 +34,7 @@ def test_the_smallest_cache_whose_loss_is_mhas_within_a_standard_error(experimen
     assert said[1] == "No GQA here has MHA's loss within one standard error."
 
 
-def test_decoding_is_timed_after_the_context(experiment, mini):
+def test_decoding_is_timed_at_the_context(experiment, mini):
     configs = {name: experiment.models(mini)[name] for name in ("MHA", "MLA, rank 8")}
     seconds = experiment.decode_seconds(configs, 16, 2)
     assert list(seconds) == list(configs) and min(seconds.values()) > 0

@@ -1,4 +1,4 @@
-"""The analysis of experiments, on curves and samples whose answers are known; and trainings that are kept."""
+"""The statistics of experiments on known curves and samples, and cached trainings."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ def given(experiment, tmp_path):
 def test_a_level_is_reached_where_the_curve_crosses_it(experiment):
     reach = experiment.reach
     xs = [10, 20, 80, 160]
-    losses = [4 - math.log2(x) / 2 for x in xs]  # straight over log x
+    losses = [4 - math.log2(x) / 2 for x in xs]  # linear in log x
     for x in (10, 15, 33, 80, 150, 160):
         assert reach(xs, losses, 4 - math.log2(x) / 2) == pytest.approx(x)
     assert reach(xs, losses, losses[0] + 0.1) is None  # it starts below
@@ -49,7 +49,7 @@ def test_differences_are_taken_seed_by_seed(experiment):
     assert experiment.by_model(rows)["a"] == {8: [2.5, 1.25], 4: [7.0]}
 
 
-def test_a_config_is_changed_where_it_is_said(experiment, mini):
+def test_changed_replaces_only_the_given_fields(experiment, mini):
     tables = {"model": {"num_layers": 3}, "moe": {"top_k": 2}, "rope": {"theta": 5.0}}
     made = experiment.changed(mini, **tables, train={"seed": 7}, data={"path": "x"})
     assert (made.model.num_layers, made.model.moe.top_k, made.model.rope.theta) == (3, 2, 5.0)
@@ -59,13 +59,13 @@ def test_a_config_is_changed_where_it_is_said(experiment, mini):
         experiment.changed(mini, moe={"top_k": 99})
 
 
-def test_a_short_training_has_a_rise_of_its_own(experiment, mini):
+def test_a_short_training_has_a_shorter_warmup(experiment, mini):
     made = experiment.with_steps(mini, 40, 3)
     assert (made.train.steps, made.train.seed, made.train.warmup) == (40, 3, 10)
     assert experiment.with_steps(mini, 1200, 0).train.warmup == mini.train.warmup
 
 
-def test_each_budget_and_seed_is_trained_and_kept(experiment, experiments, given, capsys):
+def test_each_budget_and_seed_is_trained_once_and_reused(experiment, experiments, given, capsys):
     measure = experiments("balance").load  # worker processes must be able to import it
     base = experiment.base(given)
     configs = {"a": base, "b": experiment.changed(base, moe={"top_k": 1}), "a again": base}
@@ -76,7 +76,7 @@ def test_each_budget_and_seed_is_trained_and_kept(experiment, experiments, given
     ]
     assert rows[1]["held_out_loss"] == rows[3]["held_out_loss"] != rows[5]["held_out_loss"]
     assert all(row["load_entropy"] > 0.5 for row in rows)
-    assert len(list(given.runs.glob("*/config.toml"))) == 6  # one that has two names is trained once
+    assert len(list(given.runs.glob("*/config.toml"))) == 6  # one config under two names is trained once
     for row in rows:
         assert row["flops"] > 0 and len(row["batch_max_violation"]) == 2
     assert capsys.readouterr().out.count("kept since") == 0
@@ -94,7 +94,7 @@ def test_each_budget_and_seed_is_trained_and_kept(experiment, experiments, given
     assert capsys.readouterr().out == "As claimed: yes.\nIt is so.\n"
 
 
-def test_the_kept_training_is_the_model(experiment, given):
+def test_the_loss_of_a_row_is_that_of_the_saved_model(experiment, given):
     config = experiment.with_steps(experiment.base(given), 2, 0)
     row = experiment.trained(config, given.runs, None)
     model = checkpoint.load(given.runs / experiment.key(config))
@@ -103,7 +103,7 @@ def test_the_kept_training_is_the_model(experiment, given):
     assert row["held_out_loss"] == pytest.approx(loss, abs=1e-5)
 
 
-def test_a_folder_with_another_training_or_a_cut_log_is_refused(experiment, given):
+def test_a_folder_with_a_different_training_or_a_truncated_log_is_refused(experiment, given):
     config = experiment.with_steps(experiment.base(given), 2, 0)
     experiment.trained(config, given.runs, None)
     run = given.runs / experiment.key(config)
@@ -115,25 +115,25 @@ def test_a_folder_with_another_training_or_a_cut_log_is_refused(experiment, give
     (run / "metrics.jsonl").write_text(log)
     other = experiment.with_steps(config, 2, 1)
     (run / "config.toml").write_text(other.to_toml())
-    with pytest.raises(ValueError, match="holds another training than its name says; remove it"):
+    with pytest.raises(ValueError, match="holds a different training than its name says; remove it"):
         experiment.trained(config, given.runs, None)
 
 
-def test_a_claim_holds_where_every_seed_says_so(experiment):
+def test_a_claim_holds_if_it_holds_for_every_seed(experiment):
     assert experiment.as_claimed([0.1, 0.2], [3, 1]) == "yes"
     assert experiment.as_claimed([0.1, 0.2], [-3, 1]) == "seeds differ"
     assert experiment.as_claimed([0.1, -0.2], [-3, -1]) == "no"
     assert experiment.as_claimed([0.0, 0.0]) == "no"
 
 
-def test_what_means_nothing_does_not_take_the_place_of_a_result(experiment, tmp_path):
+def test_a_quick_run_does_not_overwrite_a_result(experiment, tmp_path):
     given = experiment.options("text", 100, ["--quick", "--runs", str(tmp_path)])
     assert given.out == tmp_path / "quick" and given.out.is_dir()
     assert experiment.options("text", 100, ["--runs", str(tmp_path)]).out == experiment.RESULTS
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "7"], ["--seeds", "1"], ["--seeds", "11"], ["--jobs", "0"]])
-def test_numbers_that_cannot_be_are_refused_in_a_line(experiment, wrong, capsys, tmp_path):
+def test_numbers_out_of_range_are_refused_in_one_line(experiment, wrong, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         experiment.options("text", 100, [*wrong, "--out", str(tmp_path), "--runs", str(tmp_path)])
     assert stopped.value.code == 2
@@ -141,7 +141,7 @@ def test_numbers_that_cannot_be_are_refused_in_a_line(experiment, wrong, capsys,
 
 
 @pytest.mark.parametrize("option", ["--out", "--runs"])
-def test_a_folder_that_cannot_be_made_is_refused_in_a_line(experiment, option, capsys, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_in_one_line(experiment, option, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     given = {
         "--out": str(tmp_path / "out"),
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_a_line(experiment, option, c
     assert said.startswith(f"lm experiment: error: {option} {given[option]}: cannot be written to: ")
 
 
-def test_seconds_are_those_of_the_quickest_step_after_the_first(experiment, monkeypatch):
+def test_seconds_are_those_of_the_fastest_step_after_the_first(experiment, monkeypatch):
     clock = iter([0, 9, 10, 11, 20, 23, 30, 32, 40, 45, 50, 51.5])  # a: 9, 3, 5; b: 1, 2, 1.5
     monkeypatch.setattr(experiment.time, "perf_counter", lambda: next(clock))
 
@@ -174,4 +174,4 @@ def test_peak_memory_grows_with_the_batch(experiment, given):
     small, large = (experiment.changed(base, train={"batch_size": size}) for size in (2, 512))
     with experiment.processes(1, calls=1) as pool:
         first, second = pool.map(experiment.peak_bytes, (small, large))
-    assert 0 < first < second / 2 and second > 512 * 64 * 4 * 256  # the logits alone
+    assert 0 < first < second / 2 and second > 512 * 64 * 4 * 256  # at least the logits

@@ -1,4 +1,4 @@
-"""Whole models made over: the logits stay, and the experiment's kinds fit the presets."""
+"""Converted models keep their logits, and the experiment's options fit the presets."""
 
 import copy
 
@@ -17,7 +17,7 @@ def make(preset, dtype):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @torch.no_grad()
-def test_the_logits_of_a_model_made_over_are_the_same(experiment, dtype, tolerance):
+def test_an_exact_conversion_keeps_the_logits(experiment, dtype, tolerance):
     tokens = torch.randint(256, (2, 20))
     for preset, makes in (("toy-gqa", experiment.MLA), ("toy-dense", experiment.MOE)):
         model = make(preset, dtype)

@@ -1,4 +1,4 @@
-"""Three ways to read a text: the same for a causal model, not for one whose experts choose."""
+"""Three ways to compute a loss: equal for a causal model, different with expert choice."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lm.model import Transformer
 
 
 @pytest.mark.parametrize("router, causal", [("sigmoid", True), ("expert_choice", False)])
-def test_the_ways_differ_where_tokens_compete(experiment, experiments, mini, monkeypatch, router, causal):
+def test_the_ways_differ_only_with_expert_choice(experiment, experiments, mini, monkeypatch, router, causal):
     monkeypatch.setattr(experiment, "WINDOWS", 3)
     moe = {"router": router, "routed_scaling_factor": 1.0}
     config = experiments("common").changed(mini, moe=moe, train={"context": 12})

@@ -1,4 +1,4 @@
-"""What a MoE saves, from curves that are made up; and that models are as alike as they should be."""
+"""Savings of a MoE computed from synthetic curves, and sizes of the compared models."""
 
 import math
 
@@ -6,12 +6,12 @@ import pytest
 
 from lm import count
 
-SAID = "In seconds (share, of so many seeds) the MoE is {}."
+SAID = "In seconds (ratio, number of seeds) the MoE is {}."
 
 
 @pytest.fixture
 def rows():
-    """A MoE that needs half, and a quarter, of the FLOPs, a step of it 1.5 times the time."""
+    """A MoE that needs half and a quarter of the steps for a loss, with steps 1.5 times as long."""
     rows = []
     for seed, ahead in ((0, 2.0), (1, 4.0)):
         for steps in (100, 200, 400):
@@ -22,10 +22,10 @@ def rows():
     return rows[::-1]
 
 
-def test_ratios_compare_what_each_seed_needs_for_the_rivals_last_loss(experiment, rows):
+def test_ratios_are_what_each_seed_needs_for_the_rivals_final_loss(experiment, rows):
     assert sorted(experiment.ratios(rows, "MoE", "dense", "flops")) == pytest.approx([1 / 4, 1 / 2])
     assert sorted(experiment.ratios(rows, "MoE", "dense", "seconds")) == pytest.approx([3 / 8, 3 / 4])
-    assert experiment.ratios(rows, "dense", "MoE", "flops") == []  # it never comes there
+    assert experiment.ratios(rows, "dense", "MoE", "flops") == []  # it never gets there
     assert experiment.ratios(rows, "MoE", "dense", "flops", steps=200) == pytest.approx(
         [1 / 2]
     )  # of one seed
@@ -48,18 +48,18 @@ def test_the_summary_has_the_mean_and_its_interval(experiment, rows):
     assert "an unknown share" in said[1] and len(said) == 2
 
 
-def test_the_frontier_has_the_places_where_the_curves_meet(experiment, rows):
+def test_the_frontier_has_the_points_where_the_curves_meet(experiment, rows):
     found = experiment.frontier(rows, {8: ("MoE", "dense"), 9: ("none", "no other")}, "seconds")
     assert list(found) == [8] and list(found[8]) == [200, 400]
     assert found[8][200]["of_each_seed"] == [0.75] and found[8][400]["mean"] == 0.562
     said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
-    assert said == [SAID.format("ahead at dim 8, 200 steps (0.75, of 1); dim 8, 400 steps (0.56, of 2)")]
+    assert said == [SAID.format("ahead at dim 8, 200 steps (0.75, 1); dim 8, 400 steps (0.56, 2)")]
     found[8][200]["mean"] = 1.5
     said = experiment.answers({"summary": {}, "frontier": {"seconds": found}})
-    assert said[1:] == [SAID.format("behind at dim 8, 200 steps (1.50, of 1)")]
+    assert said[1:] == [SAID.format("behind at dim 8, 200 steps (1.50, 1)")]
 
 
-def test_what_is_compared_has_equal_width_at_work(experiment, mini):
+def test_compared_models_have_equal_active_width(experiment, mini):
     width = experiment.active_width(mini)
     flops = {}
     rival = experiment.dense(mini, width)
@@ -67,7 +67,7 @@ def test_what_is_compared_has_equal_width_at_work(experiment, mini):
         flops[name] = count.training_flops_per_token(config.model, 128)
         if config.model.num_dense_layers == 0:
             assert experiment.active_width(config) == width
-    assert max(flops.values()) < 1.16 * min(flops.values())  # 128 rows of a router more
+    assert max(flops.values()) < 1.16 * min(flops.values())  # 128 more router rows
     assert flops["MoE"] < 1.08 * flops["dense"]
     number = mini.model.moe.num_experts + mini.model.moe.num_shared_experts
     whole = experiment.dense(mini, number * mini.model.moe.hidden_dim)
@@ -75,7 +75,7 @@ def test_what_is_compared_has_equal_width_at_work(experiment, mini):
     assert max(sizes) < 1.02 * min(sizes)
 
 
-def test_at_another_dim_all_widths_are_in_proportion(experiment, mini):
+def test_at_dim_scales_all_widths_in_proportion(experiment, mini):
     for times in (1, 2, 4):
         made = experiment.at_dim(mini, mini.model.dim * times)
         assert made.model.moe.hidden_dim == mini.model.moe.hidden_dim * times

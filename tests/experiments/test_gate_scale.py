@@ -1,22 +1,20 @@
 import json
-from pathlib import Path
 
 import torch
 
 from lm.config import Config
 from moe import SigmoidRouter
+from tests.helpers import ROOT
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
-
-def test_moonlight_and_kimi_k2_have_the_mean_of_one_over_the_norm(experiment):
+def test_the_factors_of_moonlight_and_kimi_k2_are_reproduced(experiment):
     # experts of equal weight would give 2.4495 and 2.8284; softmax or no normalisation are further away
     assert round(experiment.gate_scale(64, 6, samples=5000, seed=1), 3) == 2.446
     assert round(experiment.gate_scale(256, 8, samples=5000, seed=1), 3) == 2.827
     assert abs(experiment.gate_scale(384, 8, samples=5000, seed=1) - 2.8277) < 1e-4
 
 
-def test_the_router_scaled_so_keeps_the_size_of_independent_outputs():
+def test_a_router_with_this_factor_keeps_the_size_of_independent_outputs():
     moe = Config.preset("moonlight").model.moe
     router = SigmoidRouter(64, 64, moe.top_k, routed_scaling_factor=moe.routed_scaling_factor)
     router.weight.data.copy_(torch.eye(64))
@@ -34,12 +32,12 @@ def test_the_same_seed_gives_the_same_number_in_any_chunks(experiment, monkeypat
     assert abs(experiment.gate_scale(16, 3, samples=1000, seed=5) - whole) < 0.01
 
 
-def test_results_are_those_of_the_presets(experiment, tmp_path, monkeypatch):
+def test_the_saved_result_matches_the_presets(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "SAMPLES", 10)
     monkeypatch.setattr(experiment, "RESULTS", tmp_path)
     experiment.main([])
     made = json.loads((tmp_path / "gate_scale.json").read_text())
-    kept = json.loads((EXPERIMENTS / "results" / "gate_scale.json").read_text())
+    kept = json.loads((ROOT / "experiments" / "results" / "gate_scale.json").read_text())
     assert made["machine"].keys() == kept["machine"].keys()
     for row, other in zip(made["gate_scale"], kept["gate_scale"], strict=True):
         assert {**row, "computed": 0} == {**other, "computed": 0}

@@ -1,4 +1,4 @@
-"""Every experiment that trains runs from end to end in little, as a user starts it."""
+"""Every experiment that trains runs end to end with --quick, started as a user starts it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-c", "import sys; from lm.cli import main; sys.exit(
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", WITH_PICTURE)
-def test_the_experiment_runs_in_little(name, tmp_path):
+def test_the_experiment_runs_with_quick(name, tmp_path):
     options = ["--quick", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
     done = subprocess.run([*COMMAND, name, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def test_the_experiment_runs_in_little(name, tmp_path):
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 3000
 
 
-def test_a_kept_result_has_at_least_three_seeds():
+def test_a_saved_result_has_at_least_three_seeds():
     for path in (ROOT / "experiments" / "results").glob("*.json"):
         kept = json.loads(path.read_text())
         if "trainings" in kept:
@@ -45,7 +45,7 @@ def test_a_kept_result_has_at_least_three_seeds():
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_processes_and_what_was_trained_is_gone_on_with(number, tmp_path):
+def test_a_signal_ends_all_processes_and_saves_their_trainings(number, tmp_path):
     options = ["--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seeds", "2", "--jobs", "2"]
     command = [*COMMAND, "shared_expert", *options, "--steps", "2000"]
     begun = subprocess.Popen(

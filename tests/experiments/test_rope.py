@@ -1,4 +1,4 @@
-"""Attentions that turn all dims, or none, by equations of their own."""
+"""Attentions that rotate all dims, or none, against loops from the equations."""
 
 import copy
 
@@ -11,7 +11,7 @@ SIZES = (12, 3, 5, 4, 6, 7)  # dim, heads, latent, nope, rope, value
 
 
 @torch.no_grad()
-def test_all_dims_turned_is_attention_over_keys_turned_whole(experiment):
+def test_all_turns_is_attention_over_fully_rotated_keys(experiment):
     attention = experiment.AllTurns(*SIZES).double()
     x = torch.randn(2, 9, 12, dtype=torch.float64)
     q = attention.q(x).unflatten(-1, (3, 10))
@@ -34,7 +34,7 @@ def test_all_dims_turned_is_attention_over_keys_turned_whole(experiment):
 
 
 @torch.no_grad()
-def test_with_nothing_turned_the_order_of_the_past_is_unseen(experiment):
+def test_without_rotation_the_order_of_the_past_does_not_matter(experiment):
     x = torch.randn(1, 9, 12, dtype=torch.float64)
     shuffled = torch.cat((x[:, torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])], x[:, 8:]), dim=1)
     for kind, same in ((experiment.NothingTurns, True), (MultiheadLatentAttention, False)):
@@ -46,7 +46,7 @@ def test_with_nothing_turned_the_order_of_the_past_is_unseen(experiment):
 @pytest.mark.parametrize(
     "kind, absorbs", [("16 of 48 dims turned", True), ("none turned", True), ("all turned", False)]
 )
-def test_absorption_fails_where_made_keys_turn(experiment, experiments, mini, kind, absorbs):
+def test_absorption_fails_if_expanded_keys_are_rotated(experiment, experiments, mini, kind, absorbs):
     from lm.model import Transformer
 
     config = experiments("common").changed(mini, attention={"kind": experiment.KINDS[kind]})
@@ -56,7 +56,7 @@ def test_absorption_fails_where_made_keys_turn(experiment, experiments, mini, ki
     assert off < 1e-5 if absorbs else off > 0.01
 
 
-def test_the_cache_of_keys_that_turn_holds_every_head(experiment, mini):
+def test_the_cache_of_fully_rotated_keys_holds_every_head(experiment, mini):
     a = mini.model.attention
     kept = experiment.numbers_kept(mini)
     assert kept["16 of 48 dims turned"] == kept["none turned"] == a.kv_lora_rank + a.qk_rope_head_dim

@@ -1,4 +1,4 @@
-"""Leaving out experts of a trained model, and putting them back."""
+"""Disabling experts of a trained model, and restoring them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The mixture of three texts, what an expert takes of them, and what a token does without its best ones."""
+"""The mixture of three texts, the experts' shares of them, and routing with the best experts disabled."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lm.model import Transformer
 from moe import GShardRouter, SigmoidRouter
 
 
-def test_a_third_of_the_text_is_of_each_domain_and_none_of_it_is_held_out(experiment, tmp_path):
+def test_the_mixture_has_a_third_of_each_domain_and_no_held_out_text(experiment, tmp_path):
     paths = experiment.texts(tmp_path, 100_000)
     mixed = paths["mixed"].read_bytes()
     block = experiment.BLOCK
@@ -28,7 +28,7 @@ def test_a_third_of_the_text_is_of_each_domain_and_none_of_it_is_held_out(experi
 
 @pytest.mark.parametrize("kind", [SigmoidRouter, GShardRouter])
 @torch.no_grad()
-def test_without_its_best_experts_a_token_gets_the_next(experiment, kind):
+def test_with_its_best_experts_disabled_a_token_gets_the_next_ones(experiment, kind):
     router = kind(8, 16, 2).eval()
     if kind is SigmoidRouter:
         router.bias.copy_(torch.randn(16) / 4)
@@ -48,7 +48,7 @@ def test_without_its_best_experts_a_token_gets_the_next(experiment, kind):
 
 
 @torch.no_grad()
-def test_use_is_of_each_domains_tokens(experiment, experiments, mini, tmp_path, monkeypatch):
+def test_use_is_the_share_of_each_domains_tokens(experiment, experiments, mini, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "TOKENS", 512)
     paths = experiment.texts(tmp_path, 60_000)
     model = Transformer(mini.model)

@@ -1,4 +1,4 @@
-"""Models that are compared: which numbers are equal, as in the tables of the paper."""
+"""The sizes of the compared models, as in the tables of the papers."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from lm import count
 from lm.config import Config
 
 
-def test_five_architectures_have_the_papers_sizes(experiments, mini):
+def test_the_five_architectures_have_the_papers_proportions(experiments, mini):
     made = experiments("architectures").models(mini)
     total = {name: count.total_parameters(config.model) for name, config in made.items()}
     active = {name: count.active_parameters(config.model) for name, config in made.items()}
@@ -26,7 +26,7 @@ def test_five_architectures_have_the_papers_sizes(experiments, mini):
     assert made[experiment.ASIDE] == experiments("fineness").models(mini)["2 of 32"]
 
 
-def test_experts_are_split_at_equal_parameters_and_work(experiments, mini):
+def test_experts_are_split_at_equal_total_and_active_parameters(experiments, mini):
     made = experiments("fineness").models(mini)
     assert list(made) == [
         *("2 of 32", "1 shared, 1 of 31", "1 shared, 3 of 63", "1 shared, 7 of 127"),
@@ -43,7 +43,7 @@ def test_experts_are_split_at_equal_parameters_and_work(experiments, mini):
     assert softmax.train.switch_loss > 0
 
 
-def test_rivals_have_the_toys_parameters_at_work_and_its_training(experiments):
+def test_rivals_have_the_toys_active_parameters_and_training(experiments):
     toy = Config.preset("toy")
     active = count.active_parameters(toy.model)
     for preset in experiments("rivals").PRESETS.values():
@@ -66,7 +66,7 @@ def test_rivals_have_the_toys_parameters_at_work_and_its_training(experiments):
         )
 
 
-def test_gshard_and_deepseekmoe_of_specialization_are_of_one_size(experiments, mini):
+def test_gshard_and_deepseekmoe_of_specialization_have_equal_sizes(experiments, mini):
     made = experiments("specialization").models(mini)
     sizes = [dataclasses.astuple(config.model.moe)[1:5] for config in made.values()]
     assert sizes == [(63, 3, 32, 1), (32, 2, 64, 0)]

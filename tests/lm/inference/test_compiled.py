@@ -1,4 +1,4 @@
-"""Blocks that are compiled or computed again in the backward pass, against plain ones."""
+"""Compiled and recomputed blocks, and compiled engines, against plain ones."""
 
 import random
 import shutil
@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lm import cli, machine, train
-from lm import terminal as talk
+from lm import cli, machine, terminal, train
 from lm.inference.engine import Engine
 from lm.model import Block
 from lm.serve import answers
@@ -30,7 +29,7 @@ def fresh():
 
 @pytest.fixture
 def without_code(monkeypatch):
-    """torch.compile as far as the graph, without making C++ of it; counts what was compiled."""
+    """torch.compile up to the graph, without generating C++; counts the compiled frames."""
     counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
 
     def plain(run, dynamic=None, options=None):
@@ -46,7 +45,7 @@ def tokens(seed, vocab_size):
 
 
 def passes(model, run, inputs, dtype=torch.float32):
-    """-> hidden, routings and every gradient of a pass through the trunk."""
+    """Run the trunk -> hidden, routings and all gradients"""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden, routings = model.trunk(inputs, run=run)
@@ -86,14 +85,12 @@ def test_compiled_blocks_are_one_graph_each_and_equal_plain_ones(
         for mine, theirs in zip(compiled[1], plain[1]):
             assert torch.equal(mine.experts.sort().values, theirs.experts.sort().values)
             loads.add(tuple(mine.experts.flatten().bincount(minlength=8).tolist()))
-    assert len(loads) == 12  # the experts' loads were others in every step and layer, yet:
-    assert without_code.frame_count == 2  # a dense block, and one with experts
+    assert len(loads) == 12  # the expert loads differ in every step and layer, yet:
+    assert without_code.frame_count == 2  # one dense block, one with experts
 
 
 @pytest.mark.parametrize("kind, router", [("mla", "sigmoid"), ("gqa", "softmax")])
-def test_the_whole_model_is_one_graph_that_serves_every_load(
-    tiny, make_model, without_code, kind, router
-):
+def test_the_whole_model_is_one_graph_for_every_expert_load(tiny, make_model, without_code, kind, router):
     config = tiny(attention={"kind": kind}, moe={"router": router}).model
     model = make_model(config)
     compiled = torch.compile(model)
@@ -103,7 +100,7 @@ def test_the_whole_model_is_one_graph_that_serves_every_load(
     assert without_code.frame_count == 1
 
 
-def test_a_pass_of_very_few_tokens_compiles_too(tiny, make_model, without_code):
+def test_a_pass_of_two_tokens_compiles_too(tiny, make_model, without_code):
     model = make_model(tiny().model)
     inputs = tokens(0, 256)[:1, :2]
     torch.testing.assert_close(
@@ -113,7 +110,7 @@ def test_a_pass_of_very_few_tokens_compiles_too(tiny, make_model, without_code):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, router", KINDS)
-def test_recomputing_changes_no_bit_and_keeps_less(tiny, make_model, kind, router, dtype):
+def test_recomputing_changes_no_bit_and_saves_fewer_activations(tiny, make_model, kind, router, dtype):
     config = tiny(attention={"kind": kind}, moe={"router": router})
     model = make_model(config.model, torch.float32)
     inputs, kept, found = tokens(0, config.model.vocab_size), [], []
@@ -135,10 +132,12 @@ def test_recomputing_changes_no_bit_and_keeps_less(tiny, make_model, kind, route
     assert len(gradients) == len(gradients_again) and all(map(torch.equal, gradients_again, gradients))
 
 
-def test_a_run_that_recomputes_is_the_run_that_does_not(tiny, trained_once, tmp_path):
+def test_a_run_with_recompute_ends_with_the_same_weights(tiny, trained_once, tmp_path):
     changes = {"recompute": True}
     assert train.train(tiny(train=changes), tmp_path / "run") == 0
-    assert weights(tmp_path / "run") == weights(trained_once)  # selection biases, from counts, are among them
+    assert weights(tmp_path / "run") == weights(
+        trained_once
+    )  # including selection biases, which come from counts
 
 
 def weights(run):
@@ -151,7 +150,7 @@ def weights(run):
 @pytest.mark.long
 @compiler
 @pytest.mark.parametrize("changes", [{}, {"recompute": True, "dtype": "bfloat16"}], ids=["plain", "all"])
-def test_a_compiled_run_learns_repeats_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
+def test_a_compiled_run_repeats_and_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, changes):
     config = tiny(train={"compile": True, **changes})
     for name in ("one", "two"):
         assert train.train(config, tmp_path / name) == 0
@@ -169,9 +168,7 @@ def test_a_compiled_run_learns_repeats_and_resumes_bit_for_bit(tiny, tmp_path, m
     assert weights(tmp_path / "three") == weights(tmp_path / "one")
 
 
-def test_without_a_cxx_compiler_it_says_so_in_one_line_before_anything_is_written(
-    tiny, tmp_path, monkeypatch
-):
+def test_a_missing_cxx_compiler_is_an_error_before_anything_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"^train.compile: .* 'no-such-compiler' was not found; install"):
         train.train(tiny(train={"compile": True}), tmp_path / "run")
@@ -179,8 +176,8 @@ def test_without_a_cxx_compiler_it_says_so_in_one_line_before_anything_is_writte
     machine.check_compiler(torch.device("cuda"), "compile")  # Triton brings its own
 
 
-def texts_of(engine, seed):
-    """What is written of mixes of one text to twelve, short and long, that begin and end at any step."""
+def completions_of(engine, seed):
+    """Completions of batches of one to twelve requests, short and long, that start and end at any step."""
     draw, requests = random.Random(seed), []
     for together in (1, 3, 1, 12, 2, 5, 3):
         for _ in range(together):
@@ -193,13 +190,13 @@ def texts_of(engine, seed):
     return [request.tokens for request in requests]
 
 
-def test_a_compiled_engine_writes_the_same_by_three_graphs_for_all_mixes(tiny, make_model, without_code):
+def test_a_compiled_engine_generates_the_same_with_three_graphs_for_all_mixes(tiny, make_model, without_code):
     model = make_model(tiny(model={"num_layers": 2}).model)
     plain, compiled = Engine(model, 16), Engine(model, 16, compile=True)
-    assert texts_of(compiled, 0) == texts_of(plain, 0)
+    assert completions_of(compiled, 0) == completions_of(plain, 0)
     torch.nn.init.normal_(model.head.weight, std=0.3)
-    assert texts_of(compiled, 1) == texts_of(plain, 1)
-    assert without_code.frame_count == 3  # one text; two, whose experts are copied; more
+    assert completions_of(compiled, 1) == completions_of(plain, 1)
+    assert without_code.frame_count == 3  # one row; two, whose experts are copied; more
 
 
 @LONG
@@ -209,22 +206,22 @@ def test_compiled_engines_of_several_models_are_kept_apart(tiny, make_model, wit
     engines = [(Engine(model, 16), Engine(model, 16, compile=True)) for model in models]
     for seed in range(3):
         for plain, compiled in engines:
-            assert texts_of(compiled, seed) == texts_of(plain, seed)
+            assert completions_of(compiled, seed) == completions_of(plain, seed)
     assert without_code.frame_count == 9
 
 
 @compiler
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
-def test_compiled_code_writes_the_same(tiny, make_model, kind):
+def test_compiled_code_generates_the_same(tiny, make_model, kind):
     model = make_model(tiny(attention={"kind": kind}).model)
     plain, compiled = Engine(model, 16), Engine(model, 16, compile=True)
-    assert texts_of(compiled, 0) == texts_of(plain, 0)
+    assert completions_of(compiled, 0) == completions_of(plain, 0)
     torch.nn.init.normal_(model.blocks[1].mlp.experts.down, std=0.3)
-    assert texts_of(compiled, 1) == texts_of(plain, 1)
+    assert completions_of(compiled, 1) == completions_of(plain, 1)
 
 
-def test_what_cannot_be_compiled_is_said_at_once(tiny, make_model, monkeypatch):
+def test_a_model_that_cannot_be_compiled_is_an_error_at_once(tiny, make_model, monkeypatch):
     own = make_model(tiny(attention={"kind": "torch.nn:Identity"}).model)
     with pytest.raises(ValueError, match=r"^compile: the model.s attention has no step over pages"):
         Engine(own, compile=True)
@@ -234,14 +231,14 @@ def test_what_cannot_be_compiled_is_said_at_once(tiny, make_model, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
-def test_the_commands_hand_compile_on(trained_once, monkeypatch, command):
+def test_the_commands_pass_compile_to_the_engine(trained_once, monkeypatch, command):
     asked = []
 
     def engine(*arguments, compile=False):
         asked.append(compile)
         raise ValueError("made")
 
-    monkeypatch.setattr(talk, "Engine", engine)
+    monkeypatch.setattr(terminal, "Engine", engine)
     monkeypatch.setattr(answers, "Engine", engine)
     for flags in ([], ["--compile"]):
         ending = ["--port", "0"] if command == "serve" else []
@@ -250,7 +247,7 @@ def test_the_commands_hand_compile_on(trained_once, monkeypatch, command):
 
 
 @compiler
-def test_compiled_code_drops_what_plain_code_drops():
+def test_a_compiled_router_drops_the_same_tokens():
     router = Capacity(SoftmaxRouter(16, 8, 2), 0.5)
     x = torch.randn(2, 32, 16)
     plain, compiled = router(x), torch.compile(router)(x)

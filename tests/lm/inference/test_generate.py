@@ -9,6 +9,7 @@ from lm.inference import engine
 from lm.inference.generate import generate, stream
 from lm.inference.sampling import sampler
 from lm.inference.step import Decoder
+from tests.helpers import refused
 
 KINDS = {"mla": {}, "gqa": {"attention": {"kind": "gqa"}}, "all dense": {"model": {"num_dense_layers": 3}}}
 
@@ -30,7 +31,7 @@ def prompts_of(*lengths, seed=0):
 
 @torch.no_grad()
 def greedy_without_cache(model, prompt, new, window=None):
-    """The most likely token after all that may be seen, again and again; of a full window half is left."""
+    """Greedy decoding by the uncached model; a full window restarts at its middle."""
     text, start = list(prompt), 0
     for _ in range(new):
         if window is not None and len(text) - start > window:
@@ -39,71 +40,73 @@ def greedy_without_cache(model, prompt, new, window=None):
     return text[len(prompt) :]
 
 
-def written(model, prompts, *arguments, **options):
+def completions(model, prompts, *arguments, **options):
     """The new tokens of each row."""
     return torch.stack(list(stream(model, prompts, *arguments, **options)), dim=1).tolist()
 
 
 @pytest.mark.parametrize("length", [1, 2, 31])
-def test_greedy_equals_the_uncached_model_token_for_token(model, length):
+def test_greedy_decoding_equals_the_uncached_model(model, length):
     tokens = torch.tensor(prompts_of(length, length, length))
     want = [greedy_without_cache(model, row, 25) for row in tokens.tolist()]
-    assert len({token for row in want for token in row}) > 10  # not one token again and again
+    assert len({token for row in want for token in row}) > 10  # not one repeated token
     out = generate(model, tokens, 25, temperature=0)
     assert out.dtype == torch.int64 and torch.equal(out[:, :length], tokens)
     assert out[:, length:].tolist() == want
 
 
-def test_ragged_prompts_write_greedily_what_each_writes_alone(model):
+def test_prompts_of_different_lengths_decode_greedily_as_alone(model):
     prompts = prompts_of(*range(1, 21))
-    together = written(model, prompts, 12, 0)
+    together = completions(model, prompts, 12, 0)
     assert together == [greedy_without_cache(model, prompt, 12) for prompt in prompts]
 
 
-def test_ragged_prompts_draw_with_their_seeds_what_each_draws_alone(mla):
+def test_prompts_of_different_lengths_sample_as_alone(mla):
     prompts = prompts_of(*range(1, 21))
-    together = written(mla, prompts, 12, 1.0, seed=100)
+    together = completions(mla, prompts, 12, 1.0, seed=100)
     assert together == [
-        written(mla, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)
+        completions(mla, [prompt], 12, 1.0, seed=100 + row)[0] for row, prompt in enumerate(prompts)
     ]
 
 
-def test_neighbours_and_their_order_change_nothing(model):
+def test_other_rows_and_their_order_change_nothing(model):
     prompts = prompts_of(3, 17, 1, 9)
-    first = written(model, prompts, 8, 0)
-    assert written(model, prompts[::-1], 8, 0) == first[::-1]
-    assert written(model, [prompts[1]] * 3, 8, 0) == [first[1]] * 3
+    first = completions(model, prompts, 8, 0)
+    assert completions(model, prompts[::-1], 8, 0) == first[::-1]
+    assert completions(model, [prompts[1]] * 3, 8, 0) == [first[1]] * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 20, 1000])
-def test_a_prompt_read_in_chunks_is_the_prompt(mla, monkeypatch, chunk):
+def test_chunk_size_changes_nothing(mla, monkeypatch, chunk):
     prompts = prompts_of(20, 8, 7, 1, 15, 16)
-    whole = written(mla, prompts, 6, 0)
+    whole = completions(mla, prompts, 6, 0)
     monkeypatch.setattr(engine, "CHUNK", chunk)
-    assert written(mla, prompts, 6, 0) == whole
+    assert completions(mla, prompts, 6, 0) == whole
 
 
-def test_a_prompt_longer_than_a_chunk_is_read_whole(mla):
+def test_a_prompt_longer_than_a_chunk_is_read_completely(mla):
     prompts = prompts_of(2 * engine.CHUNK + 3, engine.CHUNK, 5)
-    assert written(mla, prompts, 5, 0) == [greedy_without_cache(mla, prompt, 5) for prompt in prompts]
+    assert completions(mla, prompts, 5, 0) == [greedy_without_cache(mla, prompt, 5) for prompt in prompts]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 8])
-def test_a_full_window_is_read_again_from_its_middle(mla, window):
+def test_a_full_window_restarts_at_its_middle(mla, window):
     for prompt in prompts_of(1, window, window + 1, 20):
-        assert written(mla, [prompt], 20, 0, window=window) == [greedy_without_cache(mla, prompt, 20, window)]
+        assert completions(mla, [prompt], 20, 0, window=window) == [
+            greedy_without_cache(mla, prompt, 20, window)
+        ]
 
 
 @pytest.mark.parametrize("window", [8, 13])
-def test_with_a_window_too_neighbours_change_nothing(mla, window):
+def test_other_rows_change_nothing_with_a_window_either(mla, window):
     prompts = prompts_of(*range(1, 21))
-    together = written(mla, prompts, 15, 0, window=window)
+    together = completions(mla, prompts, 15, 0, window=window)
     assert together == [greedy_without_cache(mla, prompt, 15, window) for prompt in prompts]
 
 
 def test_a_window_that_is_never_full_changes_nothing(mla):
     prompts = prompts_of(5, 9)
-    assert written(mla, prompts, 10, 0, window=100) == written(mla, prompts, 10, 0)
+    assert completions(mla, prompts, 10, 0, window=100) == completions(mla, prompts, 10, 0)
 
 
 def test_the_model_never_sees_more_than_the_window(mla, monkeypatch):
@@ -115,12 +118,12 @@ def test_the_model_never_sees_more_than_the_window(mla, monkeypatch):
         return step(decoder, tokens, pools, plan)
 
     monkeypatch.setattr(Decoder, "step", spy)
-    written(mla, prompts_of(50, 3), 40, 0, window=16)
+    completions(mla, prompts_of(50, 3), 40, 0, window=16)
     assert max(seen) == 16
 
 
 def by_hand(logits, temperature=1.0, top_k=None, top_p=1.0):
-    """The distribution to draw from, in plain Python: the most likely first, cut, made to sum to 1."""
+    """The distribution to sample from, in plain Python: sorted, cut, normalised."""
     weights = {i: math.exp((z - max(logits)) / temperature) for i, z in enumerate(logits)}
     ranked = sorted(weights, key=lambda i: -weights[i])[:top_k]
     total, kept, so_far = sum(weights[i] for i in ranked), [], 0.0
@@ -170,7 +173,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     top_k=st.none() | st.integers(1, 9),
     top_p=st.sampled_from([0.05, 0.31, 0.57, 0.83, 0.97, 1.0]),
 )
-def test_only_what_the_cuts_leave_is_ever_drawn(logits, temperature, top_k, top_p):
+def test_only_tokens_within_top_k_and_top_p_are_drawn(logits, temperature, top_k, top_p):
     want = by_hand(logits, temperature, top_k, top_p)
     generators = [torch.Generator().manual_seed(row) for row in range(200)]
     drawn = set(sampler(temperature, top_k, top_p, generators)(torch.tensor([logits] * 200)).tolist())
@@ -179,19 +182,19 @@ def test_only_what_the_cuts_leave_is_ever_drawn(logits, temperature, top_k, top_
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
-def test_the_coldest_temperature_is_greedy(temperature):
+def test_the_lowest_temperatures_are_greedy(temperature):
     generators = [torch.Generator().manual_seed(row) for row in range(50)]
     assert set(sampler(temperature, None, 1.0, generators)(torch.tensor([LOGITS] * 50)).tolist()) == {3}
 
 
-def test_the_hottest_temperature_is_even():
+def test_the_highest_temperature_is_uniform():
     generators = [torch.Generator().manual_seed(row) for row in range(4000)]
     drawn = sampler(1e300, None, 1.0, generators)(torch.tensor([LOGITS] * 4000))
     counts = torch.bincount(drawn, minlength=8).tolist()
     assert sum((number - 500) ** 2 / 500 for number in counts) < 30
 
 
-def test_narrow_logits_are_drawn_in_fp32():
+def test_bf16_logits_are_sampled_in_fp32():
     generators = [torch.Generator().manual_seed(row) for row in range(100)]
     logits = torch.tensor([LOGITS] * 100)
     wide = sampler(1.0, None, 1.0, generators)(logits.bfloat16().float())
@@ -199,7 +202,7 @@ def test_narrow_logits_are_drawn_in_fp32():
     assert torch.equal(sampler(1.0, None, 1.0, generators)(logits.bfloat16()), wide)
 
 
-def test_a_seed_repeats_and_another_differs(mla):
+def test_the_same_seed_repeats_and_another_seed_differs(mla):
     tokens = torch.tensor(prompts_of(4, 4))
     torch.manual_seed(1)
     first = generate(mla, tokens, 30, seed=5)
@@ -209,7 +212,7 @@ def test_a_seed_repeats_and_another_differs(mla):
     assert not torch.equal(generate(mla, tokens, 30), generate(mla, tokens, 30))
 
 
-def test_drawing_leaves_the_global_generator_alone(mla):
+def test_sampling_leaves_the_global_generator_alone(mla):
     torch.manual_seed(1)
     want = torch.rand(3)
     torch.manual_seed(1)
@@ -218,12 +221,12 @@ def test_drawing_leaves_the_global_generator_alone(mla):
     assert torch.equal(torch.rand(3), want)
 
 
-def test_equal_prompts_in_a_batch_draw_differently(mla):
+def test_equal_prompts_in_a_batch_get_different_completions(mla):
     out = generate(mla, torch.tensor([[1, 2, 3]] * 3), 20, seed=0)
     assert len({tuple(row) for row in out.tolist()}) == 3
 
 
-def test_no_new_tokens_is_the_prompt(mla):
+def test_zero_new_tokens_return_the_prompt(mla):
     tokens = torch.tensor(prompts_of(4, 4))
     assert torch.equal(generate(mla, tokens, 0), tokens)
     assert list(stream(mla, tokens.tolist(), 0)) == []
@@ -234,7 +237,7 @@ def test_generating_keeps_no_gradient(mla):
     assert torch.is_grad_enabled()
 
 
-def test_tokens_are_yielded_as_they_are_made(mla, monkeypatch):
+def test_tokens_are_yielded_one_step_at_a_time(mla, monkeypatch):
     calls = []
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda *a: (calls.append(1), step(*a))[1])
@@ -261,10 +264,8 @@ def test_tokens_are_yielded_as_they_are_made(mla, monkeypatch):
         ({"seed": 2**64}, f"seed={2**64} must lie in 0.."),
     ],
 )
-def test_options_out_of_their_range_are_refused(mla, options, said):
-    with pytest.raises(ValueError) as caught:
-        generate(mla, torch.tensor([[1, 2]]), **{"max_new_tokens": 3, **options})
-    assert str(caught.value).startswith(said)
+def test_options_out_of_range_are_refused(mla, options, said):
+    refused(lambda: generate(mla, torch.tensor([[1, 2]]), **{"max_new_tokens": 3, **options}), said)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_options_out_of_their_range_are_refused(mla, options, said):
     ],
     ids=str,
 )
-def test_what_is_no_prompt_is_refused(mla, tokens):
+def test_tokens_that_are_not_a_batch_of_ids_are_refused(mla, tokens):
     with pytest.raises(ValueError):
         generate(mla, tokens, 3)
 
@@ -291,7 +292,7 @@ def test_an_empty_prompt_is_refused(mla, prompts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_models_write_too(tiny, make_model, dtype):
+def test_fp32_and_bf16_models_generate(tiny, make_model, dtype):
     model = make_model(tiny().model, dtype)
     out = generate(model, torch.tensor(prompts_of(5, 5)), 6, seed=0)
     assert out.shape == (2, 11) and set(out.flatten().tolist()) <= set(range(256))

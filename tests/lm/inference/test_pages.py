@@ -1,4 +1,4 @@
-"""Pages against lists: nothing lost, and nothing of another text changed."""
+"""Pages against lists: no entry is lost, and no other row is changed."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from mla.paged import PAGE, Plan, write
 
 
 def filled(pages, length, width=3):
-    """A row of so many tokens, and the pool that holds their entries: 1, 2, 3 ..."""
+    """A row of `length` tokens, and the pool that holds their entries: 1, 2, 3 ..."""
     pool, row = pages.new_pool(1, width), pages.open()
     pages.grow([row], length)
     plan = Plan([row.pages], [0], length, "cpu")
@@ -25,7 +25,7 @@ def held(pool, row):
     return pool[row.pages].flatten(0, 2)[: row.length]
 
 
-def test_a_fork_shares_pages_and_its_growth_never_changes_its_donor():
+def test_growing_a_fork_never_changes_its_donor():
     pages = Pages(10)
     donor, pool = filled(pages, 100)
     before = held(pool, donor).clone()
@@ -42,7 +42,7 @@ def test_a_fork_shares_pages_and_its_growth_never_changes_its_donor():
     assert pages.available == 8
 
 
-def test_the_donor_too_copies_what_it_shares():
+def test_the_donor_copies_a_shared_page_too():
     pages = Pages(4)
     pool = pages.new_pool(1, 3)
     donor = pages.open()
@@ -54,16 +54,16 @@ def test_the_donor_too_copies_what_it_shares():
     assert donor.pages != fork.pages and torch.equal(pool[donor.pages[0]], pool[fork.pages[0]])
 
 
-def test_a_text_is_known_by_all_its_tokens():
+def test_a_page_is_known_by_its_tokens_and_all_before_them():
     text = list(range(200))
     assert len(digests(text)) == 3 and len(set(digests([7] * 640))) == 10
     assert digests(text)[:2] == digests(text[:128] + [0] * 64)[:2]
     assert digests(text)[2] != digests(text[:128] + [0] * 64)[2]
-    assert digests([1, *text[1:]])[1] != digests(text)[1]  # the same second page, another first one
+    assert digests([1, *text[1:]])[1] != digests(text)[1]  # same second page, different first page
     assert digests([2**40 + 1, *text[1:]]) != digests([1, *text[1:]])
 
 
-def test_what_texts_begin_with_is_shared_and_kept_until_its_memory_is_needed():
+def test_common_prefixes_are_shared_and_kept_until_their_memory_is_needed():
     pages = Pages(5)
     first = pages.open()
     pages.grow([first], 130)
@@ -73,7 +73,7 @@ def test_what_texts_begin_with_is_shared_and_kept_until_its_memory_is_needed():
     second = pages.open([*text[:128], 9, 9])
     assert second.pages == first.pages[:2] and second.length == 128
     third = pages.open(text[:128])
-    assert third.length == 64  # the last token is always read: its logits are wanted
+    assert third.length == 64  # the last token is always read, for its logits
     pages.truncate(third, 0)
     pages.truncate(first, 0)
     pages.truncate(second, 0)
@@ -81,12 +81,12 @@ def test_what_texts_begin_with_is_shared_and_kept_until_its_memory_is_needed():
     assert again.length == 128
     pages.truncate(again, 0)
     other = pages.open()
-    pages.grow([other], 5 * 64)  # takes all memory, also the kept
+    pages.grow([other], 5 * 64)  # takes all memory, including idle pages
     assert pages.open(text).length == 0
 
 
 @pytest.mark.parametrize("length", [64, 70, 127, 128])
-def test_a_known_page_is_not_written_by_its_own_row_either(length):
+def test_a_known_page_is_never_written_not_even_by_its_own_row(length):
     pages = Pages(5)
     row = pages.open()
     pages.grow([row], 130)
@@ -100,7 +100,7 @@ def test_a_known_page_is_not_written_by_its_own_row_either(length):
     assert pages.open([3] * 130).length == 128
 
 
-def test_forgetting_keeps_what_rows_hold():
+def test_forget_keeps_pages_held_by_rows():
     pages = Pages(3)
     row = pages.open()
     pages.grow([row], 64)
@@ -117,7 +117,7 @@ def test_too_few_pages_change_nothing():
     a, b = pages.open(), pages.open()
     pages.grow([a], 64)
     a.length = 64
-    with pytest.raises(ValueError, match="cache full: 4 pages asked for, 2 are left"):
+    with pytest.raises(ValueError, match="cache full: 4 pages needed, 2 available"):
         pages.grow([a, b], 100)
     assert (a.pages, b.pages, pages.available) == ([0], [], 2)
     with pytest.raises(ValueError, match="num_pages=0 must be at least 1"):
@@ -128,7 +128,7 @@ def test_too_few_pages_change_nothing():
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Rows are lists of tokens; an entry is its token and all before it, so a wrong page always shows."""
+    """Rows as lists of tokens; an entry depends on all tokens up to its own, so a wrong page always shows."""
 
     @initialize(num_pages=st.integers(4, 12))
     def start(self, num_pages):
@@ -185,14 +185,14 @@ class PagesMachine(RuleBasedStateMachine):
             del self.rows[at]
 
     @invariant()
-    def every_row_holds_its_own_text(self):
+    def every_row_holds_its_own_tokens(self):
         for row, text in getattr(self, "rows", []):
             assert row.length == len(text) and len(row.pages) == -(-len(text) // PAGE)
             held = self.pool[row.pages].flatten()[: len(text)].tolist()
             assert held == self.entries(text)
 
     @invariant()
-    def no_page_is_lost_or_held_in_secret(self):
+    def every_page_is_either_held_or_available(self):
         if hasattr(self, "pages"):
             held = {page for row, _ in self.rows for page in row.pages}
             assert len(held) + self.pages.available == len(self.pages.holders)

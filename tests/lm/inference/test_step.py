@@ -1,4 +1,4 @@
-"""The MoE layer's part of a decode step: the rows that fill up take no token's place."""
+"""The MoE layer in a decode step, where padding takes no token's capacity; and checksums of weights."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("shared", [True, False])
-def test_rows_that_fill_up_change_no_token(name, shared):
+def test_padding_changes_no_token(name, shared):
     router = ROUTERS[name]()
     layer = MoE(router, Experts(8, 4, 3), SwiGLU(4, 5) if shared else None).double().eval()
     x, tokens = torch.randn(16, 4, dtype=torch.float64), torch.randint(20, (16,))
@@ -32,7 +32,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.float
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 8), (4, 0)])
-def test_a_mark_tells_any_one_change(dtype, shape):
+def test_a_mark_detects_every_single_bit_change(dtype, shape):
     tensor = torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(9, shape)
     before = mark(tensor)
     assert torch.equal(before, mark(tensor.clone()))
@@ -43,7 +43,7 @@ def test_a_mark_tells_any_one_change(dtype, shape):
         assert not torch.equal(before, mark(changed))
 
 
-def test_a_mark_tells_an_exchange_and_a_transposition():
+def test_a_mark_detects_permutations_and_a_transposition():
     matrix = torch.randn(6, 6)
     for other in (matrix.flip(0), matrix.flip(1), matrix.T, matrix.roll(1, 0)):
         assert not torch.equal(mark(matrix), mark(other))
