@@ -1,4 +1,4 @@
-"""Models and training states on disk: safetensors, TOML and JSON, nothing that can run."""
+"""Models and training states on disk: safetensors, TOML and JSON. No pickle, so loading runs no code."""
 
 import json
 import math
@@ -46,13 +46,13 @@ def write_model(model: Transformer, into: Path) -> None:
 
 
 def load(folder: Path | str, trust_code: bool = False) -> Transformer:
-    """The model in a folder that `save` wrote, or the newest whole checkpoint of a run folder.
+    """Load a model from a folder that `save` wrote, or from the newest intact checkpoint of a run folder.
 
     Args:
-        trust_code: the config may name a router or attention outside this project, which is then imported.
+        trust_code: allow the config to name a custom router or attention, which is then imported.
 
     Raises:
-        ValueError: something in the folder is missing, damaged or does not fit; names the file.
+        ValueError: a file is missing, damaged or does not match the config; names the file.
     """
     folder = Path(folder)
     config = read_config(folder, trust_code)
@@ -63,7 +63,7 @@ def load(folder: Path | str, trust_code: bool = False) -> Transformer:
 
 
 def read_config(folder: Path, trust_code: bool) -> Config:
-    """The config.toml of a folder; one that names code of its own needs trust."""
+    """Read a folder's config.toml; one that names custom code needs trust_code."""
     if not (folder / "config.toml").is_file():
         reason = "holds no config.toml" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder}: {reason}; expected a run or a saved model")
@@ -76,26 +76,25 @@ def read_config(folder: Path, trust_code: bool) -> Config:
 
 
 def load_model(config: ModelConfig, weights: Path) -> Transformer:
-    """A model with a file's weights, each checked against what the config asks for before memory is taken."""
+    """Build a model from a file of weights, checking names and shapes before allocating memory."""
     try:
         with torch.device("meta"):
             expected = model_tensors(Transformer(config))
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{weights}: its config describes no model: {error}") from None
+        raise ValueError(f"{weights}: its config is not a valid model: {error}") from None
     tensors = read_tensors(weights, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     matrices = {tensor.dtype for name, tensor in tensors.items() if not is_bias(name)}
     if len(matrices) != 1:
         dtypes = sorted(map(str, matrices))
-        raise ValueError(f"{weights}: the weights are of several dtypes, {dtypes}; expected one")
+        raise ValueError(f"{weights}: the weights have several dtypes, {dtypes}; expected one")
     model = Transformer(config).to(matrices.pop())
     for name, ours in model_tensors(model).items():
-        if is_bias(name) and tensors[name].dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{weights}: {name} is {tensors[name].dtype}; a selection bias is at least torch.float32"
-            )
+        dtype = tensors[name].dtype
+        if is_bias(name) and dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{weights}: {name} is {dtype}; expected torch.float32 or torch.float64")
         unfit = int((~tensors[name].isfinite()).sum())
         if unfit:
-            raise ValueError(f"{weights}: {name} holds {unfit} numbers that are NaN or infinite")
+            raise ValueError(f"{weights}: {name} holds {unfit} NaN or infinite numbers")
         ours.copy_(tensors[name])
     return model.eval()
 
@@ -106,7 +105,7 @@ def is_bias(name: str) -> bool:
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied head is the embedding, stored once."""
+    """Parameters and persistent buffers by name, without a tied head, which is the embedding."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["head.weight"]
@@ -114,23 +113,23 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As a file holds them, whatever their strides."""
+    """The same tensors in row-major order, which safetensors requires."""
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must be these names and shapes, in memory of our own.
+    """Read a safetensors file that must hold exactly these names and shapes, into new memory.
 
     Raises:
-        ValueError: the file is not whole, or holds something else; names it.
+        ValueError: the file is damaged, or holds something else; names the file.
     """
-    longest = 4096 + sum(512 + len(name) for name in expected)  # bytes of header that these tensors can need
+    longest = 4096 + sum(512 + len(name) for name in expected)  # the header of these tensors fits
     found = files.read_header(path, longest)
-    differences = {"lacks": expected.keys() - found.keys(), "has besides": found.keys() - expected.keys()}
-    for word, differ in differences.items():
-        if differ:
-            first = ", ".join(sorted(differ)[:5])
-            raise ValueError(f"{path}: {word} {len(differ)} tensors of the model's, such as {first}")
+    differences = {"missing": expected.keys() - found.keys(), "unexpected": found.keys() - expected.keys()}
+    for word, names in differences.items():
+        if names:
+            first = ", ".join(sorted(names)[:5])
+            raise ValueError(f"{path}: {len(names)} {word} tensors, such as {first}")
     for name, shape in expected.items():
         if found[name].dtype == torch.float8_e4m3fn:
             raise ValueError(f"{path}: {name} is F8_E4M3; expected one of {', '.join([*files.DTYPES][:-1])}")
@@ -142,7 +141,7 @@ def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, 
 def save_checkpoint(
     run: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
 ) -> Path:
-    """Write run/checkpoints/step-NNNNNN with all that resuming needs; remove all but the last `keep`."""
+    """Write run/checkpoints/step-NNNNNN and remove all but the last `keep` checkpoints."""
     final = run / "checkpoints" / f"step-{state['step']:06d}"
 
     def write(into: Path) -> None:
@@ -155,14 +154,14 @@ def save_checkpoint(
     final.parent.mkdir(exist_ok=True)
     files.commit(final, write)
     found = checkpoints(run)
-    unfinished = final.parent.glob(".step-*.tmp")  # of runs that were killed while they saved
+    unfinished = final.parent.glob(".step-*.tmp")  # left by runs that were killed while saving
     for path in [*found[: found.index(final) + 1][:-keep], *unfinished]:
         shutil.rmtree(path)
     return final
 
 
 def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimizer state in place -> its state.json."""
+    """Load a checkpoint's weights and optimizer state into place -> its state.json"""
     ours = model_tensors(model)
     theirs = read_tensors(folder / "model.safetensors", {name: tuple(t.shape) for name, t in ours.items()})
     with torch.no_grad():
@@ -182,7 +181,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's two moments of each parameter, by the parameter's name; 0 for one that never had a gradient."""
+    """AdamW's two moments by parameter name; zeros for a parameter that never had a gradient."""
     return {
         f"{name}.{moment}": optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
         for name, parameter in model.named_parameters()
@@ -191,10 +190,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint that is whole; a damaged one is passed over with a warning that names it.
+    """The newest intact checkpoint; damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no intact checkpoint.
     """
     found = checkpoints(run)
     for path in reversed(found):
@@ -202,19 +201,19 @@ def newest_checkpoint(run: Path) -> Path:
             check_whole(path)
             return path
         except ValueError as error:
-            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            warnings.warn(f"damaged checkpoint skipped: {error}", stacklevel=2)
     raise ValueError(f"{run}: {'every checkpoint is damaged' if found else 'no checkpoint yet'}")
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise ValueError unless a checkpoint is what was written."""
+    """Raise ValueError unless a checkpoint's files match their checksums."""
     for name, digest in read_state(checkpoint)["sha256"].items():
         if sha256(checkpoint / name) != digest:
             raise ValueError(f"{checkpoint / name}: is not what was written (its sha256 differs)")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, its fields checked."""
+    """Read a checkpoint's state.json and check its fields."""
     path = checkpoint / "state.json"
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
@@ -224,17 +223,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             if type(state[key]) is not kind:
                 raise ValueError(f"{key} is {state[key]!r:.80}; expected {kind.__name__}")
         if state["step"] < 1 or not math.isfinite(state["seconds"]):
-            raise ValueError(f"step {state['step']} after {state['seconds']} seconds")
+            raise ValueError(f"step is {state['step']} and seconds is {state['seconds']}")
         if state["dtype"] not in ("torch.float32", "torch.bfloat16"):
             raise ValueError(f"dtype is {state['dtype']!r:.80}")
         if state["sha256"].keys() != {"model.safetensors", "optimizer.safetensors"}:
-            raise ValueError(f"sha256 is of {', '.join(state['sha256'])!r:.80}")
+            raise ValueError(f"sha256 names {', '.join(state['sha256'])!r:.80}")
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a whole state file: {error}") from None
+        raise ValueError(f"{path}: not a valid state file: {error}") from None
 
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoint folders, oldest first."""
     found = (run / "checkpoints").glob("step-[0-9]*")
-    return sorted(found, key=lambda path: (len(path.name), path.name))  # 1,000,000 comes after 999,999
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # step 1,000,000 sorts after 999,999

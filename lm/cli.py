@@ -1,4 +1,4 @@
-"""The `lm` command. Loads no torch before a command needs it, so that --help and mistakes are quick."""
+"""The `lm` command. Imports torch only where a command needs it, so that --help and errors are fast."""
 
 import importlib.metadata
 import inspect
@@ -19,56 +19,55 @@ from .parts import import_here
 RECIPES = [name for name in preset_names() if "[train]" in (PRESETS / f"{name}.toml").read_text("utf-8")]
 PUBLISHED = [name for name in preset_names() if name not in RECIPES]
 PRESET_HELP = (
-    f"where the numbers start: {', '.join(RECIPES)}, or your own TOML file; "
-    f"to be made smaller, models as published: {', '.join(PUBLISHED)}"
+    f"the configuration to start from: {', '.join(RECIPES)}, or your own TOML file; "
+    f"or a published model, to be scaled down by options: {', '.join(PUBLISHED)}"
 )
-SHORT = {"--data": "--data.path", "--device": "--train.device", "--seed": "--train.seed"}  # of lm train
-ENTRY_POINTS = "lm.commands"  # by which other packages add commands: name = package.module:function
+SHORT = {"--data": "--data.path", "--device": "--train.device", "--seed": "--train.seed"}  # for lm train
+ENTRY_POINTS = "lm.commands"  # where other packages register commands: name = package.module:function
 
 
 @dataclass
 class Train:
-    """Train a model, show what it writes, and leave a run folder with a report.
+    """Train a model and write a run folder with checkpoints, samples and a report.
 
-    Options start from a preset (or from the run, with --resume), and each changes one number of it.
+    The configuration starts from a preset, or with --resume from the run; each option changes one value.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "toy"
-    out_dir: Path | None = None  # the run folder; by default runs/PRESET, or the next free runs/PRESET-2, ...
-    resume: bool = False  # go on with the run in out_dir, by default the newest of the preset
-    trust_code: bool = False  # with --resume: import the custom router or attention that the run names
+    out_dir: Path | None = None  # the run folder; by default runs/PRESET, then runs/PRESET-2, ...
+    resume: bool = False  # resume the run in --out-dir, by default the preset's newest run
+    trust_code: bool = False  # with --resume: import the custom router or attention named in the run
 
 
 @dataclass
 class OfModel:
-    """What the commands that open a model have in common."""
+    """Options of every command that opens a model."""
 
-    run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
-    device: str = "auto"
+    run: tyro.conf.Positional[Path]  # a run folder, a folder written by lm.save, or a Hugging Face folder
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ... or mps
     trust_code: bool = False  # import the custom router or attention that the folder names
 
 
 @dataclass
 class Writing(OfModel):
-    """What the commands that write text have in common."""
+    """Options of every command that generates text."""
 
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int | None = None  # choose among this many most likely tokens
-    top_p: float = 1.0  # choose among the fewest most likely tokens with this probability together
-    seed: int | None = None  # the same seed writes the same text
-    compile: bool = False  # write by compiled code: made at the first token, in half a minute, then faster
+    temperature: float = 0.8  # 0: greedy, always the most likely token
+    top_k: int | None = None  # sample from the K most likely tokens
+    top_p: float = 1.0  # sample from the smallest set of likely tokens with at least this total probability
+    seed: int | None = None  # the same seed gives the same text; by default a new one each time
+    compile: bool = False  # compile the decode step: half a minute at the first token, then faster
 
 
 @dataclass
 class Generate(Writing):
-    """Continue a prompt."""
+    """Continue one or more prompts."""
 
-    # the text to continue, by default a new line; FILE:PATH reads it from a file, - from standard input;
-    # several prompts are continued together
+    # the text to continue, by default a newline; FILE:PATH reads it from a file, - from standard input
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    max_new_tokens: int = 300
-    num_samples: int = 1
+    max_new_tokens: int = 300  # tokens per sample
+    num_samples: int = 1  # samples per prompt
 
     def start(self) -> int:
         from . import terminal
@@ -78,9 +77,9 @@ class Generate(Writing):
 
 @dataclass
 class Chat(Writing):
-    """Take turns with a model in the terminal. An empty line ends it."""
+    """Chat with a model in the terminal; an empty line ends the chat."""
 
-    max_new_tokens: int = 200  # the longest answer
+    max_new_tokens: int = 200  # tokens per answer, at most
 
     def start(self) -> int:
         from . import terminal
@@ -90,14 +89,14 @@ class Chat(Writing):
 
 @dataclass
 class Serve(OfModel):
-    """Answer programs by the OpenAI API, and people on a chat page."""
+    """Serve a model through an OpenAI-compatible API and a chat page."""
 
-    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all of this machine's, for all who reach it
-    port: int = 8000  # 0: any that is free
-    max_batch: int = 64  # texts that are written together
-    max_queue: int = 8  # requests that may wait for a place among them
-    max_seconds: float = 300  # the longest that a request may take, waiting included
-    compile: bool = False  # write by compiled code: made at the first token, in half a minute, then faster
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: every interface, reachable from the network
+    port: int = 8000  # 0: any free port
+    max_batch: int = 64  # sequences that are decoded together
+    max_queue: int = 8  # requests that may wait for a place in the batch; more are rejected
+    max_seconds: float = 300  # time limit for one request, including its wait
+    compile: bool = False  # compile the decode step: half a minute at the first token, then faster
 
     def start(self) -> int:
         try:
@@ -111,9 +110,9 @@ class Serve(OfModel):
 
 @dataclass
 class Eval(OfModel):
-    """The loss on the whole held-out text, in nats a byte, bits a byte, and perplexity."""
+    """Compute the loss on the whole held-out text: nats and bits per byte, perplexity."""
 
-    data: Path | None = None  # another text
+    data: Path | None = None  # a text file to use instead of the held-out text
 
     def start(self) -> int:
         from . import terminal
@@ -123,10 +122,10 @@ class Eval(OfModel):
 
 @dataclass
 class Report:
-    """Write a run's report.html and its pictures again."""
+    """Write a run's report.html and its figures again."""
 
     run: tyro.conf.Positional[Path]  # a run folder
-    trust_code: bool = False  # import the custom router or attention that the run names
+    trust_code: bool = False  # import the custom router or attention named in the run
 
     def start(self) -> int:
         from .report import run
@@ -137,9 +136,9 @@ class Report:
 
 @dataclass
 class Explore:
-    """Write explore.html, where a model's router chooses again: other biases, top_k or step."""
+    """Write explore.html, which replays a model's routing with other biases, top_k or steps."""
 
-    run: tyro.conf.Positional[Path]  # a run folder, one that lm.save wrote, or a Hugging Face one
+    run: tyro.conf.Positional[Path]  # a run folder, a folder written by lm.save, or a Hugging Face folder
     trust_code: bool = False  # import the custom router or attention that the folder names
 
     def start(self) -> int:
@@ -151,13 +150,13 @@ class Explore:
 
 @dataclass
 class Info:
-    """Parameters, FLOPs and cache of a model, counted without building it."""
+    """Count a model's parameters, FLOPs and cache size without building it."""
 
-    model: tyro.conf.Positional[str]  # a preset, a run folder, or a Hugging Face one
-    context: int = 4096  # tokens, for the size of the cache and the FLOPs of attention
-    dtype: str = "bf16"  # of the cache: bf16, fp16, fp32 or fp8
-    json: bool = False  # as one JSON object
-    plot: Path | None = None  # a PNG file to draw the parameters of each part to
+    model: tyro.conf.Positional[str]  # a preset, a run folder, or a Hugging Face folder
+    context: int = 4096  # context length in tokens, for the cache and the attention FLOPs
+    dtype: str = "bf16"  # dtype of the cache: bf16, fp16, fp32 or fp8
+    json: bool = False  # print one JSON object
+    plot: Path | None = None  # a PNG file for a chart of the parameters by part
 
     def start(self) -> int:
         import json
@@ -175,9 +174,9 @@ class Info:
 
 @dataclass
 class Import:
-    """Read a Hugging Face folder (DeepSeek, Kimi, Llama, Qwen, ...) and write one of ours."""
+    """Convert a Hugging Face folder (DeepSeek, Kimi, Llama, Qwen, ...) to a model folder."""
 
-    folder: tyro.conf.Positional[Path]  # with config.json and safetensors
+    folder: tyro.conf.Positional[Path]  # a Hugging Face folder: config.json and safetensors
     out: tyro.conf.Positional[Path]  # a new folder
 
     def start(self) -> int:
@@ -185,34 +184,34 @@ class Import:
 
         folder.need(self.folder, folder.HUB)
         aside = hf.import_folder(self.folder, self.out)
-        print(f"{self.out}: written; lm generate, chat, eval and info take it")
+        print(f"{self.out}: written; open it with lm generate, chat, serve, eval or info")
         if aside:
-            print(f"{len(aside)} tensors of multi-token prediction are kept beside it, in mtp.safetensors")
+            print(f"{len(aside)} multi-token prediction tensors are kept in mtp.safetensors")
         return 0
 
 
 @dataclass
 class Export:
-    """Write a model as a Hugging Face folder, which transformers reads."""
+    """Convert a model to a Hugging Face folder, which transformers can load."""
 
-    run: tyro.conf.Positional[Path]  # a run folder, or one that lm.save wrote
+    run: tyro.conf.Positional[Path]  # a run folder, or a folder written by lm.save
     out: tyro.conf.Positional[Path]  # a new folder
 
     def start(self) -> int:
         from .hub import folder, hf
 
         folder.need(self.run, folder.RUN, folder.SAVED)
-        config = folder.read_config(self.run, trust_code=True)  # which imports nothing
+        config = folder.read_config(self.run, trust_code=True)  # reading the config imports nothing
         for path in config.model.own_parts().values():
-            raise ValueError(f"{self.run}: {path} is your own; Hugging Face's format has no name for it")
+            raise ValueError(f"{self.run}: {path} is custom code, which Hugging Face's format lacks")
         hf.to_hf(folder.load(self.run), self.out, tokenizer_from=self.run)
-        print(f"{self.out}: written; transformers reads it")
+        print(f"{self.out}: written; transformers can load it")
         return 0
 
 
 @dataclass
 class InClone:
-    """A command whose program stands beside the package, in a clone of the project."""
+    """A command whose code is not in the package but in a clone of the project."""
 
     about: str
     program: str  # package.module:function
@@ -221,29 +220,29 @@ class InClone:
         module, _, function = self.program.partition(":")
         folder = Path(*module.split(".")[:-1])
         if not folder.is_dir():
-            raise ValueError(f"{folder.absolute()}: not here; run this in a clone of the project")
+            raise ValueError(f"{folder.absolute()}: no such folder; run this in a clone of the project")
         return getattr(import_here(module), function)(arguments)
 
 
 GROUPS: dict[str, dict[str, Any]] = {
-    "a model of your own": {"train": Train, "eval": Eval, "report": Report, "explore": Explore, "info": Info},
-    "its text": {"generate": Generate, "chat": Chat, "serve": Serve},
+    "train and inspect": {"train": Train, "eval": Eval, "report": Report, "explore": Explore, "info": Info},
+    "generate text": {"generate": Generate, "chat": Chat, "serve": Serve},
     "published models": {"import": Import, "export": Export},
     "in a clone of the project": {
         "exercise": InClone(
-            "Write a function of the package yourself, and have it checked.", "exercises.grader.course:main"
+            "Implement functions of the package yourself and check them.", "exercises.grader.course:main"
         ),
         "new": InClone(
-            "Begin a custom router or attention: module, test, config.", "exercises.grader.new:main"
+            "Start a custom router or attention: module, test and config.", "exercises.grader.new:main"
         ),
-        "experiment": InClone("Measure a claim of the papers: train, compare, draw.", "experiments.cli:main"),
+        "experiment": InClone("Test a claim of the papers: train, compare and plot.", "experiments.cli:main"),
     },
 }
 COMMANDS: dict[str, Any] = {name: kind for group in GROUPS.values() for name, kind in group.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command -> its exit status: 0, 1: it failed, 2: wrong input, 128 + a signal that stopped it."""
+    """Run a command -> exit status: 0, 1 (failed), 2 (invalid input) or 128 + the signal that stopped it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = lambda message, *_, **__: print(f"lm: warning: {message}", file=sys.stderr)
     name, *rest = arguments or ["--help"]
@@ -259,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # nobody reads on: what Python flushes at exit goes nowhere
+        # the reader is gone: send what Python flushes at exit to /dev/null
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (OSError, MemoryError, RuntimeError) as error:
@@ -272,7 +271,7 @@ def command_of(name: str) -> Callable[[list[str]], int]:
     """The function that runs a command with its arguments.
 
     Raises:
-        ValueError: there is no such command.
+        ValueError: unknown command, or one of another package that cannot be loaded.
     """
     kind = COMMANDS.get(name)
     if name == "train":
@@ -283,49 +282,52 @@ def command_of(name: str) -> Callable[[list[str]], int]:
         return lambda rest: parse(kind, name, rest).start()
     more = added()
     if name in more:
-        return more[name].load()
+        try:
+            return more[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{more[name].value} cannot be loaded: {error}") from None
     known = [*COMMANDS, *more]
     raise ValueError(f"no command {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
 
 def added() -> dict[str, importlib.metadata.EntryPoint]:
-    """The commands that other installed packages add; a built-in name stays ours."""
+    """Commands registered by other installed packages; they cannot replace a built-in command."""
     found = importlib.metadata.entry_points(group=ENTRY_POINTS)
     return {entry.name: entry for entry in found if entry.name not in COMMANDS}
 
 
 def overview() -> str:
-    """The commands in their groups, a line each."""
+    """The help text of `lm`: the commands by group, one line each."""
     groups = {title: {name: summary(kind) for name, kind in group.items()} for title, group in GROUPS.items()}
     if more := added():
         groups["from other packages"] = {name: summary(entry) for name, entry in more.items()}
     width = max(len(name) for group in groups.values() for name in group)
-    lines = ["usage: lm COMMAND ... (lm COMMAND --help shows its options)"]
+    lines = ["usage: lm COMMAND ... (lm COMMAND --help lists its options)"]
     for title, group in groups.items():
         lines += ["", title, *(f"  {name:{width}}  {text}" for name, text in group.items())]
     return "\n".join(lines)
 
 
 def summary(kind: Any) -> str:
-    """A command in a line."""
+    """A command's description in one line."""
     if isinstance(kind, InClone):
         return kind.about
     if isinstance(kind, importlib.metadata.EntryPoint):
         try:
             kind = kind.load()
-        except Exception as error:  # of another package: no reason to show none of ours
+        except Exception as error:  # a broken package must not hide the other commands
             return f"(cannot be loaded: {error})"
     return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 
 def parse(kind: type, name: str, arguments: list[str], default: Any = None) -> Any:
-    """The command's options; the parser's own words and exit status 2 where they are wrong."""
+    """Parse a command's options; invalid ones end the process with the parser's message and status 2."""
     given = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=f"lm {name}", args=arguments, **given)
 
 
 def run_train(arguments: list[str]) -> int:
-    """lm train"""
+    """`lm train`: train, then write the report."""
     split = (argument.partition("=") for argument in arguments)
     arguments = [f"{SHORT.get(word, word)}{sign}{value}" for word, sign, value in split]
     preset = value_of(arguments, "--preset") or "toy"
@@ -360,12 +362,12 @@ def run_folder(preset: str, number: int) -> Path:
 
 
 def first_free(preset: str) -> int:
-    """The number of the first run folder of that preset that does not exist."""
+    """The number of the preset's first run folder that does not exist."""
     return next(number for number in itertools.count(1) if not run_folder(preset, number).exists())
 
 
 def value_of(arguments: list[str], option: str) -> str | None:
-    """What follows an option, before the parser proper has seen it."""
+    """The value of an option, read before the full parser runs."""
     for word, following in zip(arguments, [*arguments[1:], None]):
         word = word.replace("_", "-")
         if word == option:

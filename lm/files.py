@@ -1,7 +1,6 @@
-"""Files that are whole or absent, JSON that may be anything, and what a safetensors file says it holds.
+"""Atomic writes of files and folders, checked reads of JSON, and the headers of safetensors files.
 
-A file or folder is written beside its place, synced, and renamed into it, whatever happens meanwhile.
-Loads no torch before a tensor is looked at.
+Writes go to a temporary neighbour, which is synced and renamed into place. Imports torch only for tensors.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-DTYPES = {  # safetensors' names and torch's
+DTYPES = {  # safetensors' names -> torch's
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -31,7 +30,7 @@ LONGEST_HEADER = 64 * 2**20  # bytes; V3's 91,000 tensors need 13 MB
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what it is, before it is read."""
+    """A tensor in a file: where it is, its dtype and its shape."""
 
     file: Path
     dtype: "torch.dtype"
@@ -43,9 +42,9 @@ class Stored(NamedTuple):
 
 
 def commit(final: Path, write: Callable[[Path], None]) -> None:
-    """Make the folder `final` from what write(temporary) puts in it: whole and on disk, or not at all."""
+    """Create the folder `final` with what write(temporary) puts into it, completely or not at all."""
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -61,13 +60,13 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_file(path: Path, text: str, new: bool = False) -> None:
-    """Replace a small file whole; new: only if there is none, else FileExistsError."""
+    """Write or replace a small file atomically. With `new`, raise FileExistsError if it exists."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", newline="")
         sync(temporary)
         if new:
-            os.link(temporary, path)  # unlike a rename it fails where there is one
+            os.link(temporary, path)  # unlike a rename, fails if the file exists
             temporary.unlink()
         else:
             temporary.rename(path)
@@ -78,7 +77,7 @@ def write_file(path: Path, text: str, new: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -87,13 +86,13 @@ def sync(path: Path) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raise ValueError unless a folder can be written there."""
+    """Raise ValueError if the path is a file or a folder that is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is not an empty folder; choose another, nothing was written")
+        raise ValueError(f"{folder}: is not an empty folder; choose another (nothing was written)")
 
 
 def sha256(path: Path) -> str:
-    """A file's checksum; "" where there is none to read."""
+    """A file's SHA-256 in hexadecimal, or "" if it cannot be read."""
     if not path.is_file():
         return ""
     try:
@@ -104,22 +103,22 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
-    """Write a JSON object into a folder that is being made."""
+    """Write a JSON object into a folder that `commit` creates."""
     path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Any]:
-    """A JSON object from a file that may be anything.
+    """Read a JSON object from an untrusted file.
 
     Raises:
-        ValueError: it is none, holds a key twice or a number that is not finite; names the file.
+        ValueError: not a JSON object, a duplicate key, or a number that is not finite; names the file.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r:.80} stands there twice")
+            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r:.80}")
         return table
 
     def finite(text: str) -> float:
@@ -129,7 +128,7 @@ def read_json(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Any]:
 
     try:
         if os.path.getsize(path) > longest:
-            raise ValueError("it is too large to be one")
+            raise ValueError(f"larger than {longest} bytes")
         text = path.read_text(encoding="utf-8")
         found = json.loads(text, object_pairs_hook=once, parse_float=finite, parse_constant=finite)
     except (OSError, ValueError, RecursionError) as error:
@@ -141,13 +140,13 @@ def read_json(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Any]:
 
 
 def read_header(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Stored]:
-    """What a safetensors file holds; nothing of it is read but its header.
+    """The tensors of a safetensors file, from its header alone.
 
     Args:
-        longest: bytes of header that the tensors wanted can need; a longer one is not read.
+        longest: the longest header to accept, in bytes.
 
     Raises:
-        ValueError: the file is not whole, or holds a dtype that is not supported; names it.
+        ValueError: the file is damaged or holds an unsupported dtype; names the file.
     """
     import torch
 
@@ -170,14 +169,14 @@ def read_header(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Stored]:
 
 
 def read_tensor(name: str, stored: Stored) -> "Tensor":
-    """One tensor, mapped from its file: clone it if the file may change or be cut."""
+    """A tensor, memory-mapped from its file; clone it if the file may change."""
     with guarded(stored.file), safe_open(stored.file, framework="pt") as file:
         return file.get_tensor(name)
 
 
 @contextlib.contextmanager
 def guarded(path: Path) -> Iterator[None]:
-    """Turn what a damaged safetensors file raises into a ValueError that names it."""
+    """Turn the errors that a damaged safetensors file raises into a ValueError that names the file."""
     try:
         yield
     except OSError as error:
@@ -185,5 +184,5 @@ def guarded(path: Path) -> Iterator[None]:
     except (SafetensorError, TypeError, RuntimeError, OverflowError, ValueError) as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
-        reason = str(error).partition("\n")[0]  # torch may add where in its C++ that was
+        reason = str(error).partition("\n")[0]  # torch may append a C++ stack
         raise ValueError(f"{path}: not a safetensors file: {reason}") from None

@@ -35,7 +35,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean negative log-probability over the targets where mask (...) is True; 0 if it is True nowhere.
 
-    logits (..., vocab), targets (...) int64 -> (), nats a token
+    logits (..., vocab), targets (...) int64 -> (), nats per token
     """
     losses = -token_log_probs(logits, targets)
     if mask is None:
@@ -47,7 +47,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """`cross_entropy` of the head's logits, hidden weight^T, in chunks if there are many.
 
-    hidden (..., dim) after the final norm, weight (vocab, dim), targets (...) int64 -> (), nats a token
+    hidden (..., dim) after the final norm, weight (vocab, dim), targets (...) int64 -> (), nats per token
     """
     if mask is not None:  # a masked NaN would make the gradients NaN
         check_mask(mask, targets)

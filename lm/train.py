@@ -1,4 +1,4 @@
-"""Training: one function from a config to a run folder, that can be stopped anywhere and gone on with."""
+"""Training: from a config to a run folder. A run can be stopped at any step and resumed."""
 
 import functools
 import math
@@ -28,21 +28,21 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     """Train, writing a run folder: config.toml, metrics.jsonl, checkpoints, samples.txt.
 
     Args:
-        run: the folder; new or empty, or with resume one that an earlier call left.
+        run: the run folder: new or empty, or with resume an existing run.
 
     Returns:
-        0, or 128 + the number of the signal that stopped it (after this step's checkpoint).
+        0, or 128 + the number of the signal that stopped it (after saving a checkpoint).
 
     Raises:
-        ValueError: the config, the data or the folder does not fit; nothing was written.
-        RunFailed: names the step, and the checkpoint that is left.
+        ValueError: the config, the data or the folder is invalid; nothing was written.
+        RunFailed: training cannot continue; names the step and the last checkpoint.
     """
     device = machine.pick_device(config.train.device)
     if config.train.compile:
         machine.check_compiler(device, "train.compile")
     check_memory(config.model)
     torch.manual_seed(config.train.seed)
-    model = Transformer(config.model)  # a config that does not fit shows here, before anything is written
+    model = Transformer(config.model)  # an invalid config fails here, before anything is written
     model.initialize(torch.Generator().manual_seed(config.train.seed))
     parts.try_parts(model)
     texts = data.load(config.data, config.model.vocab_size)
@@ -58,23 +58,23 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
 
 
 def check_memory(config: ModelConfig) -> None:
-    """Raise ValueError for a model whose weights, gradients and two moments in fp32 no memory here holds."""
+    """Raise ValueError if fp32 weights, gradients and two moments do not fit into this machine's memory."""
     try:
         parameters = count.total_parameters(config)
-    except ValueError:  # a router or attention of one's own: nobody knows before it is made
+    except ValueError:  # a custom router or attention cannot be counted before it is built
         return
     needed, here = 16 * parameters, machine.memory()
     if 0 < here < needed:
         raise ValueError(
-            f"the model has {parameters:,} parameters; training them takes {needed / 2**30:,.0f} GiB, "
-            f"this machine has {here / 2**30:,.0f}"
+            f"the model has {parameters:,} parameters; training them takes {needed / 2**30:,.0f} GiB; "
+            f"this machine has {here / 2**30:,.0f} GiB"
         )
 
 
 def run_block(config: TrainConfig) -> Callable[..., Any]:
-    """How training calls a block: compiled, computed again in the backward pass, both or neither.
+    """The function that runs a block in training, with compilation and recomputation as configured.
 
-    Blocks that are alike share one compilation.
+    Blocks of the same structure share one compilation.
     """
     run: Callable[..., Any] = Block.__call__
     if config.compile:
@@ -85,7 +85,7 @@ def run_block(config: TrainConfig) -> Callable[..., Any]:
 
 
 class Trainer:
-    """A model, its optimizer, its data and where it stands: from a config to steps."""
+    """A model with its optimizer, data and training state."""
 
     def __init__(
         self,
@@ -109,19 +109,16 @@ class Trainer:
         self.state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, **self.circumstances()}
 
     def circumstances(self) -> dict[str, Any]:
-        """What the bits of a run depend on besides its seed."""
+        """What a run's exact bits depend on besides its seed."""
         facts = machine.describe(self.device)
         chosen = {key: facts[key] for key in ("cpu_capability", "threads", "torch")}
         return {"dtype": str(self.dtype), **chosen}
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint.
-
-        Weights, optimizer, selection biases, place in the data and log are put back to where it was saved.
-        """
+        """Restore model, optimizer, data position and log from the newest intact checkpoint."""
         train, folder = self.config.train, self.run.folder
         if not checkpoint.checkpoints(folder):
-            self.run.say(f"{folder}: was stopped before its first checkpoint; starting again")
+            self.run.say(f"{folder}: stopped before its first checkpoint; starting over")
             self.run.start(self.config)
             return
         newest = checkpoint.newest_checkpoint(folder)
@@ -137,13 +134,13 @@ class Trainer:
         changed = [f"{key} {earlier[key]} -> {value}" for key, value in now.items() if earlier[key] != value]
         if changed:
             listed = ", ".join(changed)
-            warnings.warn(f"the last bits may differ from an unbroken run: {listed}", stacklevel=2)
+            warnings.warn(f"the last bits may differ from an uninterrupted run: {listed}", stacklevel=2)
         self.state = {**earlier, **now}
         self.run.go_on(self.config, earlier["step"])
-        self.run.say(f"going on from {newest} ({earlier['step']} of {train.steps} steps)")
+        self.run.say(f"resuming from {newest} ({earlier['step']} of {train.steps} steps)")
 
     def run_steps(self) -> int:
-        """All steps that are left -> 0, or 128 + the signal that stopped it."""
+        """Run the remaining steps -> 0, or 128 + the number of the signal that stopped them."""
         train, run = self.config.train, self.run
         if self.state["step"] == train.steps:
             run.say(f"{run.folder}: all {train.steps} steps are done")
@@ -170,17 +167,17 @@ class Trainer:
                 if run.signal:
                     break
         if run.signal:
-            then = f"go on with: lm train --resume --out-dir {run.folder}"
+            then = f"resume with: lm train --resume --out-dir {run.folder}"
             run.say(f"stopped after step {run.saved}, saved; {then}")
             return 128 + run.signal
         return 0
 
     def step(self, step: int) -> dict[str, Any]:
-        """One update of the weights, and of the selection biases on the whole batch's counts -> a log row."""
+        """Update the weights, then the selection biases from the whole batch's counts -> a log row."""
         train = self.config.train
         began = time.perf_counter()
         self.model.train()
-        torch.manual_seed(train.seed + step)  # of a router's noise: the same, resumed or not
+        torch.manual_seed(train.seed + step)  # a router's noise is then the same, resumed or not
         rate = learning_rate(step, train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -215,11 +212,11 @@ class Trainer:
             "step": step,
             "tokens": self.state["tokens"],
             "loss": main,
-            "losses": named,  # the others, each times its weight
+            "losses": named,  # the balance losses, each times its weight
             "learning_rate": rate,
             "grad_norm": float(grad_norm),
             "max_violation": sum(violations) / max(1, len(violations)),
-            "max_violations": violations,  # of each MoE layer
+            "max_violations": violations,  # one per MoE layer
             "load_entropies": [float(metrics.load_entropy(count)) for count in counts],
             "dead_experts": [int(metrics.dead_experts(count)) for count in counts],
             "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
@@ -227,11 +224,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, tokens: int | None) -> float:
-        """Held-out loss, nats a token: on the whole text, or on spread windows of about that many tokens."""
+        """Held-out loss in nats per token, on the whole text or on about `tokens` tokens spread over it."""
         return evaluate(self.model, self.validation, tokens, self.dtype, self.config.train.batch_size)
 
     def sample(self, step: int) -> None:
-        """Write a little text, into samples.txt and onto the screen."""
+        """Generate a short sample; append it to samples.txt and print it."""
         train = self.config.train
         self.model.eval()
         newline, last = self.tokenizer.encode("\n")[0], self.config.model.vocab_size - 1
@@ -240,10 +237,10 @@ class Trainer:
         text = self.tokenizer.decode([int(token) for token in steps])
         with open(self.run.folder / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n")
-        self.run.say(f"--- step {step} writes:\n{text}\n---")
+        self.run.say(f"--- sample at step {step}:\n{text}\n---")
 
     def log(self, row: dict[str, Any]) -> None:
-        """A row into the run's log; of it onto the screen what a reader follows."""
+        """Write a row to the run's log and print its main values."""
         shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
         if row["max_violations"]:
             shown["MaxVio"] = f"{row['max_violation']:.2f}"
@@ -251,10 +248,10 @@ class Trainer:
             shown["val"] = f"{row['val_loss']:.3f}"
         self.run.log(row, shown)
         if "val_loss" in row and not self.run.bar.disable:
-            self.run.say(f"step {row['step']}: held-out loss {row['val_loss']:.4f} nats a byte")
+            self.run.say(f"step {row['step']}: held-out loss {row['val_loss']:.4f} nats per byte")
 
 
 def sum_of(losses: dict[str, Tensor]) -> Tensor:
-    """The first loss and the others on top."""
+    """The sum of the losses, whose first entry is the cross-entropy."""
     first, *others = losses.values()
     return first + sum(others)

@@ -1,4 +1,4 @@
-"""The same numbers at every run: one thread, one seed, no stored hypothesis examples; and a browser."""
+"""Reproducible tests (one thread, one seed, no stored hypothesis examples), and a browser."""
 
 import os
 import shutil
@@ -19,18 +19,18 @@ def same_seed():
 
 @pytest.fixture(scope="session")
 def browser():
-    """Chromium without a window. The first page of each test is the test's to load."""
+    """Headless Chromium. Each test loads its own first page."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if not (chromium and driver):
-        told = "no Chromium with its driver here; on Debian: apt-get install chromium chromium-driver"
+        told = "needs Chromium and chromedriver; on Debian: apt-get install chromium chromium-driver"
         if os.environ.get("BROWSER_TESTS") == "required":
             pytest.fail(told)
         pytest.skip(told)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    # root has no sandbox, and a container may have little shared memory
+    # the sandbox does not work as root, and containers have little shared memory
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -1,4 +1,4 @@
-"""What several tests need: the project's folder, a folder's content, one line of refusal, and pages."""
+"""Helpers for all tests: the project folder, folder contents, one-line errors, and pages in a browser."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def content(folder):
-    """Everything below a folder, links not followed: files with their bytes, others with None."""
+    """Everything below a folder by path: the bytes of files, None for others. Does not follow links."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -17,7 +17,7 @@ def content(folder):
 
 
 def refused(call, *said):
-    """call() is one ValueError line that says all of this -> the line"""
+    """Assert that call() raises a one-line ValueError that contains all of `said` -> the line"""
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)
@@ -27,7 +27,7 @@ def refused(call, *said):
 
 
 class BrowserPage:
-    """A page in a browser, opened afresh: what earlier pages left in the console is gone."""
+    """A newly opened page in a browser; messages of earlier pages are cleared from the console."""
 
     def __init__(self, browser, address):
         self.browser = browser

@@ -1,4 +1,4 @@
-"""The pages in docs/explorers: current, alone, and with the numbers of lm.count and mla, in Chromium."""
+"""The pages in docs/explorers are current, self-contained, and show the numbers of lm.count and mla."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from mla import MultiheadLatentAttention
 pytest.importorskip("selenium")
 from selenium.webdriver.common.keys import Keys
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, BrowserPage
 
 NAMES = ("cache", "absorption")
 EMBEDDED = re.compile(r'(?<=<script type="application/json" id="data">).*?(?=</script>)', re.S)
@@ -42,27 +42,19 @@ def embedded(name):
     return json.loads(EMBEDDED.search(path(name).read_text())[0])
 
 
-class Page:
+class Page(BrowserPage):
     """One of the pages, opened from its file."""
 
     def __init__(self, browser, name, width=1200, theme="light", motion="no-preference"):
-        self.browser = browser
         features = {"prefers-color-scheme": theme, "prefers-reduced-motion": motion}
         media = {"features": [{"name": key, "value": value} for key, value in features.items()]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get_log("browser")  # of the page before
-        browser.get(path(name).as_uri())
+        super().__init__(browser, path(name).as_uri())
 
     def run(self, script, *arguments):
         return self.browser.execute_script(script, *arguments)
-
-    def get(self, name):
-        return self.browser.find_element("id", name)
-
-    def all(self, selector):
-        return self.browser.find_elements("css selector", selector)
 
     def texts(self, selector):
         return self.run("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", selector)
@@ -74,7 +66,7 @@ class Page:
         return self.run(script, selector, key)
 
     def set(self, **values):
-        """Set controls by their id, as a person's input does."""
+        """Set controls by their id, as user input does."""
         for name, value in values.items():
             script = (
                 "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
@@ -86,34 +78,31 @@ class Page:
         self.browser.switch_to.active_element.send_keys(*keys)
 
     def step(self):
-        """Of the absorption page."""
+        """The current step of the absorption page."""
         return int(re.fullmatch("step ([1-8]) of 8", self.get("form").text.lower())[1])
-
-    def console(self):
-        return self.browser.get_log("browser")
 
 
 @pytest.fixture
 def open_page(browser):
-    """open_page(name, width=..., theme=..., motion=...); after the test nothing of them is left."""
+    """open_page(name, width=..., theme=..., motion=...); the settings are reset after the test."""
     yield lambda name, **how: Page(browser, name, **how)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def matrix(name, head):
-    """A matrix of the absorption page, a head's where heads have their own."""
+    """A matrix of the absorption page; of one head, if each head has its own."""
     found = torch.tensor(embedded("absorption")["matrices"][name], dtype=torch.float64)
     return found if found.ndim == 2 else found[head]
 
 
 def number(text):
-    """What the page writes as (−0.25)."""
+    """The value of a number written as (−0.25)."""
     return float(text.strip("()").replace("−", "-"))
 
 
 def same(ours, theirs):
-    """Equal, but for the last digits of floats, which differ from machine to machine."""
+    """Equal up to the last digits of floats, which differ between machines."""
     if isinstance(ours, dict):
         return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, list | tuple):
@@ -131,7 +120,7 @@ def test_pages_are_current(explorers, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pages_are_small_and_load_and_run_nothing_but_themselves(name, open_page):
+def test_pages_are_small_and_load_and_run_only_themselves(name, open_page):
     text = path(name).read_text()
     assert len(text.encode()) <= 300_000
     assert not re.search(r"(?:https?:)?//[a-z]|@import|url\(|fetch\(|innerHTML|document\.write|eval\(", text)
@@ -171,7 +160,7 @@ def test_light_and_dark_follow_the_system(name, open_page):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_narrow_screen_shows_all_of_the_page(name, open_page):
+def test_the_page_fits_a_narrow_screen(name, open_page):
     page = open_page(name, width=400)
     for step in range(8 if name == "absorption" else 1):
         if name == "absorption":
@@ -208,7 +197,7 @@ START |= {"memory": 141, "gpus": 8}
 
 
 def expected(name, setting):
-    """(weights, cache a token, cache, users that fit) of a preset, with lm.count's integers."""
+    """(weights, cache per token, cache, users that fit) of a preset, from lm.count's integers."""
     config = Config.preset(name).model
     weights = count.total_parameters(config) * count.BYTES[setting["weight_type"]]
     token = count.cache_bytes_per_token(config, setting["cache_type"])
@@ -233,12 +222,12 @@ def test_the_cache_page_shows_the_numbers_of_lm_count(explorers, open_page, chan
     assert page.numbers("#bars .sizes [data-bytes]", "bytes")[0] == cache
     assert f"A token takes {token:,} bytes in {setting['cache_type']}" in page.get("caption").text
     shown = page.texts("#bars .sizes b")[0]
-    assert shown == (f"{users:,} user{'s fit' if users > 1 else ' fits'}" if users else "nobody fits")
+    assert shown == (f"{users:,} user{'s fit' if users > 1 else ' fits'}" if users else "no users fit")
     assert page.get("context-tokens").text == f"{2 ** setting['context']:,}"
     assert page.console() == []
 
 
-def test_the_other_attentions_are_those_of_lm_info():
+def test_the_other_attentions_equal_those_of_lm_info():
     for model in embedded("cache")["models"]:
         config = Config.preset(model["name"]).model
         (kind, own), *others = model["caches"].items()
@@ -252,7 +241,7 @@ def test_the_other_attentions_are_those_of_lm_info():
     assert [len(model["caches"]) for model in embedded("cache")["models"][:1]] == [4]
 
 
-def test_bars_are_as_long_as_the_bytes(open_page):
+def test_bars_are_proportional_to_bytes(open_page):
     page = open_page("cache", motion="reduce")
     page.set(model="deepseek-v2", context=14, batch=40)
     script = (
@@ -274,7 +263,7 @@ def test_bars_are_as_long_as_the_bytes(open_page):
     assert page.run(script)[0][0] == pytest.approx(weights / (1024 * 141e9), abs=0.003)
 
 
-def test_the_cache_page_is_used_by_keyboard_alone(open_page):
+def test_the_cache_page_needs_only_the_keyboard(open_page):
     page = open_page("cache")
     page.press(Keys.TAB)
     assert page.browser.switch_to.active_element.get_attribute("id") == "model"
@@ -288,14 +277,14 @@ def test_the_cache_page_is_used_by_keyboard_alone(open_page):
     assert page.texts("tr[aria-current] td:first-child") == ["mixtral-8x7b"]
     assert page.browser.switch_to.active_element.text == "mixtral-8x7b"
     assert page.get("model").get_attribute("value") == "mixtral-8x7b"
-    assert "made for texts of 32,768 tokens" in page.get("caption").text
-    page.set(batch="")  # half typed: as one chat
+    assert "supports contexts of up to 32,768 tokens" in page.get("caption").text
+    page.set(batch="")  # half typed: counts as one chat
     assert page.numbers("tr[aria-current] [data-bytes]", "bytes")[-1] == 131072 * 2**18
     assert page.console() == []
 
 
-def test_the_matrices_are_the_modules(explorers):
-    """Each from x by the module's own projections, head by head; rope as a turn in the complex plane."""
+def test_the_matrices_equal_the_modules(explorers):
+    """Each from x by the module's projections, head by head; rope as a rotation in the complex plane."""
     attention, x = explorers.small_attention()
     assert (attention.num_heads, attention.kv_lora_rank, attention.v_head_dim) == (2, 4, 3)
     assert (attention.qk_nope_head_dim, attention.qk_rope_head_dim, x.shape[1]) == (3, 2, 3)
@@ -315,7 +304,7 @@ def test_the_matrices_are_the_modules(explorers):
             torch.testing.assert_close(matrix(name, head), values, rtol=0, atol=tolerance)
 
 
-def test_both_forms_end_in_what_the_module_gives(explorers):
+def test_both_forms_end_in_the_modules_output(explorers):
     attention, x = explorers.small_attention()
     with torch.no_grad():
         y, cache = attention(x)[0, -1].tolist(), attention.new_cache(1, 3)
@@ -333,8 +322,8 @@ def test_both_forms_end_in_what_the_module_gives(explorers):
         )
 
 
-def test_every_cell_is_the_dot_product_that_the_page_writes_out(open_page):
-    """All cells of all steps: pointed at, recalculated by the page, beside what Python embedded."""
+def test_every_cell_is_the_dot_product_that_the_page_shows(open_page):
+    """All cells of all steps: pointed at, recomputed by the page, and compared with the embedded numbers."""
     page, seen = open_page("absorption"), set()
     for step in range(8):
         page.run("show(arguments[0])", step)
@@ -356,7 +345,7 @@ def test_every_cell_is_the_dot_product_that_the_page_writes_out(open_page):
             if product:
                 line, across = matrix(product[0], head)[row], matrix(product[1], head)[:, column]
                 for shown, numbers in ((first, line), (second, across)):
-                    shown = [number(text) for text in shown[1:]]  # the first says which row or column
+                    shown = [number(text) for text in shown[1:]]  # the first names the row or column
                     assert shown == pytest.approx(numbers.tolist(), abs=0.000501)
             seen.add(name)
     assert seen == embedded("absorption")["matrices"].keys() - {"u_expanded", "u_absorbed"}
@@ -366,7 +355,7 @@ def test_every_cell_is_the_dot_product_that_the_page_writes_out(open_page):
     assert page.console() == []
 
 
-def test_a_cell_lights_up_its_row_and_column(open_page):
+def test_a_cell_highlights_its_row_and_column(open_page):
     page = open_page("absorption")
     page.run("show(1)")
     page.run("document.querySelectorAll('[data-name=k][data-head=\"1\"] tr')[2].cells[1].focus()")
@@ -381,7 +370,7 @@ def test_a_cell_lights_up_its_row_and_column(open_page):
     page.press(Keys.LEFT)  # from cell to cell, not from step to step
     assert page.run(script, "pointed") == [["k", "1", 2, 0]] and page.step() == 2
     page.press(Keys.UP)
-    page.press(Keys.LEFT)  # there is none
+    page.press(Keys.LEFT)  # no cell there
     assert page.run(script, "pointed") == [["k", "1", 1, 0]] and page.step() == 2
     assert page.console() == []
 
@@ -404,7 +393,7 @@ def test_arrow_keys_and_buttons_change_the_step(open_page):
     page.press(Keys.RIGHT)  # a button has the focus now
     assert page.get("title").text == titles[3]
     page.run("document.getElementById('context').focus()")
-    page.press(Keys.RIGHT)  # moves the slider alone
+    page.press(Keys.RIGHT)  # moves only the slider
     assert page.get("title").text == titles[3] and page.get("context-tokens").text == "8,192"
     assert page.console() == []
 
@@ -456,8 +445,8 @@ def test_the_counters_are_the_closed_forms(open_page, context, sizes):
 
 
 @pytest.mark.parametrize("total", [1, 7, 40])
-def test_the_counters_count_what_mla_multiplies(explorers, total):
-    """By torch's counter of floating-point operations, two of which are a multiplication and its addition."""
+def test_the_counters_equal_the_flops_of_mla(explorers, total):
+    """By torch's FLOP counter, which counts a multiplication and its addition as two."""
     sizes = {"num_heads": 3, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2}
     config = AttentionConfig(**sizes, v_head_dim=6)  # as wide as a key: a narrower value would be padded
     attention = MultiheadLatentAttention(8, **sizes, v_head_dim=6).double()

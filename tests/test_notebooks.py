@@ -1,4 +1,4 @@
-"""Notebooks are what their sources say, ran from top to bottom without an error, and run again."""
+"""Every notebook matches its source, was executed in order without errors, and still runs."""
 
 import json
 import os
@@ -16,19 +16,23 @@ EXERCISES = {path.stem.partition("_")[2].replace("_", "-") for path in (ROOT / "
 each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
-def kept(source):
+def stored(source):
     return json.loads(source.with_suffix(".ipynb").read_text("utf-8"))
 
 
-@each
-def test_a_notebook_is_its_source(source):
-    written = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
-    assert [(cell["cell_type"], "".join(cell["source"])) for cell in kept(source)["cells"]] == written
+def test_lessons_are_numbered_from_one_without_gaps():
+    assert [int(source.stem[:2]) for source in SOURCES] == list(range(1, len(SOURCES) + 1))
 
 
 @each
-def test_it_ran_from_top_to_bottom_without_an_error(source):
-    cells = [cell for cell in kept(source)["cells"] if cell["cell_type"] == "code"]
+def test_notebook_matches_its_source(source):
+    expected = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in stored(source)["cells"]] == expected
+
+
+@each
+def test_notebook_was_executed_in_order_without_errors(source):
+    cells = [cell for cell in stored(source)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
@@ -39,22 +43,24 @@ def test_it_ran_from_top_to_bottom_without_an_error(source):
 
 
 @each
-def test_it_asks_first_claims_nothing_unmeasured_and_leads_to_an_exercise(source):
+def test_lesson_has_question_prediction_measurements_and_exercise(source):
     cells = jupytext.read(source).cells
-    words = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    assert words.startswith("# ") and "?" in words.splitlines()[0] and "Predict" in words
+    assert re.match(rf"# {source.stem[:2]} .*\?$", prose.splitlines()[0]) and "Predict" in prose
+    numbers = {path.stem[:2] for path in SOURCES}
+    assert set(re.findall(r"notebook\s+(\d+)", prose)) <= numbers
     assert len(re.findall(r"^\s*assert ", code, re.M)) >= 4
-    named = re.findall(r"lm exercise start ([\w-]+)", words)
-    assert named and set(named) <= EXERCISES
+    exercises = re.findall(r"lm exercise start ([\w-]+)", prose)
+    assert exercises and set(exercises) <= EXERCISES
     assert not re.search(r"^(class|def) (RMSNorm|MoE|Experts|\w+Router|\w+Attention)\b", code, re.M)
-    for target in re.findall(r"\]\((?!\w+:|#)([^)#]+)", words):
+    for target in re.findall(r"\]\((?!\w+:|#)([^)#]+)", prose):
         assert (source.parent / target).exists(), target
 
 
 @pytest.mark.long
 @each
-def test_it_runs_in_little(source, tmp_path):
+def test_source_runs_with_quick_settings(source, tmp_path):
     environment = {
         **os.environ,
         "QUICK": "1",

@@ -1,4 +1,4 @@
-"""One page that chooses experts again: explore.html holds a run's scores, and a router in JavaScript."""
+"""explore.html, a page that repeats a model's routing: it holds the scores and a router in JavaScript."""
 
 import base64
 import warnings
@@ -21,19 +21,18 @@ from . import measure, page
 
 PAGE_BYTES = 300_000  # the largest page
 MOST_TOKENS = 512
-ENOUGH_TOKENS = 192  # before there are fewer, checkpoints are left out
+ENOUGH_TOKENS = 192  # checkpoints are left out before the passage becomes shorter than this
 LEAST_TOKENS = 16
 KINDS = {SigmoidRouter: "sigmoid", SoftmaxRouter: "softmax"}
 
 
 def write(path: Path, trust_code: bool = False) -> Path:
-    """Write explore.html, self-contained, into a model's folder -> the page's path.
+    """Write explore.html, self-contained, into a model's folder -> the page's path
 
-    Of a run all checkpoints are shown, of another folder its model.
+    The page shows every checkpoint of a run, or the one model of any other folder.
 
     Raises:
-        ValueError: there is no whole model in the folder, or its routers are not such that the page can
-            repeat what they choose.
+        ValueError: the folder has no complete model, or the page does not support its routers.
     """
     config, (tokens, shown) = folder.read_config(path, trust_code), passage(path, trust_code)
     stored: list[Path | None] = [None]
@@ -41,7 +40,7 @@ def write(path: Path, trust_code: bool = False) -> Path:
         stored = [*whole_checkpoints(path)]
     model = read_model(path, stored[-1], config, trust_code)
     routers = read_routers(model)
-    router = routers[0]  # all are alike, but for their weights
+    router = routers[0]  # all have the same settings
     head = {
         "router": KINDS[type(router)],
         "group_best": router.group_best,
@@ -69,7 +68,7 @@ def write(path: Path, trust_code: bool = False) -> Path:
 
 
 def passage(path: Path, trust_code: bool) -> tuple[Tensor, list[str]]:
-    """A held-out passage as the model's tokens (time,), and each as it is shown."""
+    """A held-out passage as token ids (time,), and the text displayed for each token."""
     config = folder.read_config(path, trust_code)
     tokenizer = open_tokenizer(path, config.model.vocab_size)
     text = data.load(config.data, config.model.vocab_size)[1]
@@ -78,11 +77,12 @@ def passage(path: Path, trust_code: bool) -> tuple[Tensor, list[str]]:
         return tokens, [measure.show(token) for token in tokens.tolist()]
     some = measure.passage(data.Windows(text, config.train.context), 4 * MOST_TOKENS)
     ids = tokenizer.encode(bytes(some.tolist()))[:MOST_TOKENS]
-    return torch.tensor(ids), [tokenizer.decode([token]) or "∎" for token in ids]
+    texts = [tokenizer.decode([token]).replace(" ", "␣").replace("\n", "↵") for token in ids]
+    return torch.tensor(ids), [text or "∎" for text in texts]
 
 
 def read_model(path: Path, stored: Path | None, config: Config, trust_code: bool) -> Transformer:
-    """The model of a checkpoint, or of a folder that has one alone."""
+    """The model of a checkpoint, or the folder's only model if `stored` is None."""
     if stored is None:
         return folder.load(path, trust_code)
     return checkpoint.load_model(config.model, stored / "model.safetensors")
@@ -92,32 +92,32 @@ def read_routers(model: Transformer) -> list[Any]:
     """A model's routers.
 
     Raises:
-        ValueError: there are none, or they are not such that the page can repeat what they choose.
+        ValueError: the model has no router, or the page does not support its kind.
     """
     routers = [bare(router) for router in model.routers()]
     if not routers:
         raise ValueError(
-            f"model.num_dense_layers {model.config.num_dense_layers} leaves no layer with experts; "
-            f"fewer than model.num_layers {model.config.num_layers} would"
+            f"model.num_dense_layers {model.config.num_dense_layers}: no layer has experts; "
+            f"it must be less than model.num_layers {model.config.num_layers}"
         )
     if type(routers[0]) not in KINDS:
         raise ValueError(
-            f"model.moe.router {model.config.moe.router!r}: the page cannot repeat what it chooses; "
-            f"it can for {' and '.join(KINDS.values())}"
+            f"model.moe.router {model.config.moe.router!r}: the page does not support this router, "
+            f"only {' and '.join(KINDS.values())}"
         )
     return routers
 
 
 def bare(router: Any) -> Any:
-    """The router itself, where its room is limited: nothing is dropped in evaluation."""
+    """The router inside a Capacity wrapper, which drops no tokens in evaluation."""
     return router.router if isinstance(router, Capacity) else router
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints that are whole, oldest first; others are passed over with a warning.
+    """A run's complete checkpoints, oldest first; damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     found = checkpoint.checkpoints(run)
     whole = []
@@ -126,7 +126,7 @@ def whole_checkpoints(run: Path) -> list[Path]:
             checkpoint.check_whole(path)
             whole.append(path)
         except ValueError as error:
-            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
     if not whole:
         raise ValueError(f"{run}: {'every checkpoint is damaged' if found else 'no checkpoint yet'}")
     return whole
@@ -135,10 +135,12 @@ def whole_checkpoints(run: Path) -> list[Path]:
 def fit(
     room: int, layers: int, num_experts: int, num_tokens: int, num_checkpoints: int
 ) -> tuple[int, list[int]]:
-    """How many tokens fit into `room` bytes, and of which checkpoints, evenly thinned and the newest always.
+    """How many tokens fit into `room` bytes, and the indices of the checkpoints to keep.
+
+    Checkpoints are thinned out evenly; the newest is always kept.
 
     Raises:
-        ValueError: even one checkpoint leaves too few tokens.
+        ValueError: too few tokens fit, even with a single checkpoint.
     """
     row = layers * num_experts * 4 * 4 / 3  # bytes of a token's scores, in base64
     besides = row + 60 + layers * 40  # a checkpoint's biases and names
@@ -147,8 +149,8 @@ def fit(
     count = min(num_tokens, int((room / kept - besides) / row))
     if count < min(LEAST_TOKENS, num_tokens):
         raise ValueError(
-            f"{layers} layers of {num_experts} experts are too many for a page: {PAGE_BYTES} bytes hold "
-            f"the scores of {max(0, count)} tokens, not {LEAST_TOKENS}"
+            f"{layers} layers of {num_experts} experts are too many for the page: {PAGE_BYTES} bytes hold "
+            f"the scores of {max(0, count)} tokens; at least {LEAST_TOKENS} are needed"
         )
     last = num_checkpoints - 1
     return count, [last - (kept - 1 - i) * last // max(1, kept - 1) for i in range(kept)]
@@ -156,7 +158,7 @@ def fit(
 
 @torch.no_grad()
 def scores_of(model: Transformer, tokens: Tensor) -> list[dict[str, Any]]:
-    """What each layer's router finds in the passage, and its bias (None where it has none)."""
+    """Each MoE layer's scores for the passage and its selection bias (None without one), encoded."""
     return [
         {"scores": encode(routing.scores), "bias": encode(router.bias)}
         for router, routing in zip(map(described, model.routers()), model(tokens.unsqueeze(0)).routings)
@@ -164,10 +166,10 @@ def scores_of(model: Transformer, tokens: Tensor) -> list[dict[str, Any]]:
 
 
 def encode(values: Tensor | None) -> str | None:
-    """float32, little-endian, in base64"""
+    """A tensor as little-endian float32 in base64."""
     return None if values is None else base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 def render(name: str, found: dict[str, Any]) -> str:
-    """The page, in which every text from outside is escaped."""
+    """The page; every inserted text is escaped."""
     return page.render(Path(__file__).parent / "explore.html", name=name, data=found)

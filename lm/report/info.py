@@ -1,4 +1,4 @@
-"""What `lm info` shows: a model's counts as numbers, as text and as a picture. Loads no torch."""
+"""`lm info`: a model's counts as numbers, as text and as a figure. Does not import torch."""
 
 import math
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from .. import count
 from ..config import Config, ModelConfig
 
-# Pre-training on 14.8 T tokens of context 4096, context extension and post-training; rented H800 GPUs, whose
-# peak in BF16 is 989.5 TFLOP/s without sparsity (V3 table 1; NVIDIA's data sheet)
+# Pre-training on 14.8 T tokens at context length 4096, context extension and post-training, on rented H800
+# GPUs, whose dense BF16 peak is 989.5 TFLOP/s (V3 table 1; NVIDIA's data sheet)
 V3_TRAINING = {
     "tokens": 14.8e12,
     "pretraining_hours": 2.664e6,
@@ -17,7 +17,7 @@ V3_TRAINING = {
     "peak_flops": 989.5e12,
 }
 LARGEST_DENSE = "llama-3.1-405b"
-COLOURS = {  # after Okabe and Ito's, which the colour-blind tell apart, light enough for black letters
+COLOURS = {  # adapted from Okabe and Ito's colour-blind safe palette; light enough for black text
     "embedding": "#f0e442",
     "attention": "#56b4e9",
     "dense MLPs": "#e69f00",
@@ -30,11 +30,11 @@ COLOURS = {  # after Okabe and Ito's, which the colour-blind tell apart, light e
 
 
 def find_config(name: str) -> ModelConfig:
-    """The model that a preset, a TOML file, a run folder or a Hugging Face folder describes."""
+    """The model config of a preset, a TOML file, a run folder or a Hugging Face folder."""
     path = Path(name)
     if path.suffix == ".toml" or not path.exists():
         return Config.preset(name).model
-    if (path / "config.toml").exists():  # as hub.folder.read_config does, but without torch
+    if (path / "config.toml").exists():  # as hub.folder.read_config does, but without importing torch
         return Config.load(path / "config.toml").model
     from ..hub.folder import read_config
 
@@ -44,14 +44,14 @@ def find_config(name: str) -> ModelConfig:
 def summary(config: ModelConfig, context: int, dtype: str = "bf16") -> dict[str, Any]:
     """All counts of a model.
 
-    Its cache is put beside MHA, GQA and MQA with as many heads of the same width, and Llama 3.1 405B.
+    Its cache is compared with MHA, GQA and MQA caches (same number and width of heads) and Llama 3.1 405B's.
 
     Args:
-        context: tokens, for the FLOPs of attention and the size of the cache.
+        context: context length in tokens, for attention FLOPs and cache size.
         dtype: of the cache, see `count.cache_bytes_per_token`.
 
     Raises:
-        ValueError: a router or an attention of your own is in it, or the dtype is unknown.
+        ValueError: the model has a custom router or attention, or the dtype is unknown.
     """
     embedding = config.vocab_size * config.dim
     lookup = 0 if config.tie_embeddings else embedding
@@ -83,7 +83,7 @@ def summary(config: ModelConfig, context: int, dtype: str = "bf16") -> dict[str,
 
 
 def cache_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
-    """Bytes a token in all layers: this model's cache and its rivals'."""
+    """Cache bytes per token over all layers: this model and what it is compared with."""
     attention = config.attention
     a_head = config.num_layers * 2 * count.built_in_attention(config).value_dim
     heads = {
@@ -99,23 +99,23 @@ def cache_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """`summary` for a person."""
+    """`summary` as a table."""
     parameters, context = facts["parameters"], facts["context"]
     rows = {"parameters": "", "without input embedding": "_without_input_embedding"}
     rows["without embedding and head"] = "_without_embedding_and_head"
-    lines = [f"{'':28}{'total':>22}{'active a token':>22}"]
+    lines = [f"{'':28}{'total':>22}{'active per token':>22}"]
     for name, key in rows.items():
         lines.append(f"{name:28}{parameters['total' + key]:>22,}{parameters['active' + key]:>22,}")
     for name, number in parameters["total_by_part"].items():
         lines.append(f"  {name:26}{number:>22,}{parameters['active_by_part'][name]:>22,}")
     flops, theirs = facts["training_flops_per_token"], facts["deepseek_training_flops_per_sequence"]
     lines += [
-        f"training, FLOPs a token at {context:,} of context: {flops:,}",
-        f"  a sequence: {short(flops * context)}; by DeepSeekMoE's formula {short(theirs)}",
+        f"training FLOPs per token at context length {context:,}: {flops:,}",
+        f"  per sequence: {short(flops * context)}; with DeepSeekMoE's formula {short(theirs)}",
     ]
     if "published_training" in facts:
         lines += training_lines(facts["published_training"])
-    lines.append(f"cache in {facts['cache_dtype']}, bytes a token and at {context:,} of context:")
+    lines.append(f"cache in {facts['cache_dtype']}: bytes per token, and size at context length {context:,}")
     ours = facts["cache_bytes_per_token"]["this model"]
     for name, size in facts["cache_bytes_per_token"].items():
         lines.append(f"  {name:26}{size:>14,}{size * context / 2**20:>16,.2f} MiB{size / ours:>9.2f} x")
@@ -123,51 +123,53 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def short(number: float, letters: str = "kMGTP") -> str:
-    """Four digits, and the thousands as a letter: 74.42 T"""
+    """Four significant digits with an SI letter: 74.42 T"""
     thousands = min(len(letters), int(math.log10(max(number, 1))) // 3)
     return f"{number / 1000**thousands:.4g} {letters[thousands - 1] if thousands else ''}".rstrip()
 
 
 def training_lines(training: dict[str, float]) -> list[str]:
-    """DeepSeek-V3's training in words."""
+    """The published figures of DeepSeek-V3's training."""
     return [
-        f"DeepSeek-V3's training: {training['flops']:.3g} FLOPs for {training['tokens'] / 1e12:.1f} T tokens "
-        f"in {training['pretraining_hours'] / 1e6:.3f} M GPU hours,",
-        f"  {training['flops_per_second_and_gpu'] / 1e12:.0f} TFLOP/s a GPU, "
-        f"{training['utilisation']:.0%} of the peak in BF16",
-        f"  {training['all_hours'] / 1e6:.3f} M GPU hours with all that followed, at "
-        f"{training['dollars_per_hour']:.0f} dollars each: {training['dollars'] / 1e6:.3f} M dollars",
+        f"DeepSeek-V3's pre-training: {training['flops']:.3g} FLOPs for "
+        f"{training['tokens'] / 1e12:.1f} T tokens in {training['pretraining_hours'] / 1e6:.3f} M GPU hours,",
+        f"  {training['flops_per_second_and_gpu'] / 1e12:.0f} TFLOP/s per GPU, "
+        f"{training['utilisation']:.0%} of the BF16 peak",
+        f"  with context extension and post-training {training['all_hours'] / 1e6:.3f} M GPU hours, "
+        f"{training['dollars'] / 1e6:.3f} M dollars at {training['dollars_per_hour']:.0f} dollars per hour",
     ]
 
 
 def draw(parameters: dict[str, Any], title: str, path: Path) -> None:
-    """Write a PNG of two stacked bars: all parameters, and those that a token uses, by part.
+    """Write a PNG with two stacked bars: total and active parameters, each divided into its parts.
 
     Args:
-        parameters: that part of `summary`.
+        parameters: the entry of that name in `summary`.
 
     Raises:
         ValueError: the path does not end in .png, or cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise ValueError(f"plot={path}: a picture is written as PNG, so its name must end in .png")
+        raise ValueError(f"plot={path}: the file name must end in .png")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2))
     figure.suptitle(title, parse_math=False)
     axis = figure.subplots()
-    bars = {"all": "total", "used by a token": "active"}
+    bars = {"total": "total", "active per token": "active"}
     left = dict.fromkeys(bars, 0.0)
     for name, colour in COLOURS.items():
         parts = {bar: parameters[f"{key}_by_part"][name] for bar, key in bars.items()}
         if not any(parts.values()):
             continue
         widths = [parts[bar] / parameters[key] for bar, key in bars.items()]
-        label = f"{name}: {short(parts['all'], 'kMBT')}, {short(parts['used by a token'], 'kMBT')}"
+        total, active = (short(number, "kMBT") for number in parts.values())
+        label = f"{name}: {total}" + (f" ({active} active)" if active != total else "")
         drawn = axis.barh(list(bars), widths, left=list(left.values()), color=colour, label=label)
         axis.bar_label(drawn, [f"{w:.0%}" if w > 0.03 else "" for w in widths], label_type="center")
         left = {bar: at + width for (bar, at), width in zip(left.items(), widths)}
     axis.set_yticks([0, 1], [f"{bar}\n{parameters[key]:,}" for bar, key in bars.items()])
+    axis.tick_params(length=0)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.xaxis.set_visible(False)

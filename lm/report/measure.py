@@ -1,4 +1,4 @@
-"""What a page shows of a model, as numbers: its counts, its cache, its experts' load, a passage's experts."""
+"""The numbers on the pages: parameters, cache size, expert load, and the experts of a passage's tokens."""
 
 import json
 from typing import Any
@@ -14,18 +14,18 @@ from ..config import Config
 from ..model import Transformer
 from ..tokenizer import ByteTokenizer
 
-PASSAGE = 384  # tokens shown coloured by their expert
-LOAD_TOKENS = 16384  # tokens that the load is counted on
+PASSAGE = 384  # tokens shown in the colour of their expert
+LOAD_TOKENS = 16384  # tokens that the expert load is measured on
 
 
 def read_baseline(config: Config) -> dict[str, Any] | None:
-    """The n-gram models' losses, where the run is on the text that they were made for."""
+    """The n-gram models' losses if the run uses the bundled text, which they were fitted to."""
     path = data.CORPUS / "baselines.json"
     return json.loads(path.read_text()) if not config.data.path and not config.data.validation else None
 
 
 def counts(config: Config, model: Transformer) -> dict[str, int | None]:
-    """Parameters: in all, counted from the model; active, by arithmetic (None for parts of your own)."""
+    """Parameters: the total counted from the model, the active ones computed (None with custom parts)."""
     total = sum(tensor.numel() for tensor in checkpoint.model_tensors(model).values())
     try:
         return {"total": total, "active": count.active_parameters(config.model)}
@@ -34,7 +34,7 @@ def counts(config: Config, model: Transformer) -> dict[str, int | None]:
 
 
 def cache_bytes(model: Transformer, config: Config) -> dict[str, int]:
-    """Bytes that a token takes in all layers' caches, measured on live ones: this model, MHA, GQA and MQA."""
+    """Cache bytes per token over all layers, measured on real caches: this model, MHA, GQA and MQA."""
     length = 64
     ours = sum(cache.nbytes for cache in model.new_caches(1, length)) // length
     attention = config.model.attention
@@ -51,7 +51,7 @@ def cache_bytes(model: Transformer, config: Config) -> dict[str, int]:
 
 @torch.no_grad()
 def expert_load(model: Transformer, text: data.Windows) -> torch.Tensor:
-    """Share of the held-out text's slots that each expert took -> (layers, experts), 1 / experts when even"""
+    """Share of the held-out text's slots that each expert takes -> (layers, experts), 1 / experts if even"""
     windows = range(0, len(text), max(1, len(text) * text.context // LOAD_TOKENS))
     tokens = torch.stack([text[index][:-1] for index in windows])
     loads = [balance.tokens_per_expert(routing).double() for routing in model(tokens).routings]
@@ -59,7 +59,7 @@ def expert_load(model: Transformer, text: data.Windows) -> torch.Tensor:
 
 
 def passage(text: data.Windows, length: int) -> torch.Tensor:
-    """A held-out passage from where a speech begins, at most so many tokens -> (time,) int64"""
+    """A held-out passage that starts after a blank line, of at most `length` tokens -> (time,) int64"""
     some = bytes(text.tokens[:4000])
     start = max(0, some.find(b"\n\n", 2000) + 2 if len(some) > 2000 + PASSAGE else 0)
     return torch.from_numpy(text.tokens[start : start + length].astype("int64"))
@@ -67,7 +67,7 @@ def passage(text: data.Windows, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def passage_experts(model: Transformer, text: data.Windows) -> list[list[dict[str, Any]]]:
-    """For each MoE layer: the tokens of a held-out passage as shown, each with its expert of most weight."""
+    """For each MoE layer, a held-out passage's displayed tokens, each with the expert of largest weight."""
     tokens = passage(text, PASSAGE)
     shown = [show(token) for token in tokens.tolist()]
     layers = []
@@ -79,12 +79,12 @@ def passage_experts(model: Transformer, text: data.Windows) -> list[list[dict[st
 
 
 def show(token: int) -> str:
-    """A byte as something that can be seen."""
+    """A byte as visible text."""
     if token == ByteTokenizer.end_of_text:
         return "∎"
     return {10: "↵", 32: "␣"}.get(token, chr(token) if 33 <= token < 127 else f"{token:02x}")
 
 
 def hue(expert: int) -> int:
-    """Degrees on the colour wheel; neighbours in number are far apart in colour."""
+    """Degrees on the colour wheel; experts with neighbouring numbers have distant hues."""
     return round(expert * 137.508) % 360

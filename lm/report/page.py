@@ -1,4 +1,4 @@
-"""Pages for a browser: texts from outside are escaped, and nothing runs but the page's own script."""
+"""HTML pages: inserted text is escaped, and the browser runs only the page's own script."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ import jinja2
 
 
 def render(path: Path, **values: Any) -> str:
-    """A template filled in; its `policy` says what a browser may run."""
+    """Render a template; its variable `policy` is the page's Content-Security-Policy."""
     loader = jinja2.FileSystemLoader(path.parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
@@ -18,10 +18,10 @@ def render(path: Path, **values: Any) -> str:
 
 
 def policy(page: str, *more: str) -> str:
-    """A Content-Security-Policy by which the page's own script and style run, and nothing is loaded.
+    """A Content-Security-Policy that allows only the page's own script and style and loads nothing.
 
     Args:
-        more: what is allowed or forbidden besides, as "connect-src 'self'".
+        more: additional directives, such as "connect-src 'self'".
     """
     allowed = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'", *more]
     for tag in ("script", "style"):

@@ -1,4 +1,4 @@
-"""report.html: one page that shows what a run learnt, and what its experts do."""
+"""report.html: a run's losses, samples and cache size, and the work of its experts, on one page."""
 
 import base64
 from pathlib import Path
@@ -11,10 +11,10 @@ from . import figures, measure, page
 
 
 def write(run: Path, trust_code: bool = False) -> Path:
-    """Write report.html, self-contained, and its pictures as PNG beside it -> the page's path.
+    """Write report.html, self-contained, and its figures as PNG files beside it -> the page's path
 
     Raises:
-        ValueError: the folder is not a run with a whole checkpoint.
+        ValueError: the folder is not a run with a complete checkpoint.
     """
     folder.need(run, folder.RUN)
     config = checkpoint.read_config(run, trust_code)
@@ -23,7 +23,7 @@ def write(run: Path, trust_code: bool = False) -> Path:
     model = checkpoint.load_model(config.model, newest / "model.safetensors")
     rows = read_metrics(run)
     if not rows:
-        raise ValueError(f"{run / 'metrics.jsonl'}: holds no row yet")
+        raise ValueError(f"{run / 'metrics.jsonl'}: has no rows yet")
     validation = data.Windows(data.load(config.data, config.model.vocab_size)[1], config.train.context)
     baseline = measure.read_baseline(config)
     caches = measure.cache_bytes(model, config)

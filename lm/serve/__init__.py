@@ -1,1 +1,1 @@
-"""`lm serve`: app answers HTTP, protocol and answers say what, worker runs the engine on its thread."""
+"""`lm serve`: app is the HTTP server, protocol and answers the API, worker runs the engine on a thread."""

@@ -1,4 +1,4 @@
-"""Answers to requests: prompts into the engine, its tokens into text, whole or as they come."""
+"""Completions for requests: prompts go to the engine, its tokens come back as text, whole or streamed."""
 
 import asyncio
 import json
@@ -19,26 +19,26 @@ from ..model import Transformer
 from .protocol import Ask, Chat, Completion, Problem, Shape, reason
 from .worker import Full, Job, Refused, Visible, Worker
 
-COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # of an answer that is asked for without a length; 16 is OpenAI's
-LONGEST = 4096  # tokens of an answer, or the model's context where that is more
-SLACK = 15  # seconds beside a request's own: for the chat template, and for a client that reads slowly
+COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # the default max_tokens; 16 is OpenAI's
+LONGEST = 4096  # the largest max_tokens, unless the model's context is longer
+SLACK = 15  # seconds beyond max_seconds, for the chat template and for slow readers
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server bears."""
+    """A server's limits."""
 
-    max_batch: int = 64  # texts made together
-    max_queue: int = 8  # requests that wait for a place among them
-    max_seconds: float = 300  # for a request, waiting included
-    body_seconds: float = 10  # for its body to arrive
+    max_batch: int = 64  # sequences decoded together
+    max_queue: int = 8  # requests that may wait for a place in the batch
+    max_seconds: float = 300  # per request, including the wait
+    body_seconds: float = 10  # for a request's body to arrive
 
 
 class Served:
-    """A model as it is served.
+    """A model, its tokenizer and its worker.
 
     Attributes:
-        context: tokens of the longest prompt; an answer that goes beyond is made from the newest, as in
+        context: the longest prompt in tokens; a completion that exceeds it sees the newest tokens, as in
             `lm generate`.
     """
 
@@ -65,7 +65,7 @@ class Served:
         """The token ids of each prompt.
 
         Raises:
-            Problem: one is empty, longer than the context, or no text of this model.
+            Problem: a prompt is empty, longer than the context, or has tokens outside the vocabulary.
         """
         name = "messages" if isinstance(ask, Chat) else "prompt"
         try:
@@ -74,28 +74,28 @@ class Served:
             raise Problem(400, f"{name}: {error}", name) from None
         for tokens in prompts:
             if len(tokens) > self.context:
-                said = f"{name}: {len(tokens)} tokens; the model's context is {self.context}"
+                said = f"{name}: {len(tokens)} tokens exceed the model's context of {self.context}"
                 raise Problem(400, said, name, "context_length_exceeded")
             if not tokens or max(tokens) >= self.vocab_size:
-                said = f"{name}: needs at least one token, each in 0..{self.vocab_size - 1}"
+                said = f"{name}: must have at least one token, each in 0..{self.vocab_size - 1}"
                 raise Problem(400, said, name)
         return prompts
 
     def encode_prompts(self, ask: Ask) -> list[list[int]]:
-        """The token ids of /v1/completions' prompts."""
+        """The token ids of the prompts of /v1/completions."""
         prompts = ask.prompts() if isinstance(ask, Completion) else []
         return [self.tokenizer.encode(text) if isinstance(text, str) else text for text in prompts]
 
     def encode_chat(self, ask: Chat) -> list[int]:
-        """The token ids of a conversation: by the chat template, or a line a message, as in `lm chat`."""
+        """The token ids of a conversation, by the chat template or one line per message (as `lm chat`)."""
         messages = [message.plain() for message in ask.messages]
         if self.tokenizer.chat_template is None:
             return self.tokenizer.encode("".join(message["content"] + "\n" for message in messages))
         said = template.render(self.tokenizer.chat_template, messages, self.tokenizer.special)
-        return self.tokenizer.encode(said, special=False)  # the template has put them in
+        return self.tokenizer.encode(said, special=False)  # the template adds special tokens itself
 
     def arguments(self, ask: Ask, prompts: list[list[int]]) -> list[dict[str, Any]]:
-        """Of Engine.submit, for each text: n of the first prompt, n of the second, ..."""
+        """The arguments of Engine.submit for each sequence: n for the first prompt, n for the second, ..."""
         default = CHAT_TOKENS if isinstance(ask, Chat) else COMPLETION_TOKENS
         same: dict[str, Any] = {
             "max_new_tokens": ask.max_new_tokens(default),
@@ -110,7 +110,7 @@ class Served:
 
 
 class Answer(Response):
-    """The answer to one request, whole or streamed; when the client leaves, its texts are cancelled."""
+    """The response to one request, whole or streamed; a disconnect cancels its sequences."""
 
     def __init__(self, served: Served, ask: Ask):
         super().__init__()
@@ -120,7 +120,7 @@ class Answer(Response):
         self.visible = [Visible(served.tokenizer, ask.stops()) for _ in range(texts)]
         self.said = [""] * texts
         self.finished: list[str | None] = [None] * texts
-        self.tokens = 0  # of the answer
+        self.tokens = 0  # generated in all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def until_gone() -> None:
@@ -134,15 +134,15 @@ class Answer(Response):
             async with asyncio.timeout(self.served.limits.max_seconds + SLACK):
                 await work
         except TimeoutError:
-            pass  # the client reads too slowly; the connection is closed
+            pass  # the client reads too slowly: close the connection
         except asyncio.CancelledError:
-            if not watch.done():  # not the client left, but the server stops
+            if not watch.done():  # the server is stopping; the client is still there
                 raise
         finally:
             watch.cancel()
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Wait for a place, then for tokens; say them as they come or together."""
+        """Wait for a place in the batch, then for tokens; send them as they arrive or all at once."""
         try:
             with self.served.worker.job(len(self.visible)) as job:
                 prompts = await asyncio.to_thread(self.served.encode, self.ask)
@@ -154,12 +154,12 @@ class Answer(Response):
                 async for _ in pieces:
                     pass
         except Full:
-            raise Problem(503, "as many requests wait as may; try again", Retry_After="1") from None
+            raise Problem(503, "the queue is full; try again later", Retry_After="1") from None
         texts = [(text, finished or "length") for text, finished in zip(self.said, self.finished)]
         await JSONResponse(self.shape.whole(texts, self.usage(prompts)))(scope, receive, send)
 
     async def stream(self, pieces: AsyncIterator[Any], prompts: list[list[int]], send: Send) -> None:
-        """Server-sent events; the status waits for the first, so that an error before it has its own."""
+        """Send server-sent events; the status goes with the first, so an earlier error sets its own."""
         started: set[int] = set()
 
         async def say(data: Any) -> None:
@@ -183,10 +183,10 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def pieces(self, job: Job) -> AsyncIterator[tuple[int, str, str | None]]:
-        """As tokens come: of which text, what it gains, why it is finished if it is; ends when all are.
+        """Yield (sequence, new text, finish reason or None) as tokens arrive, until all are finished.
 
         Raises:
-            Problem: the engine refused or failed, or time was over before the first token.
+            Problem: the engine rejected the request or failed, or the time limit came before the first token.
         """
         until = asyncio.get_running_loop().time() + self.served.limits.max_seconds
         while None in self.finished:
@@ -195,14 +195,14 @@ class Answer(Response):
                     event = await job.events.get()
             except TimeoutError:
                 if not job.started:
-                    raise Problem(503, "no place became free in time; try again", Retry_After="1") from None
+                    raise Problem(503, "timed out in the queue; try again later", Retry_After="1") from None
                 for index, finished in enumerate(self.finished):
                     if finished is None:
                         yield index, self.end(index, "length"), "length"
                 return
             if isinstance(event, Problem):
                 raise event
-            if isinstance(event, Refused):  # all else was looked at before
+            if isinstance(event, Refused):  # everything else was checked before
                 raise Problem(400, f"max_tokens: {event}", "max_tokens")
             if isinstance(event, Exception):
                 said = f"the model failed: {reason(event)}"
@@ -210,7 +210,7 @@ class Answer(Response):
                 raise Problem(500, said)
             index, tokens, finished = event
             if self.finished[index] is not None:
-                continue  # made before its cancelling was known
+                continue  # decoded before the engine saw the cancellation
             gained = ""
             for token in tokens:
                 gained += self.visible[index].add(token)
@@ -226,14 +226,14 @@ class Answer(Response):
                 yield index, gained, self.finished[index]
 
     def end(self, index: int, finished: str) -> str:
-        """A text is finished -> what was held back of it"""
+        """Mark a sequence as finished -> its text that was held back"""
         held = self.visible[index].end()
         self.said[index] += held
         self.finished[index] = "stop" if self.visible[index].stopped else finished
         return held
 
     def usage(self, prompts: list[list[int]]) -> dict[str, int]:
-        """Tokens read and made."""
+        """Token counts of the prompts and completions."""
         read = sum(map(len, prompts))
         return {
             "prompt_tokens": read,

@@ -1,4 +1,4 @@
-"""`lm serve`: the OpenAI API and a chat page over HTTP, for this machine unless told otherwise."""
+"""`lm serve`: the OpenAI API and a chat page over HTTP, by default for this machine only."""
 
 import asyncio
 import ipaddress
@@ -25,18 +25,18 @@ from .answers import Answer, Limits, Served
 from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason
 
 MAX_BODY = 2**20  # bytes
-GRACE = 5  # seconds that requests get to end by themselves when the server stops
+GRACE = 5  # seconds for running requests to finish when the server stops
 
 
 def serve(options: Any) -> int:
-    """`lm serve`: answer until a signal comes -> 128 + the signal"""
+    """`lm serve`: serve until a signal arrives -> 128 + its number"""
     limits = Limits(options.max_batch, options.max_queue, options.max_seconds)
     for name, least in (("max_batch", 1), ("max_queue", 0), ("max_seconds", 1)):
         if not least <= getattr(limits, name) < float("inf"):
             raise ValueError(f"{name}={getattr(limits, name)} must be at least {least}")
     listener = listen(options.host, options.port)
     if not is_loopback(options.host):
-        warnings.warn(f"host {options.host}: all who reach this machine can use the model", stacklevel=1)
+        warnings.warn(f"host {options.host}: anyone who reaches this machine can use the model", stacklevel=1)
     model, config, tokenizer = open_folder(options.run, options.trust_code, options.device)
     served = Served(model, config, tokenizer, options.run.resolve().name, limits, options.compile)
     server = Server(served, options.host)
@@ -46,34 +46,34 @@ def serve(options: Any) -> int:
         stopped.append(number)
         server.should_exit = True
 
-    # while it runs, uvicorn has handlers of its own, and at its end it sends what came to these
+    # uvicorn replaces these handlers while it runs; when it stops it raises the signal again, for these
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{served.name}: chat at {address}/, OpenAI API at {address}/v1; Ctrl-C ends it", flush=True)
+    print(f"{served.name}: chat at {address}/, OpenAI API at {address}/v1; press Ctrl-C to stop", flush=True)
     server.run(sockets=[listener])
     return 128 + stopped[0] if stopped else 1
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
+    """A listening socket.
 
     Raises:
-        ValueError: the port is none or in use, or the host is not this machine's.
+        ValueError: the port is out of range or in use, or the host is not an address of this machine.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"port={port} must lie in 0..65535; 0 is any that is free")
+        raise ValueError(f"port={port} must be in 0..65535; 0 picks a free port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, UnicodeError) as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise ValueError(f"{host}, port {port}: cannot be listened on: {why}") from None
+        raise ValueError(f"{host}, port {port}: cannot listen: {why}") from None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
+    """Whether an address is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -81,7 +81,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Server(uvicorn.Server):
-    """uvicorn around a served model, silent; when it stops, requests get GRACE seconds to end."""
+    """uvicorn for a served model, without logs; on shutdown, requests have GRACE seconds to finish."""
 
     def __init__(self, served: Served, host: str):
         app = Guard(make_app(served), host, served.limits.body_seconds)
@@ -91,12 +91,12 @@ class Server(uvicorn.Server):
         self.worker = served.worker
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to make tokens, then to answer."""
+        """Start the worker, then accept requests."""
         self.worker.start()
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what runs, then the engine's thread."""
+        """Finish or fail the running requests, then stop the worker."""
         stopping = Problem(503, "the server is stopping", Retry_After="10")
         asyncio.get_running_loop().call_later(GRACE, self.worker.fail, stopping)
         try:
@@ -106,10 +106,10 @@ class Server(uvicorn.Server):
 
 
 class Guard:
-    """Around the app: who is heard, and how much of a body is read. Prints what failed inside.
+    """Middleware that checks Host and Origin, limits the body, and prints unexpected errors.
 
-    The Host header must name this server, so that no page of another site reaches it by a name of its own
-    that leads here; nor may one send from its own origin.
+    The Host header must name this server, which stops web pages of other sites that reach it through DNS
+    rebinding; the Origin header must name it too.
     """
 
     def __init__(self, app: ASGIApp, host: str, body_seconds: float):
@@ -134,19 +134,19 @@ class Guard:
                 await self.app(scope, receive_whole, send)
         except Problem as problem:
             await problem.response()(scope, receive, send)
-        except Exception as error:  # the client was told, unless it hears the answer already
+        except Exception as error:  # the client has its error response, unless the answer had begun
             print(f"lm serve: {scope['path']!a}: {reason(error)}", file=sys.stderr)
 
     def check_names(self, headers: dict[str, str]) -> None:
-        """Raise Problem unless Host, and Origin where there is one, name this server."""
+        """Raise Problem unless Host, and Origin if present, name this server."""
         origin = headers.get("origin")
         for address in [headers.get("host", "")] + ([origin.partition("://")[2]] if origin else []):
             if not self.is_name(re.sub(r":\d*$", "", address).strip("[]").lower()):
-                said = f"{address!a} is no name of this server; it is heard as {self.host}"
+                said = f"{address!a} does not name this server; its name is {self.host}"
                 raise Problem(403, said, code="host_not_allowed", Connection="close")
 
     def is_name(self, name: str) -> bool:
-        """Whether this server is called so; one open to all, by any address and by the machine's name."""
+        """Whether a name is this server's; with a public host, any address and the machine's name are."""
         if name in ("localhost", self.host.lower()):
             return True
         try:
@@ -155,10 +155,10 @@ class Guard:
             return self.open and name == socket.gethostname().lower()
 
     async def read(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The body; None: the client left.
+        """The body, or None if the client disconnected.
 
         Raises:
-            Problem: it is too large or too slow.
+            Problem: the body is too large or too slow.
         """
         large = Problem(413, f"the body is larger than {MAX_BODY} bytes", Connection="close")
         if int(headers.get("content-length", 0)) > MAX_BODY:
@@ -181,9 +181,9 @@ class Guard:
 
 
 def make_app(served: Served) -> FastAPI:
-    """The paths, and how errors are told."""
+    """The routes and error handlers."""
     errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorShape} for status in ("4XX", "5XX")}
-    # without FastAPI's pages of documentation, which load scripts from elsewhere
+    # without FastAPI's documentation pages, which load scripts from other sites
     app = FastAPI(title="lm serve", docs_url=None, redoc_url=None, redirect_slashes=False, responses=errors)
     page, headers = read_page()
 
@@ -230,7 +230,7 @@ def make_app(served: Served) -> FastAPI:
 
 
 def read_page() -> tuple[str, dict[str, str]]:
-    """The chat page, and headers that let a browser run its own script and nothing else."""
+    """The chat page, and headers that allow the browser only the page's own script and style."""
     page = (Path(__file__).parent / "chat.html").read_text(encoding="utf-8")
     return page, {
         "Content-Security-Policy": policy(page, "connect-src 'self'", "frame-ancestors 'none'"),

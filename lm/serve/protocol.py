@@ -1,4 +1,4 @@
-"""The OpenAI API as this server speaks it: what may be asked, what answers and errors look like."""
+"""The supported part of the OpenAI API: requests, responses and errors."""
 
 import time
 import uuid
@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-# What the API has and this server has not: taken where it changes nothing, else refused.
+# Parameters of the API that this server does not support: accepted only with these neutral values.
 NEUTRAL: dict[str, list[Any]] = {
     "best_of": [1],
     "echo": [False],
@@ -30,11 +30,11 @@ NEUTRAL: dict[str, list[Any]] = {
 
 
 class Problem(Exception):
-    """An error as the client is told it.
+    """An error response.
 
     Args:
-        param: the field that is wrong.
-        code: what programs tell it by, such as context_length_exceeded.
+        param: the invalid field.
+        code: a machine-readable kind, such as context_length_exceeded.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Problem(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def body(self) -> dict[str, Any]:
-        """The error shape."""
+        """The JSON body."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The whole response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 class ErrorDetails(BaseModel):
-    """What an error tells."""
+    """The fields of an error."""
 
     message: str
     type: str
@@ -64,13 +64,13 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorShape(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetails
 
 
 def in_words(expected: str) -> WrapValidator:
-    """One error for a union, in words, where pydantic has one for each of its members."""
+    """One error message for a union, where pydantic has one for each member."""
 
     def check(value: Any, handler: Any) -> Any:
         try:
@@ -94,17 +94,17 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str | list[TextPart], in_words("a text, or a list of parts of type text")]
+    content: Annotated[str | list[TextPart], in_words("a string, or a list of parts of type text")]
 
     def plain(self) -> dict[str, str]:
-        """role and content, as chat templates take them."""
+        """role and content as plain strings, for chat templates."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
         return {"role": self.role, "content": text}
 
 
 class StreamOptions(BaseModel):
-    """How to stream."""
+    """Options for streaming."""
 
     model_config = ConfigDict(strict=True)
     include_usage: bool = False
@@ -117,12 +117,12 @@ Prompt = Annotated[
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=64)]
     | Ids
     | Annotated[list[Ids], Field(min_length=1, max_length=64)],
-    in_words("a text, up to 64 texts, or token ids, none of them empty"),
+    in_words("a non-empty string or token list, or a list of up to 64 of them"),
 ]
 
 
 class Ask(BaseModel):
-    """What can be asked of both endpoints; null is the same as left out."""
+    """The parameters of both endpoints; null means the default."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
@@ -130,12 +130,12 @@ class Ask(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)  # not in OpenAI's
+    top_k: int | None = Field(None, ge=1)  # not in OpenAI's API
     n: int = Field(1, ge=1, le=8)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[
         Stop | Annotated[list[Stop], Field(max_length=4)],
-        in_words("a text or up to 4 texts, each of 1 to 256 characters"),
+        in_words("a string or up to 4 strings, each of 1 to 256 characters"),
     ] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -143,50 +143,50 @@ class Ask(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, fields: Any) -> Any:
-        """null is the same as left out."""
+        """Drop null fields, which so get their defaults."""
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     def check(self, model: str, longest: int) -> None:
-        """Raise Problem for another model, for more tokens than longest, or for what is not to be had."""
+        """Raise Problem for a wrong model, more tokens than `longest`, or an unsupported parameter."""
         if self.model not in (None, model):
-            raise Problem(404, f"model {self.model!a}: there is {model}", "model", "model_not_found")
+            raise Problem(404, f"model {self.model!a}: must be {model}", "model", "model_not_found")
         for name, value in (self.model_extra or {}).items():
             if name in NEUTRAL and value not in NEUTRAL[name]:
-                raise Problem(400, f"{name}: not to be had here; leave it out", name, "unsupported_parameter")
+                raise Problem(400, f"{name}: not supported; leave it out", name, "unsupported_parameter")
         for name in ("max_tokens", "max_completion_tokens"):
             asked = getattr(self, name)
             if asked is not None and asked > longest:
                 raise Problem(400, f"{name}: {asked} is more than {longest}", name)
 
     def max_new_tokens(self, default: int) -> int:
-        """How long the answer may become."""
+        """The largest number of tokens to generate."""
         return self.max_completion_tokens or self.max_tokens or default
 
     def stops(self) -> list[str]:
-        """The texts that end the answer."""
+        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class Completion(Ask):
-    """What is asked of /v1/completions."""
+    """A request to /v1/completions."""
 
     prompt: Prompt
 
     def prompts(self) -> list[str | list[int]]:
-        """Each text, or its token ids."""
+        """The prompts, each a string or token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
 
 class Chat(Ask):
-    """What is asked of /v1/chat/completions."""
+    """A request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
 
 
 def problem_of(error: RequestValidationError) -> Problem:
-    """The first thing that is wrong with a body, with the field's name."""
+    """The first error in a body, with the field's name."""
     first = error.errors()[0]
     kind, (_, *path) = first["type"], first["loc"]
     if kind == "json_invalid":
@@ -200,17 +200,17 @@ def problem_of(error: RequestValidationError) -> Problem:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def shorten(text: str, length: int = 60) -> str:
-    """At most that many characters."""
+    """Text cut to at most `length` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class Shape:
-    """How the answers to one request look, whole or in pieces."""
+    """The JSON of the responses to one request, whole or streamed."""
 
     def __init__(self, ask: Ask, model: str):
         self.chat = isinstance(ask, Chat)
@@ -223,7 +223,7 @@ class Shape:
         }
 
     def whole(self, texts: Iterable[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """The answer, of each text and why it is finished."""
+        """The whole response from (text, finish reason) pairs."""
         choices = []
         for index, (text, finished) in enumerate(texts):
             said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
@@ -231,16 +231,16 @@ class Shape:
         return {**self.head, "object": self.kind, "choices": choices, "usage": usage}
 
     def piece(self, index: int, text: str, finished: str | None, first: bool) -> dict[str, Any]:
-        """What one text gains."""
+        """A streamed piece: new text of one sequence."""
         role = {"role": "assistant"} if first else {}
         said = {"delta": {**role, "content": text}} if self.chat else {"text": text}
         choice = {"index": index, **said, "logprobs": None, "finish_reason": finished}
         return {**self.streamed(), "choices": [choice], **({"usage": None} if self.counted else {})}
 
     def last(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The piece after all texts, where usage was asked for."""
+        """The last piece, if usage was requested."""
         return {**self.streamed(), "choices": [], "usage": usage}
 
     def streamed(self) -> dict[str, Any]:
-        """What every piece begins with."""
+        """The fields that every piece has."""
         return {**self.head, "object": "chat.completion.chunk" if self.chat else self.kind}

@@ -1,4 +1,4 @@
-"""Between a server's event loop and the thread that owns the engine: requests in, tokens out."""
+"""The thread that owns the engine: requests come from the server's event loop, tokens go back to it."""
 
 import asyncio
 import codecs
@@ -12,21 +12,21 @@ from typing import Any
 from ..hub.folder import Tokenizer
 from ..inference.engine import Engine, Request
 
-Event = tuple[int, list[int], str | None]  # of which text, its new tokens, why it is finished if it is
+Event = tuple[int, list[int], str | None]  # index of the sequence, new tokens, finish reason
 
 
 class Full(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class Refused(Exception):
-    """The engine does not take a text: the request is wrong."""
+    """The engine rejected the request as invalid."""
 
 
 class Visible:
-    """A text as its tokens come: whole characters only, cut before the stop string that is complete first.
+    """The visible text of a sequence: whole characters only, cut before the first complete stop string.
 
-    What may still become a stop string is held back, so that the text does not depend on where tokens end.
+    Text that may become a stop string is held back, so the result does not depend on token boundaries.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -35,15 +35,15 @@ class Visible:
         self.stops, self.held, self.stopped = stops, "", False
 
     def add(self, token: int) -> str:
-        """What can be shown after one more token."""
+        """The text that becomes visible with one more token."""
         return self.show(self.decoder.decode(self.bytes_of(token)), last=False)
 
     def end(self) -> str:
-        """What is left to show after the last token."""
+        """The rest of the text, after the last token."""
         return self.show(self.decoder.decode(b"", final=True), last=True)
 
     def show(self, more: str, last: bool) -> str:
-        """What can be shown of the text held back and more."""
+        """The visible part of the held-back text plus `more`."""
         text = self.held + more
         found = [(text.find(stop) + len(stop), -len(stop)) for stop in self.stops if stop in text]
         if found:
@@ -58,17 +58,17 @@ class Visible:
 
 @dataclass(eq=False)
 class Job:
-    """A client's request, for one text or several. Belongs to the event loop's thread."""
+    """A client's request for one or more sequences. Belongs to the event loop's thread."""
 
-    open: set[int]  # the texts that are not finished
+    open: set[int]  # the unfinished sequences
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
-    started: bool = False  # it has a token
-    passed_over: bool = False  # there was a step without room for it
+    started: bool = False  # it has received a token
+    passed_over: bool = False  # a step had no room for it
 
 
 @dataclass
 class Made:
-    """A text in the engine, and how many of its tokens the event loop knows."""
+    """A sequence in the engine, and how many of its tokens the event loop has received."""
 
     request: Request
     known: int = 0
@@ -78,11 +78,12 @@ News = list[tuple[Job, Event | Exception | None]]  # None: a step had no room fo
 
 
 class Worker:
-    """Owns an engine on a thread of its own. An engine that failed is replaced by a new one.
+    """Runs an engine on its own thread. If the engine fails, a new one replaces it.
 
     Args:
-        make_engine: called now, and again after a failure.
-        max_queue: how many jobs may wait for a place among the max_batch texts that are made together.
+        make_engine: called at once, and again after a failure.
+        max_batch: the number of sequences decoded together.
+        max_queue: the number of jobs that may wait for a place in the batch.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], max_batch: int, max_queue: int):
@@ -90,27 +91,27 @@ class Worker:
         self.jobs: list[Job] = []  # in order of arrival
         self.inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
-        self.engine: Engine | None = make_engine()  # from here on the thread's, as is what runs in it
+        self.engine: Engine | None = make_engine()  # belongs to the thread from here on, as does `running`
         self.running: dict[Job, dict[int, Made]] = {}
 
-    # on the event loop's thread
+    # called on the event loop's thread
 
     def start(self) -> None:
-        """Begin to work for the running event loop."""
+        """Start the thread, for the running event loop."""
         self.loop = asyncio.get_running_loop()
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step that it is in."""
+        """Stop the thread after its current step."""
         self.inbox.put(None)
         self.thread.join()
 
     @contextmanager
     def job(self, texts: int) -> Iterator[Job]:
-        """A place for a request; what is still being made at the end is cancelled.
+        """A place for a request; on exit, its unfinished sequences are cancelled.
 
         Raises:
-            Full: it would wait, and as many wait as may.
+            Full: the request would have to wait, and the queue is full.
         """
         room, waiting = self.count()
         if waiting >= self.max_queue and (waiting or room <= 0):
@@ -124,7 +125,7 @@ class Worker:
             self.cancel(job, *job.open)
 
     def count(self) -> tuple[int, int]:
-        """How many more texts the next step takes, and how many jobs it leaves waiting."""
+        """(sequences that still fit into the next step, jobs that will wait)."""
         room, waiting = self.max_batch, 0
         for job in self.jobs:
             if job.started or (room > 0 and not job.passed_over):
@@ -134,22 +135,22 @@ class Worker:
         return room, waiting
 
     def submit(self, job: Job, asked: list[dict[str, Any]]) -> None:
-        """Have a job's texts made, each from its arguments of Engine.submit; what comes is in job.events."""
+        """Submit a job's sequences, given as arguments of Engine.submit; results arrive in job.events."""
         self.inbox.put((job, asked))
 
     def cancel(self, job: Job, *texts: int) -> None:
-        """Stop making texts of a job."""
+        """Cancel sequences of a job."""
         job.open -= set(texts)
         for text in texts:
             self.inbox.put((job, text))
 
     def fail(self, error: Exception) -> None:
-        """End every job by an error."""
+        """End every job with an error."""
         for job in self.jobs:
             self.tell([(job, error)])
 
     def tell(self, news: News) -> None:
-        """Hand news to the jobs; None: passed over."""
+        """Deliver news to the jobs; None: there was no room for the job."""
         for job, event in news:
             if event is None:
                 job.passed_over = True
@@ -160,10 +161,10 @@ class Worker:
                     job.open.discard(event[0])
             job.events.put_nowait(event)
 
-    # on the engine's thread
+    # called on the engine's thread
 
     def work(self) -> None:
-        """Take what has come, make a step, tell; sleep while there is nothing to do."""
+        """Take orders, run a step, report; sleep while there is nothing to do."""
         while True:
             while self.engine is None or not self.engine.busy or not self.inbox.empty():
                 order = self.inbox.get()
@@ -175,14 +176,14 @@ class Worker:
                 self.engine.step()
                 news = self.news()
             except Exception as failure:
-                failure = failure.with_traceback(None)  # whose frames hold the engine
+                failure = failure.with_traceback(None)  # its frames reference the engine
                 news = [(job, failure) for job in self.running]
                 self.running.clear()
-                self.engine = None  # what it holds may be half written; its memory is free for the next
+                self.engine = None  # its state may be inconsistent; frees its memory for the next one
             self.loop.call_soon_threadsafe(self.tell, news)
 
     def take(self, job: Job, asked: list[dict[str, Any]] | int) -> None:
-        """Submit a job's texts, all or none, or cancel one of them."""
+        """Submit all sequences of a job or none, or cancel one of them."""
         if isinstance(asked, int):
             texts = self.running.get(job, {})
             if asked in texts:
@@ -199,12 +200,13 @@ class Worker:
         except Exception as error:
             for made in texts.values():
                 made.request.cancel()
-            refused = isinstance(error, ValueError) and self.engine is not None  # else it could not be made
+            # without an engine, the error is that of creating it
+            refused = isinstance(error, ValueError) and self.engine is not None
             news: News = [(job, Refused(str(error)) if refused else error)]
             self.loop.call_soon_threadsafe(self.tell, news)
 
     def news(self) -> News:
-        """What the last step brought; forgets what is finished."""
+        """The results of the last step; removes finished sequences."""
         news: News = []
         for job, texts in list(self.running.items()):
             if not any(made.request.tokens or made.request.finished for made in texts.values()):

@@ -1,16 +1,13 @@
-"""What the tests of lm share: a text, a model small enough to train in a second, and `lm` as a process."""
+"""Fixtures for the tests of lm: a text, a tiny model that trains in a second, and `lm` as a process."""
 
 import importlib.util
-import json
+import itertools
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ import torch
 
 from lm.config import Config
 from tests.helpers import ROOT
+from tests.lm.command import Command
 
 MODEL = {
     "dim": 16,
@@ -58,7 +56,7 @@ TRAIN = {
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
-    """8 kB of words that come again and again, the same in every session."""
+    """8 kB of repeating words, the same in every session."""
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefgh") for _ in range(draw.randint(2, 7))) for _ in range(60)]
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -68,7 +66,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(text_file):
-    """tiny(moe={"top_k": 1}, train={"steps": 3}): a Config of the smallest model, with changes by section."""
+    """tiny(moe={"top_k": 1}, train={"steps": 3}): the Config of a tiny model, with changes by section."""
 
     def make(model=None, attention=None, moe=None, rope=None, train=None, data=None):
         sections = {
@@ -91,7 +89,7 @@ def tiny(text_file):
 
 @pytest.fixture(scope="session")
 def make_model():
-    """A Transformer of a Config's model section, with drawn weights, in float64 unless told."""
+    """make_model(config): a Transformer with random weights, by default in float64."""
     from lm.model import Transformer
     from moe.router import described
 
@@ -114,7 +112,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def peers():
-    """benchmarks/peers.py, which is no package."""
+    """benchmarks/peers.py, imported from its path."""
     spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -123,7 +121,7 @@ def peers():
 
 @pytest.fixture(scope="session")
 def trained_once(tiny, tmp_path_factory):
-    """A finished run with its report. Only to be read."""
+    """A finished run with its report, to be read and not changed."""
     from lm import train
     from lm.report import run as report
 
@@ -135,13 +133,30 @@ def trained_once(tiny, tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path):
-    """A copy of the finished run, to be changed at will."""
+    """A copy of the finished run, which a test may change."""
     return Path(shutil.copytree(trained_once, tmp_path / "run"))
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    """A run folder with a config and no checkpoint yet."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(tiny().to_toml())
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def short_samples(monkeypatch):
+    """Samples of ten tokens: two hundred take longer than training does."""
+    from lm import train
+    from lm.inference.generate import stream
+
+    monkeypatch.setattr(train, "stream", lambda *a, **k: itertools.islice(stream(*a, **k), 10))
 
 
 @pytest.fixture(scope="session")
 def options(tiny):
-    """A Config as options of `lm train`, on top of the preset nano."""
+    """A Config as options of `lm train`, starting from the preset nano."""
 
     def flat(table, path=""):
         for key, value in table.items():
@@ -163,131 +178,6 @@ def options(tiny):
     return make
 
 
-# Run in the child first, this leaves out what takes longer than training a small model.
-QUICK = """
-import itertools, lm.report.run, lm.train
-lm.report.run.write = lambda run, **trust: run / "report.html"
-stream = lm.train.stream
-lm.train.stream = lambda *a, **k: itertools.islice(stream(*a, **k), 10)
-"""
-
-
-@pytest.fixture(scope="session")
-def quick():
-    """Python for a Command's `before`: short samples and no report."""
-    return QUICK
-
-
-@dataclass
-class Ended:
-    """A process that is over."""
-
-    code: int  # exit status, or minus the signal that killed it
-    out: bytes
-    err: str
-
-
-# Forks a child for each command, which spares it the seconds that importing torch takes.
-NURSERY = """
-import gc, json, os, signal, sys, traceback
-import lm.cli, lm.inference.generate, lm.report.run, lm.train
-import torch._dynamo  # building an optimizer imports it, in a second
-gc.freeze()
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        strict, lax = "strict", "backslashreplace"
-        streams = (("stdin", "rb", strict), ("stdout", "wb", strict), ("stderr", "wb", lax))
-        for number, (name, mode, errors) in enumerate(streams):
-            with open(job[name], mode) as file:
-                os.dup2(file.fileno(), number)
-            setattr(sys, name, os.fdopen(number, mode[0], encoding="utf-8", errors=errors))
-        os.chdir(job["cwd"])
-        os.environ.update(job["env"])
-        sys.path[:0] = job["paths"]
-        status = 70
-        try:
-            exec(job["before"])
-            status = lm.cli.main(job["arguments"])
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            try:
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(status)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Command:
-    """`lm ...` in a process of its own: `command(...)` waits, `command.start(...)` gives the process id."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.nursery = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                NURSERY,
-            ],  # -P: the path of the `lm` script holds no working folder either
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            cwd=folder,
-        )
-        assert self.nursery.stdout.readline() == "ready\n"
-        self.pid = None
-
-    def start(self, *arguments, cwd=None, stdin=os.devnull, before="", paths=(), env=None):
-        """before: Python run in the child first."""
-        if self.pid is not None:  # of a test that failed before it waited
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait()
-        job = {
-            "arguments": [str(argument) for argument in arguments],
-            "cwd": str(cwd or self.folder),
-            "stdin": str(stdin),
-            "stdout": str(self.folder / "stdout"),
-            "stderr": str(self.folder / "stderr"),
-            "before": before,
-            "paths": [str(path) for path in paths],
-            "env": env or {},
-        }
-        for name in ("stdout", "stderr"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.nursery.stdin.write(json.dumps(job) + "\n")
-        self.nursery.stdin.flush()
-        self.pid = int(self.nursery.stdout.readline())
-        return self.pid
-
-    def wait(self):
-        code = int(self.nursery.stdout.readline())
-        self.pid = None
-        out, err = (self.folder / "stdout").read_bytes(), (self.folder / "stderr").read_text()
-        return Ended(code, out, err)
-
-    def wait_for(self, found, seconds=60):
-        """Look until found() is true; whether the process is over by then is the caller's to see."""
-        until = time.monotonic() + seconds
-        while not found():
-            assert time.monotonic() < until, "nothing came"
-            time.sleep(0.002)
-
-    def __call__(self, *arguments, **how):
-        self.start(*arguments, **how)
-        return self.wait()
-
-
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
     made = Command(tmp_path_factory.mktemp("command"))
@@ -300,7 +190,7 @@ def command(tmp_path_factory):
 
 @dataclass
 class Running:
-    """A server on a thread of this process."""
+    """A server running in a thread of this process."""
 
     served: object
     server: object
@@ -336,7 +226,7 @@ def serving():
 
 @pytest.fixture(scope="session")
 def served_folder(tiny, make_model, tmp_path_factory):
-    """A model of drawn weights as lm.save leaves it, whose context is 96 bytes."""
+    """A folder that lm.save wrote: a model with random weights and a context of 96 bytes."""
     import lm
 
     folder = tmp_path_factory.mktemp("served") / "drawn"
@@ -346,7 +236,7 @@ def served_folder(tiny, make_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_served(served_folder):
-    """make_served(max_queue=2): what a server serves, with limits of one's own."""
+    """make_served(max_queue=2): what a server serves, with these limits."""
     from lm.hub import folder
     from lm.serve import answers
     from lm.tokenizer import ByteTokenizer
@@ -360,10 +250,10 @@ def make_served(served_folder):
 
 
 class Scripted:
-    """An engine that answers every prompt with the same bytes, one a step, and counts its steps.
+    """An engine that answers every prompt with `text`, one byte per step, and counts its steps.
 
-    It makes no step without a permit, if it has a semaphore of them. room: fewer at once than max_batch;
-    stride: tokens a step; later: a prompt of i tokens is answered from the byte i - 1 on.
+    permits: a semaphore that each step acquires; room: the most requests at once, if below max_batch;
+    stride: bytes per step; later: the answer to a prompt of i tokens starts at byte i - 1.
     """
 
     text, permits, room, stride, later = b"", None, None, 1, False
@@ -400,7 +290,7 @@ class Scripted:
 
 @pytest.fixture(scope="session")
 def scripted_with():
-    """scripted_with(monkeypatch, text, permits): servers made from now on have an engine that says this."""
+    """scripted_with(monkeypatch, text, permits): servers created later answer with this text."""
     from lm.serve import answers
 
     def make(monkeypatch, text, permits=None):

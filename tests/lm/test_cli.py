@@ -1,45 +1,17 @@
 import ast
 import json
-import math
-import os
+import re
 import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
-from lm import checkpoint, cli, count, data, train
+from lm import checkpoint, cli, count
 from lm.config import Config, preset_names
-from lm.inference import generate as decode
 from lm.run import read_metrics
 from tests.helpers import ROOT, content
-
-SCRIPT = "import sys; from lm.cli import main; sys.exit(main())"  # as the installed `lm` script
-
-
-def lm(*arguments, **how):
-    """`lm` as a process from scratch."""
-    how = {
-        "capture_output": True,
-        **how,
-        "env": {**os.environ, "PYTHONPATH": str(ROOT), **how.get("env", {})},
-    }
-    return subprocess.run([sys.executable, "-P", "-c", SCRIPT, *arguments], **how)
-
-
-def one_line(ended, name, code=2):
-    """The process ended with that status and one line -> the line"""
-    assert ended.code == code, ended.err
-    assert ended.err.startswith(f"lm {name}: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, (
-        ended.err
-    )
-    return ended.err
-
-
-# --- help, and options that are wrong
+from tests.lm.command import one_line, run_python
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -49,21 +21,36 @@ def test_help_of_every_command_loads_no_torch(name):
         f"try:\n    main([{name!r}, '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", check],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert ended.returncode == 0, ended.stderr
+    ended = run_python(check)
     assert f"usage: lm {name}" in ended.stdout and ended.stderr == ""
 
 
-def test_the_overview_names_every_command(capsys):
+def test_the_overview_lists_every_command_in_aligned_groups(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr()
-    assert all(f"  lm {name}" in shown.out for name in cli.COMMANDS) and shown.err == ""
+    assert shown.err == ""
+    usage, *groups = shown.out.rstrip("\n").split("\n\n")
+    assert usage.startswith("usage: lm COMMAND") and len(groups) == len(cli.GROUPS)
+    listed, columns = [], set()
+    for group in groups:
+        title, *lines = group.splitlines()
+        assert title in cli.GROUPS and lines
+        for line in lines:
+            name, gap, text = re.fullmatch(r"  (\S+)( {2,})(\S.*)", line).groups()
+            assert len(line) <= 100 and text.endswith(".")
+            listed.append(name)
+            columns.add(len(name + gap))
+    assert sorted(listed) == sorted(cli.COMMANDS) and len(columns) == 1
     assert cli.main([]) == 2
+    assert capsys.readouterr() == shown
+
+
+def test_a_field_is_described_by_its_own_comment(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert shown.count("FILE:PATH") == 1
+    assert "--max-new-tokens INT tokens per sample (default: 300)" in shown
 
 
 def test_help_of_train_names_the_presets_and_every_section(capsys):
@@ -82,9 +69,99 @@ def test_help_of_train_names_the_presets_and_every_section(capsys):
         assert option in shown
 
 
-def test_a_command_that_is_none_is_one_line(capsys):
-    assert cli.main(["tran"]) == 2
-    assert capsys.readouterr().err.startswith("lm: no command 'tran'; there are train, generate")
+@pytest.mark.parametrize("name, near", [("tran", "train"), ("infoo", "info"), ("xyz", None)])
+def test_an_unknown_command_is_one_line_that_names_the_nearest(capsys, name, near):
+    assert cli.main([name, "--help"]) == 2
+    shown = capsys.readouterr()
+    hint = f" (did you mean {near!r}?)" if near else ""
+    assert shown.err == f"lm: no command {name!r}{hint}; there are {', '.join(cli.COMMANDS)}\n"
+    assert shown.out == ""
+
+
+PLUGIN = '''
+def main(arguments):
+    """Count to ten."""
+    if arguments == ["--bad"]:
+        raise ValueError("--bad: expected a number")
+    print(arguments)
+    return 3
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """An installed package with a working command, one that fails to load, and one named as a built-in."""
+    (tmp_path / "ten_plugin.py").write_text(PLUGIN)
+    (tmp_path / "ten-1.0.dist-info").mkdir()
+    (tmp_path / "ten-1.0.dist-info" / "METADATA").write_text("Name: ten\nVersion: 1.0\n")
+    entries = "ten = ten_plugin:main\nbroken = ten_absent:main\ntrain = ten_plugin:main\n"
+    (tmp_path / "ten-1.0.dist-info" / "entry_points.txt").write_text(f"[lm.commands]\n{entries}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("ten_plugin", None)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_other_packages_add_commands_by_an_entry_point(capsys, monkeypatch, tmp_path):
+    assert cli.main(["ten", "--more"]) == 3
+    assert capsys.readouterr().out == "['--more']\n"
+    assert cli.main(["ten", "--bad"]) == 2
+    assert capsys.readouterr().err == "lm ten: --bad: expected a number\n"
+    assert cli.main(["--help"]) == 0
+    *_, group = capsys.readouterr().out.split("\n\n")
+    lines = group.splitlines()
+    assert lines[0] == "from other packages" and "  ten         Count to ten." in lines
+    assert "  broken      (cannot be loaded: No module named 'ten_absent')" in lines and len(lines) == 3
+    assert cli.main(["tenn"]) == 2
+    assert capsys.readouterr().err.startswith("lm: no command 'tenn' (did you mean 'ten'?); there are ")
+    assert cli.main(["broken"]) == 2
+    said = "ten_absent:main cannot be loaded: No module named 'ten_absent'"
+    assert capsys.readouterr().err == f"lm broken: {said}\n"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--resume"]) == 2  # lm's own train
+    assert capsys.readouterr().err == "lm train: runs/toy: no run to resume\n"
+
+
+SHADOWS = ("statistics", "random", "types", "json", "queue")
+SHADOWED = """
+import sys
+from lm.cli import main
+for arguments in {commands!r}:
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    assert not status, (arguments, status)
+"""
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [["experiment", "balance", "--help"]],
+        [["exercise", "list"], ["new", "router", "some_router"]],
+        [
+            ["train", "--resume", "--out-dir", "run", "--trust-code", "--train.steps", "13"],
+            ["report", "run", "--trust-code"],
+            ["generate", "run", "--trust-code", "--max-new-tokens", "0"],
+            ["eval", "run", "--trust-code"],
+            ["explore", "plain"],
+        ],
+    ],
+    ids=lambda commands: commands[0][0],
+)
+def test_files_in_the_working_folder_do_not_replace_pythons_modules(trained, commands):
+    folder = trained.parent
+    for name in SHADOWS:
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder')\n")
+    (folder / "my_router.py").write_text(OWN_ROUTER)
+    shutil.copytree(trained, folder / "plain")
+    config = folder / "run" / "config.toml"
+    config.write_text(config.read_text().replace('router = "sigmoid"', 'router = "my_router:Mine"'))
+    shutil.copytree(ROOT / "exercises", folder / "exercises")  # a copy: `lm new` writes there
+    for name in ("experiments", "moe", "mla", "lm", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    run_python(SHADOWED.format(commands=commands), "-P", cwd=folder)
 
 
 def test_experiments_are_listed_with_their_questions(capsys, monkeypatch):
@@ -92,7 +169,7 @@ def test_experiments_are_listed_with_their_questions(capsys, monkeypatch):
     assert cli.main(["experiment"]) == 0
     listed = capsys.readouterr().out
     for path in (ROOT / "experiments").glob("*.py"):
-        if path.stem != "common":
+        if path.stem not in ("common", "cli"):
             question = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
             assert f"  {path.stem} " in listed and question in listed
     assert cli.main(["experiment", "balanse"]) == 2
@@ -107,7 +184,7 @@ def test_experiments_are_listed_with_their_questions(capsys, monkeypatch):
 GOOD = b'"""Is it?"""\n\n\ndef main(arguments):\n    print(arguments)\n'
 
 
-def test_an_experiment_of_ones_own_that_is_not_done_leaves_the_others_alone(capsys, monkeypatch, tmp_path):
+def test_an_unfinished_experiment_does_not_affect_the_others(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for module in [name for name in sys.modules if name.partition(".")[0] == "experiments"]:
         monkeypatch.delitem(sys.modules, module)
@@ -127,10 +204,14 @@ def test_an_experiment_of_ones_own_that_is_not_done_leaves_the_others_alone(caps
     assert "the experiment's name comes first" in capsys.readouterr().err
 
 
-def test_experiments_are_not_looked_for_elsewhere(capsys, monkeypatch, tmp_path):
+def test_experiments_need_a_clone_of_the_project(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["experiment", "balance"]) == 2
-    assert capsys.readouterr().err.strip().endswith("no experiments here; run this in the project's folder")
+    said = f"lm experiment: {tmp_path}/experiments: no such folder; run this in a clone of the project\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "experiments").mkdir()
+    assert cli.main(["experiment", "balance"]) == 2
+    assert capsys.readouterr().err.startswith(f"lm experiment: {tmp_path}/experiments: no experiments here")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +240,7 @@ def test_experiments_are_not_looked_for_elsewhere(capsys, monkeypatch, tmp_path)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_options_of_train_are_the_parsers_to_tell(tmp_path, monkeypatch, capsys, arguments, said):
+def test_invalid_options_of_train_are_reported_by_the_parser(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "--preset", "nano", *arguments])
@@ -178,10 +259,10 @@ def test_wrong_options_of_train_are_the_parsers_to_tell(tmp_path, monkeypatch, c
         (["--resume"], "runs/toy: no run to resume"),
         (["--resume", "--out-dir", "absent"], "absent: no run to resume"),
         (["--resume", "--out-dir", "other"], "other: no run to resume"),
-        (["--out-dir", "other"], "other: is not empty and no run"),
-        (["--out-dir", "text.txt"], "text.txt: is a file; a run needs a folder"),
+        (["--out-dir", "other"], "other: neither empty nor a run"),
+        (["--out-dir", "text.txt"], "text.txt: is a file; expected a folder"),
         (["--out-dir", "text.txt/run"], "text.txt/run: cannot be written: Not a directory"),
-        (["--device", "cuda:77"], "device 'cuda:77' was not found; here there is: "),
+        (["--device", "cuda:77"], "device 'cuda:77' was not found; available: "),
         (["--data", "other"], "other: cannot be read: Is a directory"),
         (["--data", "absent"], "absent: cannot be read: No such file or directory"),
         (["--data=absent"], "absent: cannot be read: No such file or directory"),
@@ -210,7 +291,7 @@ def test_wrong_options_of_train_are_the_parsers_to_tell(tmp_path, monkeypatch, c
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_input_of_train_is_one_line_and_nothing_is_written(
+def test_invalid_input_of_train_is_one_line_and_nothing_is_written(
     command, text_file, tmp_path, arguments, said
 ):
     shutil.copy(text_file, tmp_path / "text.txt")
@@ -228,128 +309,8 @@ def test_wrong_input_of_train_is_one_line_and_nothing_is_written(
     assert content(tmp_path) == before and not (tmp_path / "runs").exists()
 
 
-# --- train
-
-
-def test_runs_get_folders_of_their_own_and_resume_finds_the_last(tiny, options, command, quick, tmp_path):
-    arguments = options(tiny(train={"steps": 2}))
-    for name in ("nano", "nano-2"):
-        ended = command("train", *arguments, cwd=tmp_path, before=quick)
-        assert ended.code == 0 and f"report: runs/{name}/report.html" in ended.out.decode()
-    more = ["--resume", "--train.steps", "4"]
-    ended = command("train", "--preset", "nano", *more, cwd=tmp_path, before=quick)
-    assert ended.code == 0
-    assert b"going on from runs/nano-2/checkpoints/step-000002 (2 of 4 steps)" in ended.out
-    assert [len(read_metrics(tmp_path / "runs" / name)) for name in ("nano", "nano-2")] == [2, 4]
-
-
-def test_training_ends_with_a_report(tiny, options, command, tmp_path):
-    ended = command("train", *options(tiny(train={"steps": 1})), "--out-dir", tmp_path / "run")
-    assert (ended.code, ended.err) == (0, "")
-    assert f"report: {tmp_path / 'run' / 'report.html'}" in ended.out.decode()
-    assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
-
-
-def test_options_change_single_numbers_of_the_preset(command, quick, text_file, tmp_path):
-    numbers = {"steps": 1, "context": 16, "eval_tokens": 16}
-    given = "--train.steps=1 --train.context 16 --train.eval_tokens 16 --train.dtype float32 "
-    given += "--seed 7 --device=cpu --model.moe.top_k 1 --model.tie-embeddings --data"
-    run = tmp_path / "deep" / "run"
-    assert (
-        command("train", "--preset", "nano", "--out-dir", run, *given.split(), text_file, before=quick).code
-        == 0
-    )
-    nano = Config.preset("nano")
-    model = replace(nano.model, tie_embeddings=True, moe=replace(nano.model.moe, top_k=1))
-    training = replace(nano.train, **numbers, dtype="float32", seed=7, device="cpu")
-    want = Config(model, training, replace(nano.data, path=str(text_file)))
-    assert Config.load(run / "config.toml") == want
-
-
-def test_a_toml_file_of_ones_own_is_a_preset(tiny, command, quick, tmp_path):
-    (tmp_path / "mine.toml").write_text(tiny(train={"steps": 2}).to_toml())
-    assert command("train", "--preset", "mine.toml", cwd=tmp_path, before=quick).code == 0
-    assert Config.load(tmp_path / "runs" / "mine" / "config.toml") == tiny(train={"steps": 2})
-
-
-OWN_ROUTER = """
-from moe import SigmoidRouter
-class Mine(SigmoidRouter):
-    pass
-"""
-
-
-def test_a_router_in_the_working_folder_trains_and_later_needs_trust(tiny, options, command, quick, tmp_path):
-    (tmp_path / "my_router.py").write_text(OWN_ROUTER)
-    arguments = options(tiny(moe={"router": "my_router:Mine"}, train={"steps": 2}))
-    ended = command("train", *arguments, "--out-dir", "run", cwd=tmp_path, before=quick)
-    assert ended.code == 0, ended.err
-    for name, more in (("generate", ["--max-new-tokens", "3"]), ("eval", []), ("report", [])):
-        assert "--trust-code" in one_line(command(name, "run", *more, cwd=tmp_path), name)
-        assert command(name, "run", *more, "--trust-code", cwd=tmp_path).code == 0
-    assert "--trust-code" in one_line(command("train", "--resume", "--out-dir", "run", cwd=tmp_path), "train")
-    more = ["--trust-code", "--train.steps", "3"]
-    assert command("train", "--resume", "--out-dir", "run", *more, cwd=tmp_path, before=quick).code == 0
-    assert "only built-in" in one_line(command("info", "run", cwd=tmp_path), "info")
-
-
-def test_a_finished_run_is_done_and_fewer_steps_are_refused(trained, command):
-    ended = command("train", "--resume", "--out-dir", trained, "--train.steps", "7")
-    assert one_line(ended, "train").endswith("train.steps 7 is less than the 12 steps already done\n")
-
-
-def test_damage_is_told_in_one_line(trained, command):
-    path = trained / "checkpoints" / "step-000012" / "model.safetensors"
-    path.write_bytes(b"")
-    ended = command("generate", trained, "--max-new-tokens", "2")
-    assert ended.code == 0
-    assert (
-        ended.err
-        == f"lm: warning: checkpoint passed over: {path}: is not what was written (its sha256 differs)\n"
-    )
-    (trained / "checkpoints" / "step-000010" / "state.json").unlink()
-    ended = command("generate", trained, "--max-new-tokens", "2")
-    assert (
-        ended.code == 2
-        and ended.err.splitlines()[-1] == f"lm generate: {trained}: every checkpoint is damaged"
-    )
-    assert ended.err.count("\n") == 3 and "Traceback" not in ended.err
-
-
-# --- generate
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--temperature", "inf"], "temperature=inf must be finite and at least 0"),
-        (["--temperature", "-1"], "temperature=-1.0 must be finite and at least 0"),
-        (["--temperature", "nan"], "temperature=nan must be finite"),
-        (["--top-k", "-1"], "top_k=-1 must be at least 1"),
-        (["--top-k", "0"], "top_k=0 must be at least 1"),
-        (["--top-p", "1.5"], "top_p=1.5 must lie above 0 and at most at 1"),
-        (["--max-new-tokens", "-1"], "max_new_tokens=-1 must be at least 0"),
-        (["--seed", "-1"], "seed=-1 must lie in 0.."),
-        (["--seed", str(2**70)], "must lie in 0.."),
-        (["--num-samples", "0"], "num_samples=0 must be at least 1"),
-        (["--device", "cuda:77"], "device 'cuda:77' was not found"),
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "FILE:missing"], "missing: cannot be read: No such file or directory"),
-        (["--prompt", "FILE:."], "cannot be read: Is a directory"),
-        (["--prompt", "FILE:"], "cannot be read: Is a directory"),
-        (["--prompt", "FILE:empty"], "the prompt is empty"),
-        (["--prompt", "-"], "the prompt is empty"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_wrong_input_of_generate_is_one_line(trained_once, command, tmp_path, arguments, said):
-    (tmp_path / "empty").touch()
-    ended = command("generate", trained_once, *arguments, cwd=tmp_path)
-    assert said in one_line(ended, "generate") and ended.out == b""
-
-
 @pytest.mark.parametrize("name", ["generate", "chat", "eval", "report"])
-def test_what_is_no_run_is_one_line(command, tmp_path, trained, name):
+def test_what_is_not_a_run_is_one_line(command, tmp_path, trained, name):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     shutil.rmtree(trained / "checkpoints")
@@ -363,178 +324,98 @@ def test_what_is_no_run_is_one_line(command, tmp_path, trained, name):
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "eval", "report", "info"])
-def test_a_missing_argument_is_the_parsers_to_tell(name, capsys):
+def test_a_missing_argument_is_reported_by_the_parser(name, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([name])
     assert ended.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-def expected(run, prompt, new, **options):
-    """What the library writes, as bytes up to the end of the text."""
-    tokens = decode.stream(checkpoint.load(run), [list(prompt)], new, window=16, **options)
-    made = [int(token) for token in tokens]
-    return prompt + bytes(made[: made.index(3)] if 3 in made else made) + b"\n"
+# --- train
 
 
-def test_generate_writes_prompt_and_continuation(trained_once, command):
-    ended = command(
-        "generate", trained_once, "--prompt", "abc de", "--max-new-tokens", "40", "--temperature", "0"
-    )
+def test_each_run_gets_its_own_folder_and_resume_finds_the_last(tiny, options, command, tmp_path):
+    arguments = options(tiny(train={"steps": 2}))
+    for name in ("nano", "nano-2"):
+        ended = command("train", *arguments, cwd=tmp_path, before=("quick",))
+        assert ended.code == 0 and f"report: runs/{name}/report.html" in ended.out.decode()
+    more = ["--resume", "--train.steps", "4"]
+    ended = command("train", "--preset", "nano", *more, cwd=tmp_path, before=("quick",))
+    assert ended.code == 0
+    assert b"resuming from runs/nano-2/checkpoints/step-000002 (2 of 4 steps)" in ended.out
+    assert [len(read_metrics(tmp_path / "runs" / name)) for name in ("nano", "nano-2")] == [2, 4]
+
+
+def test_training_ends_with_a_report(tiny, options, command, tmp_path):
+    ended = command("train", *options(tiny(train={"steps": 1})), "--out-dir", tmp_path / "run")
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out == expected(trained_once, b"abc de", 40, temperature=0)
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in ended.out.decode()
+    assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
 
 
-def test_a_seed_repeats_and_each_sample_has_its_own(trained_once, command):
-    arguments = [
-        "generate",
-        trained_once,
-        "--max-new-tokens",
-        20,
-        "--seed",
-        5,
-        "--top-k",
-        50,
-        "--top-p",
-        0.9,
-        "--temperature",
-        1.5,
-    ]
-    ended = command(*arguments, "--num-samples", 2)
-    options = {"temperature": 1.5, "top_k": 50, "top_p": 0.9}
-    first, second = (expected(trained_once, b"\n", 20, seed=seed, **options) for seed in (5, 6))
-    assert ended.out == b"--- 1\n" + first + b"--- 2\n" + second
-    assert command(*arguments).out == first
-    unseeded = [command("generate", trained_once, "--max-new-tokens", 50).out for _ in range(2)]
-    assert unseeded[0] != unseeded[1]
+def test_options_change_single_values_of_the_preset(command, text_file, tmp_path):
+    numbers = {"steps": 1, "context": 16, "eval_tokens": 16}
+    given = "--train.steps=1 --train.context 16 --train.eval_tokens 16 --train.dtype float32 "
+    given += "--seed 7 --device=cpu --model.moe.top_k 1 --model.tie-embeddings --data"
+    run = tmp_path / "deep" / "run"
+    arguments = ["--preset", "nano", "--out-dir", run, *given.split(), text_file]
+    assert command("train", *arguments, before=("quick",)).code == 0
+    nano = Config.preset("nano")
+    model = replace(nano.model, tie_embeddings=True, moe=replace(nano.model.moe, top_k=1))
+    training = replace(nano.train, **numbers, dtype="float32", seed=7, device="cpu")
+    want = Config(model, training, replace(nano.data, path=str(text_file)))
+    assert Config.load(run / "config.toml") == want
 
 
-def test_prompts_come_from_files_and_standard_input_too(trained_once, command, tmp_path):
-    (tmp_path / "prompt").write_bytes(b"\xff\x00\xfe abc\n")
-    greedy = ["generate", trained_once, "--max-new-tokens", 5, "--temperature", 0]
-    want = expected(trained_once, b"\xff\x00\xfe abc\n", 5, temperature=0)
-    assert command(*greedy, "--prompt", "FILE:prompt", cwd=tmp_path).out == want
-    assert command(*greedy, "--prompt", "-", stdin=tmp_path / "prompt").out == want
+def test_your_own_toml_file_is_a_preset(tiny, command, tmp_path):
+    (tmp_path / "mine.toml").write_text(tiny(train={"steps": 2}).to_toml())
+    assert command("train", "--preset", "mine.toml", cwd=tmp_path, before=("quick",)).code == 0
+    assert Config.load(tmp_path / "runs" / "mine" / "config.toml") == tiny(train={"steps": 2})
 
 
-def test_several_prompts_are_gone_on_from_as_each_alone(trained_once, command):
-    options = ["--max-new-tokens", "20", "--temperature", "0"]
-    prompts = ["abc", "to be or not", "x"]
-    ended = command("generate", trained_once, *options, *(a for p in prompts for a in ("--prompt", p)))
-    alone = [command("generate", trained_once, *options, "--prompt", prompt).out for prompt in prompts]
-    assert ended.out == b"".join(b"--- %d\n" % number + text for number, text in enumerate(alone, 1))
-    assert len(set(alone)) == 3
+OWN_ROUTER = """
+from moe import SigmoidRouter
+class Mine(SigmoidRouter):
+    pass
+"""
 
 
-def test_a_prompt_longer_than_the_context_is_taken(trained_once, command, tmp_path):
-    prompt = b"abcdefgh " * 100
-    (tmp_path / "prompt").write_bytes(prompt)
-    ended = command(
-        "generate",
-        trained_once,
-        "--prompt",
-        f"FILE:{tmp_path / 'prompt'}",
-        "--max-new-tokens",
-        5,
-        "--temperature",
-        0,
-    )
-    assert ended.out == expected(trained_once, prompt, 5, temperature=0)
+def test_a_router_in_the_working_folder_trains_and_later_needs_trust(tiny, options, command, tmp_path):
+    (tmp_path / "my_router.py").write_text(OWN_ROUTER)
+    arguments = options(tiny(moe={"router": "my_router:Mine"}, train={"steps": 2}))
+    ended = command("train", *arguments, "--out-dir", "run", cwd=tmp_path, before=("quick",))
+    assert ended.code == 0, ended.err
+    for name, more in (("generate", ["--max-new-tokens", "3"]), ("eval", []), ("report", [])):
+        assert "--trust-code" in one_line(command(name, "run", *more, cwd=tmp_path), name)
+        assert command(name, "run", *more, "--trust-code", cwd=tmp_path).code == 0
+    assert "--trust-code" in one_line(command("train", "--resume", "--out-dir", "run", cwd=tmp_path), "train")
+    more = ["--trust-code", "--train.steps", "3"]
+    assert command("train", "--resume", "--out-dir", "run", *more, cwd=tmp_path, before=("quick",)).code == 0
+    assert "only built-in" in one_line(command("info", "run", cwd=tmp_path), "info")
 
 
-def test_bytes_are_bytes_whatever_the_locale(trained_once):
-    prompt = b"\xff\xfe \xc3\xa9 "
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    ended = lm("generate", str(trained_once), "--prompt", prompt, "--max-new-tokens", "0", env=ascii_only)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, prompt + b"\n", b"")
+def test_resuming_with_fewer_steps_than_done_is_one_line(trained, command):
+    ended = command("train", "--resume", "--out-dir", trained, "--train.steps", "7")
+    assert one_line(ended, "train").endswith("train.steps 7 is less than the 12 steps already done\n")
 
 
-def test_a_reader_that_goes_away_ends_generate_without_a_traceback(trained_once):
-    command = ["bash", "-c", '"$@" | head -1; exit "${PIPESTATUS[0]}"', "bash", sys.executable, "-c", SCRIPT]
-    arguments = ["generate", str(trained_once), "--max-new-tokens", "100000"]
-    ended = subprocess.run(
-        [*command, *arguments], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert ended.returncode == 141 and ended.stderr == b""
+def test_damage_is_reported_in_one_line(trained, command):
+    path = trained / "checkpoints" / "step-000012" / "model.safetensors"
+    path.write_bytes(b"")
+    ended = command("generate", trained, "--max-new-tokens", "2")
+    assert ended.code == 0
+    said = f"damaged checkpoint skipped: {path}: is not what was written (its sha256 differs)"
+    assert ended.err == f"lm: warning: {said}\n"
+    (trained / "checkpoints" / "step-000010" / "state.json").unlink()
+    ended = command("generate", trained, "--max-new-tokens", "2")
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1] == f"lm generate: {trained}: every checkpoint is damaged"
+    assert ended.err.count("\n") == 3 and "Traceback" not in ended.err
 
 
-def test_ctrl_c_ends_generate_without_a_traceback(trained_once, command):
-    # the likeliest token each time: one drawn may be the end of the text at once
-    pid = command.start("generate", trained_once, "--max-new-tokens", 10**6, "--temperature", 0)
-    command.wait_for(
-        lambda: (command.folder / "stdout").exists() and (command.folder / "stdout").stat().st_size > 20
-    )
-    os.kill(pid, signal.SIGINT)
-    ended = command.wait()
-    assert (ended.code, ended.err) == (130, "")
+# --- report, info
 
 
-# --- chat
-
-
-def test_chat_goes_on_from_all_that_was_said(trained_once, command, tmp_path):
-    (tmp_path / "said").write_text("abc\nde fé\n\nnever read\n")
-    ended = command("chat", trained_once, "--max-new-tokens", 8, "--temperature", 0, stdin=tmp_path / "said")
-    assert (ended.code, ended.err) == (0, "")
-    first = expected(trained_once, b"abc\n", 8, temperature=0)
-    history = first + "de fé\n".encode()
-    second = expected(trained_once, history, 8, temperature=0)
-    answers = ended.out.split(b"> ")[1:]
-    assert b"> ".join(answers) == first.removeprefix(b"abc\n") + b"> " + second.removeprefix(history) + b"> "
-
-
-def test_chat_ends_with_its_input_and_refuses_wrong_options(trained_once, command):
-    ended = command("chat", trained_once)
-    assert ended.code == 0 and ended.out.startswith(b"Say something")
-    assert "temperature=inf" in one_line(command("chat", trained_once, "--temperature", "inf"), "chat")
-    assert "top_k=0" in one_line(command("chat", trained_once, "--top-k", 0), "chat")
-
-
-def test_chat_takes_bytes_that_are_no_text(trained_once, command, tmp_path):
-    (tmp_path / "said").write_bytes(b"\xff\xfe\n")
-    ended = command("chat", trained_once, "--max-new-tokens", 4, "--temperature", 0, stdin=tmp_path / "said")
-    assert (ended.code, ended.err) == (0, "")
-    assert expected(trained_once, b"\xff\xfe\n", 4, temperature=0).removeprefix(b"\xff\xfe\n") in ended.out
-
-
-# --- eval, report, info
-
-
-def test_eval_tells_the_loss_of_the_whole_held_out_text(trained_once, command):
-    ended = command("eval", trained_once)
-    assert (ended.code, ended.err) == (0, "")
-    loss = read_metrics(trained_once)[-1]["val_loss"]
-    config = Config.load(trained_once / "config.toml")
-    length = len(data.load(config.data, 256)[1])
-    assert f"loss {loss:.4f} nats a byte on a text of {length:,} bytes" in ended.out.decode()
-    assert f"{loss / math.log(2):.4f} bits a byte, perplexity {math.exp(loss):.3f}" in ended.out.decode()
-
-
-def test_eval_takes_another_text(trained_once, command, tmp_path):
-    (tmp_path / "text").write_bytes(b"abc de fgh " * 30)
-    ended = command("eval", trained_once, "--data", tmp_path / "text")
-    model = checkpoint.load(trained_once)
-    windows = data.Windows(data.open_text(tmp_path / "text"), 16)
-    assert (
-        f"loss {train.evaluate(model, windows, None, torch.float32, 4):.4f} nats a byte on a text of 330 "
-        in ended.out.decode()
-    )
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        (b"0123456789", "the text has 10 tokens; context=16 needs at least 17"),
-        (b"", "the file is empty"),
-        (None, "No such file"),
-    ],
-)
-def test_eval_of_a_text_that_is_too_short_is_one_line(trained_once, command, tmp_path, text, said):
-    if text is not None:
-        (tmp_path / "text").write_bytes(text)
-    assert said in one_line(command("eval", trained_once, "--data", tmp_path / "text"), "eval")
-
-
-def test_report_is_made_anew(trained, command):
+def test_report_is_written_again(trained, command):
     before = content(trained)
     (trained / "report.html").unlink()
     (trained / "loss.png").unlink()
@@ -546,7 +427,7 @@ def test_report_is_made_anew(trained, command):
 @pytest.mark.parametrize(
     "row", [b"[1]", b"7", b'{"step": 1}', b'{"step": "1", "loss": null}', b"\xff\xfe", b"[" * 10**5]
 )
-def test_report_of_a_strange_log_is_one_line(trained, command, row):
+def test_report_of_an_invalid_log_is_one_line(trained, command, row):
     (trained / "metrics.jsonl").write_bytes(row + b"\n")
     assert "metrics.jsonl" in one_line(command("report", trained), "report")
 
@@ -563,7 +444,7 @@ def test_info_counts_presets_and_runs(trained_once, capsys):
     assert facts["cache_elements_per_token"] == sum(cache.entries.numel() for cache in caches) // 10
 
 
-def test_info_tells_the_cache_in_another_dtype_and_draws(tmp_path, capsys):
+def test_info_counts_the_cache_in_fp8_and_draws_a_chart(tmp_path, capsys):
     picture = tmp_path / "parameters.png"
     assert cli.main(["info", "deepseek-v3", "--dtype", "fp8", "--plot", str(picture)]) == 0
     shown = capsys.readouterr()
@@ -573,7 +454,7 @@ def test_info_tells_the_cache_in_another_dtype_and_draws(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["cache_dtype"] == "bf16"
 
 
-def test_info_of_what_is_neither_is_one_line(trained, command):
+def test_invalid_input_of_info_is_one_line(trained, command):
     assert "no preset 'nan' (did you mean 'nano'?); there are " in one_line(command("info", "nan"), "info")
     assert "context=0 must be at least 1" in one_line(command("info", "nano", "--context", "0"), "info")
     assert "dtype 'x'; there are bf16, fp16" in one_line(command("info", "nano", "--dtype", "x"), "info")
@@ -588,9 +469,4 @@ def test_info_needs_no_torch():
         "import sys; from lm.cli import main; main(['info', 'nano'])\n"
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )
-    subprocess.run(
-        [sys.executable, "-c", check],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    run_python(check)

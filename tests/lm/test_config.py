@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lm.config import Config, Section, preset_names
 from lm.model import Transformer
-from tests.helpers import ROOT
+from tests.helpers import ROOT, refused
 
-PLAIN = st.characters(exclude_categories=["Cs"])  # any text but lone surrogates, which no file holds
+PLAIN = st.characters(exclude_categories=["Cs"])  # no lone surrogates: UTF-8 cannot encode them
 TOML_VALUES = st.recursive(
     st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(PLAIN),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(PLAIN), inner, max_size=3),
@@ -23,7 +23,7 @@ TOML_VALUES = st.recursive(
 
 
 def values(section):
-    """A strategy for a section's fields, from their types and limits alone."""
+    """A strategy for a section's fields, built from their types and limits."""
     types = typing.get_type_hints(section)
     fields = {}
     for item in dataclasses.fields(section):
@@ -93,7 +93,7 @@ def nested(path, value):
 
 
 @pytest.mark.parametrize("path, limits, kind", LIMITS, ids=[path for path, *_ in LIMITS])
-def test_every_field_refuses_other_types_and_values_out_of_its_range(path, limits, kind):
+def test_every_field_rejects_wrong_types_and_values_out_of_range(path, limits, kind):
     wrong = {
         int: [True, 1.0, "1", math.nan, 10**400],
         float: [True, "1", math.nan, math.inf, -math.inf, 10**400],
@@ -106,9 +106,7 @@ def test_every_field_refuses_other_types_and_values_out_of_its_range(path, limit
     if "choices" in limits:
         bad = [*bad, "", limits["choices"][0] + "x"]
     for value in bad:
-        with pytest.raises(ValueError, match=path.replace(".", r"\.")) as caught:
-            Config.from_dict(nested(path, value))
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+        assert len(refused(lambda value=value: Config.from_dict(nested(path, value)), path)) < 300
 
 
 @pytest.mark.parametrize(
@@ -146,9 +144,7 @@ def test_every_field_refuses_other_types_and_values_out_of_its_range(path, limit
     ],
 )
 def test_the_message_names_field_value_and_what_would_be_right(path, value, said):
-    with pytest.raises(ValueError) as caught:
-        Config.from_dict(nested(path, value))
-    assert str(caught.value) == said
+    assert refused(lambda: Config.from_dict(nested(path, value))) == said
 
 
 @pytest.mark.parametrize(
@@ -163,7 +159,7 @@ def test_the_message_names_field_value_and_what_would_be_right(path, value, said
         ({"num_experts": 4, "top_k": 5}, "top_k 5 is more than the 4 experts"),
     ],
 )
-def test_numbers_of_experts_that_do_not_fit_each_other_are_refused(moe, said):
+def test_inconsistent_numbers_of_experts_are_rejected(moe, said):
     with pytest.raises(ValueError, match=said):
         Config.from_dict({"model": {"moe": moe}})
 
@@ -176,7 +172,7 @@ def test_numbers_of_experts_that_do_not_fit_each_other_are_refused(moe, said):
         ("attention", {"qk_norm": True, "kind": "mla"}, "model.attention.qk_norm is for gqa"),
     ],
 )
-def test_an_option_without_what_it_changes_is_refused(section, table, said):
+def test_an_option_that_would_have_no_effect_is_rejected(section, table, said):
     with pytest.raises(ValueError, match=said) as caught:
         Config.from_dict({"model": {section: table}})
     assert "\n" not in str(caught.value)
@@ -189,22 +185,21 @@ def test_an_option_without_what_it_changes_is_refused(section, table, said):
         ({"num_devices": 4, "top_devices": 5}, "train.top_devices 5 is more than num_devices 4"),
         (
             {"device_loss": 0.05},
-            "train.device_loss: one device has nothing to even out; set train.num_devices",
+            "train.device_loss: one device has nothing to balance; set train.num_devices",
         ),
         (
             {"communication_loss": 0.02},
-            "train.communication_loss: one device has nothing to even out; set train.num_devices",
+            "train.communication_loss: one device has nothing to balance; set train.num_devices",
         ),
         ({"bias_update": "center"}, "train.bias_update: one of sign, centred, proportional, got 'center'"),
     ],
 )
-def test_ways_to_balance_that_do_not_fit_are_refused_in_one_line(table, said):
-    with pytest.raises(ValueError) as caught:
-        Config.from_dict({"train": table})
-    assert str(caught.value).removesuffix(" (did you mean 'centred'?)") == said
+def test_inconsistent_balance_options_are_rejected_in_one_line(table, said):
+    line = refused(lambda: Config.from_dict({"train": table}))
+    assert line.removesuffix(" (did you mean 'centred'?)") == said
 
 
-def test_every_way_to_balance_fits_every_other(tmp_path):
+def test_all_balance_options_work_together(tmp_path):
     train = {name: 0.5 for name in LOSSES} | {"num_devices": 4, "top_devices": 2, "bias_update": "centred"}
     config = Config.from_dict({"train": train})
     assert all(getattr(config.train, name) == value for name, value in train.items())
@@ -212,7 +207,7 @@ def test_every_way_to_balance_fits_every_other(tmp_path):
     assert all(defaults[name] == 0 for name in LOSSES if name != "sequence_loss")
 
 
-def test_more_dense_layers_than_layers_are_refused():
+def test_more_dense_layers_than_layers_are_rejected():
     with pytest.raises(ValueError, match="num_dense_layers 5 is more than num_layers 4"):
         Config.from_dict({"model": {"num_layers": 4, "num_dense_layers": 5}})
 
@@ -257,16 +252,12 @@ BAD_FILES = {
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, content):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        Config.load(path)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert refused(lambda: Config.load(path)).startswith(f"{path}: ")
 
 
-def test_what_is_no_file_is_one_line_that_names_it(tmp_path):
+def test_what_is_not_a_file_is_one_line_that_names_it(tmp_path):
     for path, reason in ((tmp_path, "directory"), (tmp_path / "absent.toml", "No such file")):
-        with pytest.raises(ValueError, match=reason) as caught:
-            Config.load(path)
-        assert str(caught.value).startswith(f"{path}: ")
+        assert refused(lambda path=path: Config.load(path), reason).startswith(f"{path}: ")
 
 
 def test_a_syntax_error_names_the_line(tmp_path):
@@ -299,7 +290,7 @@ def test_an_unknown_preset_names_the_nearest_and_all():
             Config.preset(name)
 
 
-def test_a_toml_file_of_ones_own_is_a_preset_too(tmp_path):
+def test_a_path_to_a_toml_file_is_a_preset_too(tmp_path):
     (tmp_path / "mine.toml").write_text("[train]\nsteps = 7\n")
     assert Config.preset(str(tmp_path / "mine.toml")) == Config.from_dict({"train": {"steps": 7}})
     with pytest.raises(ValueError, match=r"absent.toml: not a readable TOML file: No such file"):
@@ -318,7 +309,7 @@ def test_configs_are_frozen():
             setattr(section, name, 1)
 
 
-def test_whole_numbers_are_taken_for_floats():
+def test_integers_are_accepted_as_floats():
     assert Config.from_dict({"train": {"learning_rate": 1}}).train.learning_rate == 1.0
     assert isinstance(Config.from_dict({"train": {"learning_rate": 1}}).train.learning_rate, float)
 

@@ -54,7 +54,7 @@ def test_only_plain_lines_are_left(name):
         r"\bExeunt\b|\bExit\b|\bRe-enter\b|\[Enter|Gutenberg|Etext",
         r"^(ACT|SCENE|Act|Scene) [IVX\d]|^INDUCTION|^SONG\b|^THE END|DRAMATIS|PERSONS REPRESENTED",
         r"^[IVXLC]{2,}\.?$|^\d+$",
-        r"^[A-Z][A-Z ]{3,}\.?$(?<!PAROLLES\.)(?<!DON ADRIANO DE ARMADO\.)",  # both sign letters
+        r"^[A-Z][A-Z ]{3,}\.?$(?<!PAROLLES\.)(?<!DON ADRIANO DE ARMADO\.)",  # both are signatures in letters
     ],
 )
 def test_no_stage_machinery_is_left(name, leftover):
@@ -123,20 +123,20 @@ def test_short_lines_are_not_speakers(line):
     assert not build.is_speaker([line, "Words."])
 
 
-def test_another_archive_is_refused(tmp_path):
+def test_a_different_archive_is_rejected(tmp_path):
     archive = tmp_path / "other.tar.gz"
     archive.write_bytes(b"other")
     with pytest.raises(ValueError, match="sha256"):
         build.read_works(archive)
 
 
-def test_a_changed_source_text_is_refused():
+def test_a_changed_source_text_is_rejected():
     with pytest.raises(ValueError, match="must occur once, but occurs 0 times"):
         build.clean("twelfth_night", "TWELFTH NIGHT\n\nby William Shakespeare\n\nACT I.\n")
 
 
 def witten_bell(text: bytes, context: bytes, following: int) -> float:
-    """The estimate straight from the formula, for one byte after one context."""
+    """The formula's estimate for one byte after one context."""
     lower = witten_bell(text, context[1:], following) if context else 1 / 256
     followers = [
         text[end] for end in range(len(context), len(text)) if text[end - len(context) : end] == context
@@ -174,7 +174,7 @@ def test_ngrams_are_distributions():
 
 
 @pytest.mark.parametrize("order", [-1, 8])
-def test_orders_that_do_not_fit_are_refused(order):
+def test_invalid_orders_are_rejected(order):
     with pytest.raises(ValueError, match=f"order={order}"):
         ngram.WittenBell(np.arange(20, dtype=np.uint8), order)
 

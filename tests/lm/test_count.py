@@ -11,8 +11,8 @@ from lm import count
 from lm.config import Config, ModelConfig, build, preset_names
 from lm.model import Transformer
 
-# total, active, cache elements a token. DeepSeek: as transformers counts, and rounded as the papers print;
-# Moonlight's active is published without embeddings only, see below. The others: the models' pages.
+# total, active, cache elements per token. DeepSeek: transformers' counts, which round to the papers' figures;
+# Moonlight's active count is published without embeddings only, see below. Others: the models' pages.
 PUBLISHED = {
     "deepseek-moe-16b": (16_375_728_128, 2_828_650_496, 114_688),
     "deepseek-v2-lite": (15_706_484_224, 2_661_150_208, 15_552),
@@ -29,7 +29,7 @@ PUBLISHED = {
     "qwen3-235b-a22b": (235_093_634_560, None, 94 * 2 * 4 * 128),
     "mixtral-8x7b": (46_702_792_704, None, 32 * 2 * 8 * 128),
 }
-# billions that the papers and pages round: total, active
+# in billions, as the papers and pages round them: total, active
 ROUNDED = {
     "deepseek-moe-16b": (16.4, 2.8),
     "deepseek-v2": (236, 21),
@@ -87,7 +87,7 @@ def test_v3_with_its_prediction_module_is_the_685_b_of_the_checkpoint():
 
 
 def test_presets_have_the_numbers_that_transformers_has_by_default():
-    import transformers  # slow to import, and of use here alone
+    import transformers  # slow to import and used only here
 
     v3, theirs = preset("deepseek-v3"), transformers.DeepseekV3Config()
     pairs = [
@@ -123,13 +123,13 @@ def test_presets_have_the_numbers_that_transformers_has_by_default():
 
 
 def as_mha(config, **values):
-    """The same model with keys and values for every head, as wide as its values."""
+    """The same model with multi-head attention, whose heads are as wide as the values."""
     width = config.attention.v_head_dim
     heads = {"num_kv_heads": config.attention.num_heads, "head_dim": width, **values}
     return changed(config, "attention", kind="gqa", **heads)
 
 
-def test_caches_are_as_much_smaller_as_the_papers_say():
+def test_caches_shrink_by_the_factors_in_the_papers():
     numbers = {name: count.cache_elements_per_token(preset(name)) for name in PUBLISHED}
     mla = preset("deepseek-v3").attention
     assert mla.kv_lora_rank + mla.qk_rope_head_dim == 4.5 * mla.v_head_dim  # V2 table 1; GQA of 2.25 groups
@@ -165,25 +165,25 @@ def test_bytes_of_a_cache(name, dtype, a_layer):
     assert count.cache_bytes_per_token(preset(name), dtype) == preset(name).num_layers * a_layer
 
 
-def test_a_latent_of_an_odd_width_has_a_scale_for_its_last_numbers_too():
+def test_a_partial_fp8_block_of_a_latent_has_its_own_scale():
     config = changed(preset("deepseek-v3"), "attention", kv_lora_rank=129)
     assert count.cache_bytes_per_token(config, "fp8") == 61 * (129 + 2 * 4 + 2 * 64)
 
 
-def test_an_unknown_dtype_is_an_error_that_names_the_known():
+def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"dtype 'fp9' \(did you mean 'fp8'\?\); there are bf16, fp16, "):
         count.cache_bytes_per_token(preset("toy"), "fp9")
 
 
-# --- what a training takes
+# --- training FLOPs
 
 
 @pytest.mark.parametrize(
     "layers, dim, vocab, context, feed_forwards, teraflops",
     [
-        (30, 4096, 102400, 4096, 1, 183.5),  # DeepSeek 7B; this and the next: DeepSeekMoE table 3 and 4
+        (30, 4096, 102400, 4096, 1, 183.5),  # DeepSeek 7B; the first three rows: DeepSeekMoE tables 3 and 4
         (32, 4096, 32000, 4096, 1, 187.9),  # Llama 2 7B
-        (28, 2048, 102400, 4096, 2, 74.4),  # DeepSeekMoE 16B: 8 of a quarter
+        (28, 2048, 102400, 4096, 2, 74.4),  # DeepSeekMoE 16B: 8 quarter-size experts
         (9, 1280, 8192, 2048, 1, 2.9),  # the 2B study, tables 1 and 2: dense, Hash and Switch
         (9, 1280, 8192, 2048, 2, 4.3),  # GShard, DeepSeekMoE
         (9, 1280, 8192, 2048, 3, 5.8),  # GShard x 1.5
@@ -216,7 +216,7 @@ def test_widths_are_counted_in_quarters_of_a_feed_forward(dim, hidden, expert, a
     assert count.feed_forwards(build(ModelConfig, {**dense, "moe": moe})) == expected
 
 
-def test_training_v3_took_the_hours_and_dollars_of_the_paper():
+def test_training_v3_takes_the_hours_and_dollars_of_the_paper():
     flops = count.training_flops_per_token(preset("deepseek-v3"), 4096)
     assert round(flops / 1e9, -1) == 250  # 6 x 36.6 B and attention
     cost = count.training_cost(flops, 14.8e12, 2.664e6, 2.788e6, 2.0, 989.5e12)
@@ -226,7 +226,7 @@ def test_training_v3_took_the_hours_and_dollars_of_the_paper():
     assert cost["dollars"] == 5_576_000
 
 
-# --- what is counted is what is built
+# --- counts against built models
 
 
 SMALL = st.integers(1, 5)
@@ -347,7 +347,7 @@ def test_flops_are_those_that_pytorch_counts_for_a_dense_model(tiny, attention, 
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(batch, time, dtype=torch.int64)).logits.sum().backward()
-    # PyTorch counts all pairs of tokens, so as many a query as the causal half of a context of 2 time - 1
+    # PyTorch counts all pairs: as many per query as the causal half of a context of 2 * time - 1
     assert counter.get_total_flops() == batch * time * count.training_flops_per_token(config, 2 * time - 1)
 
 
@@ -361,14 +361,14 @@ def test_flops_are_six_a_weight_and_attention_over_the_causal_half(config, conte
     idle += sum(t.numel() for t in model.buffers())
     a = config.attention
     widths = 2 * a.head_dim if a.kind == "gqa" else a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim
-    pairs = context * (context + 1) // 2  # of query and key in one sequence
+    pairs = context * (context + 1) // 2  # (query, key) pairs in one sequence
     attention = 3 * 2 * config.num_layers * a.num_heads * widths * pairs
     products = 6 * (count.active_parameters(config) - lookup - idle) * context
     assert count.training_flops_per_token(config, context) * context == products + attention
 
 
 @pytest.mark.parametrize("section, key", [("moe", "router"), ("attention", "kind")])
-def test_parts_of_ones_own_cannot_be_counted(tiny, section, key):
+def test_custom_parts_cannot_be_counted(tiny, section, key):
     config = tiny(**{section: {key: "mine:Own"}}).model
     with pytest.raises(ValueError, match=f"model.{section}.{key} 'mine:Own'"):
         count.total_parameters(config)

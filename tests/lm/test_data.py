@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from lm import data
 from lm.config import DataConfig
+from tests.helpers import refused
 
 LENGTHS = st.tuples(st.integers(1, 9), st.integers(0, 120)).map(lambda pair: (pair[0], pair[0] + 1 + pair[1]))
 
 
 def counting(length):
-    """Tokens that say where they stand."""
+    """Tokens whose value is their position."""
     return np.arange(length, dtype=np.int64)
 
 
@@ -85,7 +86,7 @@ def test_batches_follow_one_another():
 
 
 @pytest.mark.parametrize("length", [0, 1, 8])
-def test_a_text_shorter_than_one_window_is_refused_with_both_lengths(length):
+def test_a_text_shorter_than_one_window_is_rejected_with_both_lengths(length):
     with pytest.raises(ValueError, match=f"the text has {length} tokens; context=8 needs at least 9"):
         data.Windows(counting(length), 8)
 
@@ -102,7 +103,7 @@ def test_any_bytes_are_the_tokens(tmp_path, content):
     assert bytes(data.open_text(path)) == content
 
 
-def test_what_cannot_be_read_is_named_with_the_reason(tmp_path):
+def test_unreadable_files_are_named_with_the_reason(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name, reason in {
@@ -113,9 +114,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path):
         "absent/x": "cannot be read: No such file or directory",
         "empty/x": "cannot be read: Not a directory",
     }.items():
-        with pytest.raises(ValueError) as caught:
-            data.open_text(tmp_path / name)
-        assert str(caught.value) == f"{tmp_path / name}: {reason}"
+        assert refused(lambda name=name: data.open_text(tmp_path / name)) == f"{tmp_path / name}: {reason}"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -127,7 +126,7 @@ def test_a_file_without_permission_is_named(tmp_path):
         data.open_text(path)
 
 
-def test_a_pipe_is_refused_at_once(tmp_path):
+def test_a_pipe_is_rejected_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe"):
         data.open_text(tmp_path / "pipe")
@@ -159,7 +158,7 @@ def test_the_last_tenth_is_held_out_unless_a_file_is_named(tmp_path):
     assert (bytes(train), bytes(validation)) == (bytes(range(200)), b"held out")
 
 
-def test_a_vocabulary_smaller_than_the_text_is_refused_with_both_numbers(tmp_path):
+def test_a_vocabulary_smaller_than_the_text_is_rejected_with_both_numbers(tmp_path):
     path, low = tmp_path / "text", tmp_path / "low"
     path.write_bytes(b"a" * 3_000_000 + b"z")
     low.write_bytes(b"aa")

@@ -10,7 +10,7 @@ from lm.loss import cross_entropy, head_cross_entropy, token_log_probs
 
 
 def by_hand(logits, target):
-    """Log-probability of one target, in plain Python."""
+    """The log-probability of one target, in plain Python."""
     largest = max(logits)
     return logits[target] - largest - math.log(sum(math.exp(z - largest) for z in logits))
 
@@ -59,7 +59,7 @@ def test_even_logits_cost_the_log_of_the_vocabulary():
     ) == pytest.approx(math.log(7))
 
 
-def test_nothing_left_by_the_mask_is_0_with_gradient_0():
+def test_an_empty_mask_gives_loss_0_with_gradient_0():
     logits = torch.randn(2, 3, 5, requires_grad=True)
     value = cross_entropy(logits, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool))
     value.backward()
@@ -101,14 +101,14 @@ def test_the_gradient_is_probability_minus_target():
 
 
 @pytest.mark.parametrize("logits, targets", [((2, 3, 5), (2, 4)), ((2, 3, 5), (2, 3, 5)), ((3, 5), ())])
-def test_shapes_that_do_not_agree_are_refused(logits, targets):
+def test_mismatched_shapes_are_rejected(logits, targets):
     with pytest.raises(ValueError, match=r"logits .* and targets .* must agree in all but the vocabulary"):
         token_log_probs(torch.zeros(logits), torch.zeros(targets, dtype=torch.int64))
 
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """At most 4 tokens of a vocabulary of 11 at once."""
+    """Chunks of at most 4 tokens with a vocabulary of 11."""
     monkeypatch.setattr(loss, "CHUNK", 4 * 11 * 4)
 
 
@@ -164,7 +164,7 @@ def test_logits_in_chunks_are_of_autocasts_dtype_and_their_gradients_of_the_weig
 
 
 @pytest.mark.usefixtures("chunked")
-def test_a_hidden_token_that_is_no_number_does_not_reach_the_loss():
+def test_a_masked_nan_does_not_reach_the_loss():
     hidden, weight = torch.randn(9, 5), torch.randn(11, 5)
     hidden[2] = 1e38
     mask = torch.arange(9) != 2
@@ -175,7 +175,7 @@ def test_a_hidden_token_that_is_no_number_does_not_reach_the_loss():
 
 @pytest.mark.parametrize("chunk", [4 * 11 * 4, 2**20])
 @pytest.mark.parametrize("bad", [1e38, float("inf"), float("nan")])
-def test_nor_does_it_reach_a_gradient(monkeypatch, chunk, bad):
+def test_a_masked_nan_does_not_reach_a_gradient(monkeypatch, chunk, bad):
     monkeypatch.setattr(loss, "CHUNK", chunk)
     hidden, weight = torch.randn(9, 5), torch.randn(11, 5, requires_grad=True)
     targets, mask = torch.arange(9), torch.arange(9) != 2
@@ -195,7 +195,7 @@ def test_nor_does_it_reach_a_gradient(monkeypatch, chunk, bad):
 
 @pytest.mark.parametrize("chunk", [4 * 11 * 4, 2**20])
 @pytest.mark.parametrize("mask", [torch.ones(8) > 0, torch.ones(4, 1) > 0, torch.ones(4, 8)])
-def test_a_mask_that_does_not_fit_is_refused(monkeypatch, chunk, mask):
+def test_a_mask_of_the_wrong_shape_or_dtype_is_rejected(monkeypatch, chunk, mask):
     monkeypatch.setattr(loss, "CHUNK", chunk)
     hidden, weight, targets = torch.randn(4, 8, 5), torch.randn(11, 5), torch.zeros(4, 8, dtype=torch.int64)
     for refused in (
@@ -208,7 +208,7 @@ def test_a_mask_that_does_not_fit_is_refused(monkeypatch, chunk, mask):
 
 @pytest.mark.parametrize("target", [-100, -1, 11])
 @pytest.mark.parametrize("chunk", [4 * 11 * 4, 2**20])
-def test_a_target_outside_the_vocabulary_is_refused(monkeypatch, chunk, target):
+def test_a_target_outside_the_vocabulary_is_rejected(monkeypatch, chunk, target):
     monkeypatch.setattr(loss, "CHUNK", chunk)
     targets = torch.zeros(9, dtype=torch.int64)
     targets[3] = target
@@ -224,18 +224,18 @@ def test_many_chunks_of_bf16_add_their_gradients_in_fp32():
         weight = torch.zeros(11, 5, dtype=dtype, requires_grad=True)
         head_cross_entropy(hidden.to(dtype), weight, targets).backward()
         found.append(weight.grad.float())
-    assert (found[0] - found[1]).norm() < 0.01 * found[1].norm()  # summed in bf16 it is off by a tenth
+    assert (found[0] - found[1]).norm() < 0.01 * found[1].norm()  # a bf16 sum is off by 10 %
 
 
 @pytest.mark.usefixtures("chunked")
 def test_a_gradient_of_the_gradient_of_chunks_is_an_error():
     hidden = torch.randn(9, 5, requires_grad=True)
     value = head_cross_entropy(hidden, torch.randn(11, 5), torch.zeros(9, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="no gradient of the gradient"):
+    with pytest.raises(RuntimeError, match="chunked logits have no second derivative"):
         torch.autograd.grad(value, hidden, create_graph=True)
 
 
-def test_few_logits_are_made_at_once_and_many_never(monkeypatch):
+def test_at_most_a_chunk_of_logits_is_computed_at_once(monkeypatch):
     rows, linear = [], torch.nn.functional.linear
     monkeypatch.setattr(loss.F, "linear", lambda x, w: rows.append(len(x)) or linear(x, w))
     hidden, weight = torch.randn(300, 4), torch.randn(1000, 4)
@@ -247,6 +247,6 @@ def test_few_logits_are_made_at_once_and_many_never(monkeypatch):
 
 
 @pytest.mark.usefixtures("chunked")
-def test_shapes_that_do_not_agree_are_refused_in_chunks_too():
+def test_mismatched_shapes_are_rejected_in_chunks_too():
     with pytest.raises(ValueError, match="must agree in all but the vocabulary"):
         head_cross_entropy(torch.zeros(9, 5), torch.zeros(11, 5), torch.zeros(3, 3, dtype=torch.int64))

@@ -116,7 +116,7 @@ def test_any_chunking_through_the_caches_equals_one_call(tiny, make_model, chang
         assert torch.equal(torch.cat([out.routings[layer].experts for out in outs], dim=1), routing.experts)
 
 
-def test_hidden_is_what_the_final_norm_and_the_head_get(tiny, make_model):
+def test_hidden_is_the_input_of_the_final_norm_and_the_head(tiny, make_model):
     model = make_model(tiny().model)
     out = model(draw_tokens(2, 5))
     scale = (out.hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -125,14 +125,14 @@ def test_hidden_is_what_the_final_norm_and_the_head_get(tiny, make_model):
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
-def test_later_tokens_change_nothing_earlier(tiny, make_model, changes):
+def test_later_tokens_do_not_change_earlier_outputs(tiny, make_model, changes):
     model, tokens = make_model(tiny(**changes).model), draw_tokens(1, 10)
     other = torch.cat([tokens[:, :6], draw_tokens(1, 4, seed=1)], dim=1)
     torch.testing.assert_close(model(other).logits[:, :6], model(tokens).logits[:, :6], rtol=0, atol=1e-12)
     assert not torch.equal(model(other).logits[:, 6:], model(tokens).logits[:, 6:])
 
 
-def test_rows_of_a_batch_do_not_meet(tiny, make_model):
+def test_batch_rows_are_independent(tiny, make_model):
     model, tokens = make_model(tiny().model), draw_tokens(4, 9)
     alone = torch.cat([model(row.unsqueeze(0)).logits for row in tokens])
     torch.testing.assert_close(model(tokens).logits, alone, rtol=0, atol=1e-12)
@@ -160,12 +160,12 @@ def test_mask_hides_padding_on_the_left(tiny, make_model):
         (torch.tensor([[0, 256]]), r"token 256 is not in the vocabulary, 0..255"),
     ],
 )
-def test_what_is_not_a_batch_of_tokens_is_refused(tiny, make_model, tokens, said):
+def test_what_is_not_a_batch_of_tokens_is_rejected(tiny, make_model, tokens, said):
     with pytest.raises(ValueError, match=said):
         make_model(tiny().model)(tokens)
 
 
-def test_more_tokens_than_the_caches_hold_are_refused(tiny, make_model):
+def test_more_tokens_than_the_caches_hold_are_rejected(tiny, make_model):
     model = make_model(tiny().model)
     caches = model.new_caches(1, 4)
     model(draw_tokens(1, 3), caches)
@@ -203,7 +203,7 @@ def test_shared_experts_are_one_mlp_of_their_width_together(tiny):
 
 
 @pytest.mark.parametrize("name, kind", [("sigmoid", SigmoidRouter), ("softmax", SoftmaxRouter)])
-def test_the_router_gets_the_numbers_of_the_config(tiny, name, kind):
+def test_the_router_gets_the_values_of_the_config(tiny, name, kind):
     moe = {
         "router": name,
         "top_k": 3,
@@ -218,7 +218,7 @@ def test_the_router_gets_the_numbers_of_the_config(tiny, name, kind):
         assert getattr(router, key) == moe[key]
 
 
-def test_attention_gets_the_numbers_of_the_config(tiny):
+def test_attention_gets_the_values_of_the_config(tiny):
     rope = {"theta": 500.0, "interleaved": False}
     mla = Transformer(tiny(rope=rope).model).blocks[0].attention
     assert isinstance(mla, MultiheadLatentAttention)
@@ -245,7 +245,7 @@ SCALINGS = {
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 @pytest.mark.parametrize("scaling, want", SCALINGS.items())
-def test_rope_scaling_gets_the_numbers_of_the_config(tiny, scaling, want, kind):
+def test_rope_scaling_gets_the_values_of_the_config(tiny, scaling, want, kind):
     numbers = {"factor": 3.0, "original_context": 100, "beta_fast": 20.0, "beta_slow": 2.0, "mscale": 0.5}
     numbers |= {"mscale_all_dim": 0.25, "low_freq_factor": 2.5, "high_freq_factor": 5.0, "theta": 7.0}
     config = tiny(attention={"kind": kind}, rope={"scaling": scaling, "interleaved": False, **numbers}).model
@@ -320,7 +320,7 @@ def test_norm_eps_reaches_the_block_norms_and_never_the_latent_ones(tiny):
 
 
 @pytest.mark.usefixtures("own_parts")
-def test_a_router_of_ones_own_gets_what_it_names_and_its_arguments(tiny, make_model):
+def test_a_custom_router_gets_the_config_values_it_names_and_its_arguments(tiny, make_model):
     config = tiny(moe={"router": "own_parts:First", "arguments": {"weight": 0.5, "offset": 3}}).model
     model = make_model(config)
     routing = model(draw_tokens(2, 4)).routings[0]
@@ -329,7 +329,7 @@ def test_a_router_of_ones_own_gets_what_it_names_and_its_arguments(tiny, make_mo
 
 
 @pytest.mark.usefixtures("own_parts")
-def test_a_router_that_asks_for_tokens_is_given_the_ids(tiny, make_model):
+def test_a_router_with_a_tokens_argument_gets_the_token_ids(tiny, make_model):
     tokens = draw_tokens(2, 4)
     model = make_model(tiny(moe={"router": "own_parts:ByToken"}).model)
     caches = model.new_caches(2, 4)
@@ -338,27 +338,27 @@ def test_a_router_that_asks_for_tokens_is_given_the_ids(tiny, make_model):
 
 
 @pytest.mark.usefixtures("own_parts")
-def test_an_attention_of_ones_own_takes_part(tiny, make_model):
+def test_a_custom_attention_is_used(tiny, make_model):
     config = tiny(attention={"kind": "own_parts:Doubled", "arguments": {"factor": 0.0}}).model
     tokens = draw_tokens(1, 6)
     silent = make_model(config)
-    torch.testing.assert_close(  # attention adds nothing, so a token's output depends on itself alone
+    torch.testing.assert_close(  # attention adds nothing, so a token's output depends only on that token
         silent(tokens).logits[:, -1:], silent(tokens[:, -1:]).logits, rtol=0, atol=1e-12
     )
     assert make_model(tiny(attention={"kind": "own_parts:Doubled"}).model).blocks[0].attention.factor == 2.0
 
 
 @pytest.mark.usefixtures("own_parts")
-def test_an_attention_of_ones_own_turns_as_the_config_says_if_it_takes_a_rope(tiny, recwarn):
+def test_a_custom_attention_gets_the_configured_rope_if_it_takes_one(tiny, recwarn):
     kind = "exercises.projects.sliding_window:SlidingWindowMLA"
     changes = {"rope": {"theta": 77.0, "interleaved": False}, "attention": {"kind": kind, "q_lora_rank": 6}}
     attention = Transformer(tiny(**changes).model).blocks[1].attention
     assert (attention.rope.theta, attention.rope.interleaved) == (77.0, False)
     assert attention.q_lora_rank == 6 and not recwarn
-    with pytest.warns(UserWarning, match="own_parts:Doubled takes no rope: model.rope is not heeded"):
+    with pytest.warns(UserWarning, match="own_parts:Doubled takes no rope: model.rope is ignored"):
         own = {"kind": "own_parts:Doubled", "q_lora_rank": 0}
         Transformer(tiny(rope={"theta": 77.0}, attention=own).model)
-    with pytest.warns(UserWarning, match="takes no q_lora_rank: model.attention.q_lora_rank 6 is not heeded"):
+    with pytest.warns(UserWarning, match="takes no q_lora_rank: model.attention.q_lora_rank 6 is ignored"):
         Transformer(tiny(attention={"kind": "own_parts:Doubled", "q_lora_rank": 6}).model)
 
 
@@ -379,7 +379,7 @@ def test_an_attention_of_ones_own_turns_as_the_config_says_if_it_takes_a_rope(ti
         ("..own_parts:X", "cannot be imported"),
     ],
 )
-def test_a_dotted_path_that_is_no_module_class_is_refused_and_never_called(tiny, section, key, path, said):
+def test_a_path_that_is_not_a_module_class_is_rejected_and_never_called(tiny, section, key, path, said):
     with pytest.raises(ValueError, match=said) as caught:
         Transformer(tiny(**{section: {key: path}}).model)
     assert f"model.{section}.{key} {path!r}" in str(caught.value)
@@ -396,7 +396,7 @@ def test_a_dotted_path_that_is_no_module_class_is_refused_and_never_called(tiny,
         ({"router": "torch.nn:Linear"}, "model.moe.router torch.nn:Linear: .*in_features"),
     ],
 )
-def test_arguments_that_a_class_does_not_take_are_refused(tiny, moe, said):
+def test_arguments_that_a_class_does_not_take_are_rejected(tiny, moe, said):
     with pytest.raises(ValueError, match=said):
         Transformer(tiny(moe=moe).model)
 
@@ -420,7 +420,7 @@ def test_arguments_that_a_class_does_not_take_are_refused(tiny, moe, said):
         ({"rope": {"scaling": "yarn", "theta": 1}}, "theta=1.0 must be above 1 for YaRN"),
     ],
 )
-def test_numbers_that_a_part_cannot_use_are_refused_when_built(tiny, changes, said):
+def test_values_that_a_part_cannot_use_are_rejected_when_built(tiny, changes, said):
     with pytest.raises(ValueError, match=said) as caught:
         Transformer(tiny(**changes).model)
     assert "\n" not in str(caught.value)
@@ -462,8 +462,8 @@ def test_tied_embeddings_are_one_parameter_that_learns_from_both_ends(tiny, make
     assert sum(p.numel() for p in free.parameters()) - sum(p.numel() for p in model.parameters()) == 256 * 16
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     model(tokens).logits[..., 7].sum().backward()
-    assert model.embedding.weight.grad[0].abs().sum() > 0  # token 0 was read
-    assert model.embedding.weight.grad[7].abs().sum() > 0  # token 7 was foretold
+    assert model.embedding.weight.grad[0].abs().sum() > 0  # token 0 is an input
+    assert model.embedding.weight.grad[7].abs().sum() > 0  # token 7 is a target
     assert model.embedding.weight.grad[9].abs().sum() == 0
 
 
@@ -526,7 +526,7 @@ def test_logits_equal_those_of_transformers(tiny, make_model, peers, monkeypatch
         got, plain = ours(tokens).logits, theirs(tokens).logits
         monkeypatch.setattr(
             torch, "float32", torch.float64
-        )  # what they round to fp32, router and norms, no more
+        )  # only the fp32 rounding in transformers' router and norms
         want = theirs(tokens).logits
     assert want.dtype == got.dtype == torch.float64
     assert (got - want).abs().max() <= 1e-12 * want.abs().max()

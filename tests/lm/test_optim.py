@@ -40,7 +40,7 @@ def test_selection_biases_never_reach_the_optimizer(tiny):
     assert not held & {id(router.bias) for router in model.routers()}
 
 
-def test_adamw_has_the_numbers_of_the_config_and_v3s_by_default(tiny):
+def test_adamw_gets_the_values_of_the_config_and_v3s_by_default(tiny):
     config = tiny(train={"beta1": 0.8, "beta2": 0.7, "learning_rate": 0.02})
     optimizer = build_optimizer(Transformer(config.model), config.train)
     for group in optimizer.param_groups:
@@ -50,7 +50,7 @@ def test_adamw_has_the_numbers_of_the_config_and_v3s_by_default(tiny):
 
 
 def test_one_step_is_that_of_adamw_written_out(tiny):
-    """Loshchilov and Hutter 2019, algorithm 2, first step: corrected, the moments are gradient and square."""
+    """Loshchilov and Hutter 2019, algorithm 2: at step 1 the corrected moments are gradient and square."""
     config = tiny(train={"learning_rate": 0.01, "weight_decay": 0.5})
     model = Transformer(config.model).double()
     matrix, norm = model.blocks[0].attention.out.weight, model.norm.weight
@@ -69,14 +69,14 @@ SCHEDULE = {"steps": 100, "warmup": 10, "learning_rate": 0.5, "final_learning_ra
 @pytest.mark.parametrize(
     "changes, step, want",
     [
-        ({}, 1, 0.05),  # warm-up: a tenth of the way
+        ({}, 1, 0.05),  # warm-up, a tenth of the way
         ({}, 5, 0.25),
-        ({}, 10, 0.5),  # its end
-        ({}, 55, (0.5 + 0.05) / 2),  # the middle of the fall
+        ({}, 10, 0.5),  # the end of warm-up
+        ({}, 55, (0.5 + 0.05) / 2),  # halfway through the decay
         ({}, 32.5, 0.05 + 0.45 * (1 + math.cos(math.pi / 4)) / 2),
         ({}, 100, 0.05),  # the last step
         ({"decay": 0.5}, 11, 0.5),  # constant ...
-        ({"decay": 0.5}, 55, 0.5),  # ... up to where the fall begins
+        ({"decay": 0.5}, 55, 0.5),  # ... until the decay begins
         ({"decay": 0.5}, 77.5, (0.5 + 0.05) / 2),
         ({"decay": 0.5}, 100, 0.05),
         ({"decay": 0.0}, 99, 0.5),
@@ -85,8 +85,8 @@ SCHEDULE = {"steps": 100, "warmup": 10, "learning_rate": 0.5, "final_learning_ra
         ({"warmup": 0}, 100, 0.05),
         ({"final_learning_rate": 1.0}, 60, 0.5),
         ({"final_learning_rate": 0.0}, 100, 0.0),
-        ({"warmup": 100}, 100, 0.5),  # nothing but warm-up
-        ({"warmup": 1000}, 100, 0.05),  # not even that
+        ({"warmup": 100}, 100, 0.5),  # only warm-up
+        ({"warmup": 1000}, 100, 0.05),  # less than the warm-up
     ],
 )
 def test_the_schedule_has_closed_values(tiny, changes, step, want):

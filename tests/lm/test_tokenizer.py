@@ -25,16 +25,16 @@ def test_text_survives_as_utf8(text):
 
 @given(st.binary())
 def test_bytes_from_the_command_line_are_themselves_again(content):
-    argument = content.decode("utf-8", "surrogateescape")  # what Python makes of argv
+    argument = content.decode("utf-8", "surrogateescape")  # as Python decodes argv
     assert tokenizer.encode(argument) == list(content)
 
 
 @given(st.lists(st.integers(0, 255)))
-def test_every_sequence_of_tokens_can_be_shown(tokens):
+def test_every_sequence_of_tokens_can_be_decoded(tokens):
     assert isinstance(tokenizer.decode(tokens), str)
 
 
-def test_bytes_that_are_no_text_become_replacement_characters():
+def test_invalid_utf8_becomes_replacement_characters():
     assert tokenizer.decode([104, 105, 255, 33]) == "hi\ufffd!"
 
 
@@ -44,13 +44,13 @@ def test_end_of_text_is_a_control_character_within_the_vocabulary():
 
 
 @pytest.mark.parametrize("token", [256, 299, 10**6])
-def test_tokens_beyond_the_bytes_are_shown_as_what_is_no_text(token):
-    """A model's vocabulary may be larger than the tokenizer's; such a token can then be drawn."""
+def test_tokens_beyond_the_bytes_become_replacement_characters(token):
+    """A model may sample such tokens where its vocabulary is larger than the tokenizer's."""
     assert tokenizer.decode([104, token, 105]) == "h\ufffdi"
     assert len(tokenizer.decode_bytes([token])) == 1
 
 
-# --- a folder's own
+# --- a folder's tokenizer
 
 
 @pytest.fixture
@@ -73,25 +73,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folders_tokenizer_is_found_and_goes_there_and_back(folder):
+def test_a_folders_tokenizer_is_found_and_round_trips(folder):
     found = open_tokenizer(folder, 300)
     tokens = found.encode("to be é 日")
     assert tokens[0] == 0 and found.encode("to be é 日", special=False) == tokens[1:]
     assert len(tokens) < len("to be é 日".encode())
     assert found.decode(tokens) == "to be é 日"
     assert found.encode(b"to be \xc3\xa9") == found.encode("to be é")
-    assert found.encode("a\udcffb") == found.encode("a\ufffdb")  # a byte of a command line that is no text
+    assert found.encode("a\udcffb") == found.encode("a\ufffdb")  # an undecodable byte of a command line
     assert found.special == {"bos_token": "<b>", "eos_token": "<e>"}
     assert found.chat_template == "{{ bos_token }}!"
 
 
-def test_text_is_written_when_its_character_is_whole(folder):
+def test_text_is_written_only_in_complete_characters(folder):
     found = open_tokenizer(folder, 300)
     write = found.writer()
     parts = [write(token) for token in found.encode("é日 to be")]
     assert b"".join(parts).decode() == "é日 to be"
     for part in parts:
-        part.decode()  # no character in pieces
+        part.decode()  # fails on an incomplete character
     assert len([part for part in parts if part]) > 2
 
 
@@ -104,7 +104,7 @@ def test_text_is_written_when_its_character_is_whole(folder):
         ({"config.json": {"eos_token_id": None}, "tokenizer_config.json": {}}, set()),
     ],
 )
-def test_where_the_end_of_text_is_said(folder, files, ends):
+def test_where_the_end_of_text_token_is_stored(folder, files, ends):
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     assert open_tokenizer(folder, 300).ends == ends
@@ -123,7 +123,7 @@ TOOL = {"name": "tool", "template": "t"}
         ({}, None, None),
     ],
 )
-def test_where_the_chat_template_is_said(folder, settings, file, wanted):
+def test_where_the_chat_template_is_stored(folder, settings, file, wanted):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if file is not None:
         (folder / "chat_template.jinja").write_text(file)
@@ -136,7 +136,7 @@ def test_without_a_tokenizer_the_tokens_are_bytes_or_unknown(tmp_path):
         open_tokenizer(tmp_path, 102400)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(folder):
+def test_an_invalid_tokenizer_is_rejected(folder):
     size = open_tokenizer(folder, 300).tokenizer.get_vocab_size()
     assert open_tokenizer(folder, size).vocab_size == size
     told = rf"tokenizer.json: has token {size - 1}; the model knows 0..{size - 2}$"

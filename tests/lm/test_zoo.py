@@ -1,4 +1,4 @@
-"""A model with each of the other routers: trained, counted, stored, and written with."""
+"""Models with each of the other routers: training, counting, saving and generating."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ def with_router(tiny, name, train=None, **moe):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Training without its samples and evaluations."""
+    """Train without samples and evaluations."""
     monkeypatch.setattr(train, "stream", lambda *given, **options: iter(()))
     monkeypatch.setattr(train, "evaluate", lambda *given: 1.0)
 
 
 @pytest.mark.parametrize("name, room", [*((name, 0.0) for name in OTHERS), ("sigmoid", 1.0), ("hash", 1.0)])
-def test_a_model_with_another_router_trains_is_stored_and_counted(tiny, tmp_path, quick, name, room):
+def test_a_model_with_any_built_in_router_trains_saves_and_counts(tiny, tmp_path, quick, name, room):
     config = with_router(tiny, name, capacity_factor=room)
     assert train.train(config, tmp_path / "run") == 0
     model = lm.load(tmp_path / "run")
@@ -54,12 +54,12 @@ def test_a_model_with_another_router_trains_is_stored_and_counted(tiny, tmp_path
     assert torch.equal(again(tokens).logits, before)
     written = lm.generate(model, tokens, 5, temperature=0.0)
     assert written.shape == (2, 8)
-    if name not in ("random", "expert_choice"):  # the others write what the whole pass says
+    if name not in ("random", "expert_choice"):  # decoding with the others agrees with one pass over the text
         assert torch.equal(written[:, 3], before[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize("name, room", [("noisy", 0.0), ("gshard", 1.0), ("random", 0.0)])
-def test_a_router_that_draws_resumes_bit_for_bit(tiny, tmp_path, quick, monkeypatch, name, room):
+def test_a_random_router_resumes_bit_for_bit(tiny, tmp_path, quick, monkeypatch, name, room):
     short = {**QUIET, "save_every": 2}
     config = with_router(tiny, name, short, capacity_factor=room)
     assert train.train(config, tmp_path / "whole") == 0
@@ -90,7 +90,7 @@ def test_a_router_that_draws_resumes_bit_for_bit(tiny, tmp_path, quick, monkeypa
         ("swich", {}, "did you mean 'switch'"),
     ],
 )  # fmt: skip
-def test_a_config_that_does_not_fit_a_router_is_refused(tiny, name, moe, said):
+def test_a_config_that_does_not_fit_a_router_is_rejected(tiny, name, moe, said):
     with pytest.raises(ValueError, match=said):
         lm.Transformer(with_router(tiny, name, **moe).model)
 
@@ -104,31 +104,31 @@ def test_arguments_reach_a_built_in_router(tiny):
     assert len(tables[0]) == tiny().model.vocab_size
 
 
-def test_training_sees_the_load_that_was_asked_for_and_not_what_room_left_of_it(tiny, tmp_path, quick):
+def test_training_counts_the_load_before_dropping(tiny, tmp_path, quick):
     seen = {}
     for room in (0.0, 0.3):
         config = with_router(tiny, "sigmoid", capacity_factor=room, train={**QUIET, "log_every": 1})
         run = tmp_path / str(room)
         train.train(config, run)
         seen[room] = read_metrics(run)[0]["max_violations"][0], lm.load(run).routers()[0].bias.abs().max()
-    assert seen[0.3][0] == seen[0.0][0] > 0.5  # of the first layer at the first step, before anything differs
+    assert seen[0.3][0] == seen[0.0][0] > 0.5  # first layer, first step: nothing differs yet
     assert seen[0.3][1] > 0
 
 
-def test_a_config_says_how_much_room_there_is(tiny):
+def test_capacity_factor_limits_every_expert(tiny):
     room = Transformer(with_router(tiny, "sigmoid", capacity_factor=1.7).model).routers()[0]
     assert room.capacity_factor == 1.7 and room.priority == "choice"
     choice = Transformer(with_router(tiny, "expert_choice", top_k=3).model).routers()[0]
     assert choice.capacity_factor == 3
 
 
-def test_a_number_of_the_config_is_no_argument(tiny):
+def test_a_config_field_is_rejected_as_an_argument(tiny):
     wrong = with_router(tiny, "sigmoid", arguments={"top_k": 1})
     with pytest.raises(ValueError, match=r"^model\.moe\.arguments top_k: .* set model\.moe\.top_k"):
         Transformer(wrong.model)
 
 
-def test_a_router_of_ones_own_is_told_what_it_does_not_heed(tiny):
+def test_config_values_that_a_custom_router_does_not_take_are_reported(tiny):
     own = {"router": "torch.nn:Identity", "routed_scaling_factor": 2.5}
     with pytest.warns(
         UserWarning, match="takes no routed_scaling_factor: model.moe.routed_scaling_factor 2.5"

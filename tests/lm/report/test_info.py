@@ -1,14 +1,19 @@
+"""`lm info`: its numbers, its text and its figure."""
+
+import itertools
 import json
-import math
 
 import matplotlib.image
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from lm import count
 from lm.config import Config, preset_names
 from lm.report import info
+from tests.helpers import refused
+from tests.lm.report.colours import contrast
 
 
 def test_summary_and_its_text_agree(tiny):
@@ -40,36 +45,36 @@ def test_summary_and_its_text_agree(tiny):
     assert "DeepSeek-V3" not in text
 
 
-def test_tied_embeddings_are_left_out_once(tiny):
+def test_a_tied_embedding_is_subtracted_once(tiny):
     parameters = info.summary(tiny(model={"tie_embeddings": True}).model, 10)["parameters"]
-    assert parameters["total_without_input_embedding"] == parameters["total"]  # it is the head, too
+    assert parameters["total_without_input_embedding"] == parameters["total"]  # it is the head as well
     assert parameters["active_without_embedding_and_head"] == parameters["active"] - 256 * 16
 
 
 @pytest.mark.parametrize("dtype, size", [("fp32", 4), ("fp8", 1)])
-def test_caches_are_in_the_dtype_that_is_asked_for(dtype, size):
+def test_caches_have_the_requested_dtype(dtype, size):
     caches = info.summary(Config.preset("deepseek-v3").model, 10, dtype)["cache_bytes_per_token"]
     assert caches["this model"] == 61 * (656 if dtype == "fp8" else 576 * 4)
     assert caches["MHA"] == 61 * 2 * 128 * 128 * size
     assert caches["llama-3.1-405b"] == 258_048 * size
-    assert f"cache in {dtype}" in info.as_text(info.summary(Config.preset("toy").model, 10, dtype))
+    assert f"cache in {dtype}:" in info.as_text(info.summary(Config.preset("toy").model, 10, dtype))
 
 
-def test_v3_is_shown_with_what_its_training_took():
+def test_v3_is_shown_with_its_published_training_cost():
     text = info.as_text(info.summary(Config.preset("deepseek-v3").model, 100))
     assert "3.71e+24 FLOPs for 14.8 T tokens in 2.664 M GPU hours" in text  # whatever the context
-    assert "387 TFLOP/s a GPU, 39% of the peak in BF16" in text
-    assert "2.788 M GPU hours with all that followed, at 2 dollars each: 5.576 M dollars" in text
+    assert "387 TFLOP/s per GPU, 39% of the BF16 peak" in text
+    assert "post-training 2.788 M GPU hours, 5.576 M dollars at 2 dollars per hour" in text
 
 
-def test_deepseek_moe_is_shown_with_the_74_4_t_of_its_paper():
-    assert "by DeepSeekMoE's formula 74.42 T" in info.as_text(
+def test_deepseek_moe_needs_the_74_4_tflops_of_its_paper():
+    assert "with DeepSeekMoE's formula 74.42 T" in info.as_text(
         info.summary(Config.preset("deepseek-moe-16b").model, 4096)
     )
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_has_a_summary_that_json_keeps(name):
+def test_every_presets_summary_survives_json(name):
     facts = info.summary(info.find_config(name), 4096)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert max(len(line) for line in info.as_text(facts).splitlines()) <= 110
@@ -78,66 +83,144 @@ def test_every_preset_has_a_summary_that_json_keeps(name):
 @pytest.mark.parametrize(
     "number, words", [(0, "0"), (999, "999"), (1000, "1 k"), (74.42e12, "74.42 T"), (2.5e21, "2.5e+06 P")]
 )
-def test_large_numbers_are_short(number, words):
+def test_large_numbers_are_shortened(number, words):
     assert info.short(number) == words
 
 
-# --- the picture
+# --- the figure
 
 
-def test_rectangles_are_laid_as_in_the_paper_on_squarified_treemaps():
-    boxes = info.squarify([6.0, 6.0, 4.0, 3.0, 2.0, 2.0, 1.0], 0.0, 0.0, 6.0, 4.0)  # its figure 4
-    expected = [(0, 0, 3, 2), (0, 2, 3, 2), (3, 0, 12 / 7, 7 / 3), (3 + 12 / 7, 0, 9 / 7, 7 / 3)]
-    expected += [(3, 7 / 3, 6 / 5, 5 / 3)]
-    for box, other in zip(boxes, expected):
-        assert box == pytest.approx(other)
+def parameters_of(total, active):
+    return {
+        "total": sum(total.values()),
+        "total_by_part": total,
+        "active": sum(active.values()),
+        "active_by_part": active,
+    }
 
 
-@given(
-    numbers=st.lists(st.floats(1, 1e6), min_size=1, max_size=12),
-    width=st.floats(0.5, 3),
-    height=st.floats(0.5, 3),
+NONE = dict.fromkeys(info.COLOURS, 0)
+DENSE = NONE | {"embedding": 100, "attention": 300, "dense MLPs": 590, "norms": 10}
+SPARSE = NONE | {"attention": 500, "routed experts": 9000, "shared experts": 480, "routers": 1, "head": 19}
+ACTIVE = SPARSE | {"routed experts": 1000}
+CASES = pytest.mark.parametrize(
+    "parameters",
+    [
+        parameters_of(DENSE, DENSE),
+        parameters_of(SPARSE, ACTIVE),
+        parameters_of(NONE | {"head": 10**12}, NONE | {"head": 1}),
+        *(info.summary(Config.preset(name).model, 10)["parameters"] for name in ("toy", "deepseek-v3")),
+    ],
+    ids=["dense", "sparse", "one part", "toy", "deepseek-v3"],
 )
-def test_rectangles_have_their_areas_and_do_not_overlap(numbers, width, height):
-    scale = width * height / sum(numbers)
-    areas = sorted((number * scale for number in numbers), reverse=True)
-    boxes = info.squarify(areas, 1.0, 2.0, width, height)
-    assert [w * h for _, _, w, h in boxes] == pytest.approx(areas)
-    for index, (x, y, w, h) in enumerate(boxes):
-        assert x >= 1 - 1e-6 and y >= 2 - 1e-6 and x + w <= 1 + width + 1e-6 and y + h <= 2 + height + 1e-6
-        for u, v, a, b in boxes[:index]:
-            apart = min(x + w, u + a) - max(x, u), min(y + h, v + b) - max(y, v)
-            assert min(apart) < 1e-6
 
 
-def test_the_picture_has_each_part_in_its_colour_and_share(tmp_path):
-    parts = {"embedding": 100, "attention": 300, "dense MLPs": 600, "norms": 0, "head": 0}
-    parameters = {"total": 1000, "total_by_part": parts, "active": 1000, "active_by_part": parts}
+def bars_in(path):
+    """Each bar of a PNG, from top to bottom, as its colours' parts and pixels [(part, pixels), ...]."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    part = np.full(pixels.shape[:2], -1)
+    for index, colour in enumerate(info.COLOURS.values()):
+        part[abs(pixels - to_rgb(colour)).max(-1) < 0.01] = index
+    filled = (part >= 0).sum(1)
+    rows = np.flatnonzero(filled > 0.5 * filled.max())  # text in a bar hides less than half of it
+    tops = [row for row in rows if row - 1 not in rows]
+    for row in tops:
+        line = part[row + 3]  # just below the edge, above the text
+        yield [
+            (list(info.COLOURS)[index], sum(1 for _ in run))
+            for index, run in itertools.groupby(line[line >= 0])
+        ]
+
+
+@CASES
+def test_each_bar_shows_every_part_in_its_colour_order_and_share(tmp_path, parameters):
     info.draw(parameters, "a title with $\\frac$", tmp_path / "a.png")
-    pixels = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
-    width = pixels.shape[1] // 2
-    for name, number in parts.items():
-        colour = matplotlib.colors.to_rgb(info.COLOURS[name])
-        same = (abs(pixels[:, :width] - colour).max(-1) < 0.02).sum() / (width * pixels.shape[0])
-        assert math.isclose(same, number / 1000 * 0.7, abs_tol=0.06), name
+    bars = list(bars_in(tmp_path / "a.png"))
+    assert len(bars) == 2
+    for bar, key in zip(bars, ("total", "active")):
+        width = sum(pixels for _, pixels in bar)
+        assert width > 800
+        shares = {part: number / parameters[key] for part, number in parameters[f"{key}_by_part"].items()}
+        assert [part for part, _ in bar] == [part for part in shares if part in dict(bar)]
+        for part, share in shares.items():
+            # an edge may blend two colours in one pixel on either side
+            assert dict(bar).get(part, 0) / width == pytest.approx(share, abs=3 / width), (key, part)
 
 
-def test_every_part_has_a_colour_of_its_own(tiny):
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """drawn(parameters): the figure itself, once it is saved and so laid out."""
+    save, kept = Figure.savefig, []
+
+    def save_and_keep(figure, *given, **options):
+        save(figure, *given, **options)
+        kept.append(figure)
+
+    def make(parameters):
+        monkeypatch.setattr(Figure, "savefig", save_and_keep)
+        info.draw(parameters, "a model", tmp_path / "a.png")
+        return kept[-1]
+
+    return make
+
+
+@CASES
+def test_labels_are_the_percentages_and_fit_into_their_parts(drawn, parameters):
+    [axis] = drawn(parameters).axes
+    labels = {}
+    for text in axis.texts:
+        if text.get_text():
+            box = text.get_window_extent()
+            [bar] = [
+                bar
+                for bar in axis.patches
+                if bar.get_width() and bar.get_window_extent().contains(*box.get_points().mean(0))
+            ]
+            outer = bar.get_window_extent()
+            assert outer.x0 <= box.x0 < box.x1 <= outer.x1 and outer.y0 <= box.y0 < box.y1 <= outer.y1
+            labels[round(bar.get_y()), matplotlib.colors.to_hex(bar.get_facecolor())] = text.get_text()
+    wanted = {}
+    for row, key in enumerate(("total", "active")):
+        for part, number in parameters[f"{key}_by_part"].items():
+            percent = 100 * number / parameters[key]
+            if percent > 3:  # a smaller part has no room for a label; the legend has its number
+                wanted[row, info.COLOURS[part]] = f"{percent:.0f}%"
+    assert labels == wanted
+
+
+@CASES
+def test_the_legend_names_every_part_with_its_numbers(drawn, parameters):
+    figure = drawn(parameters)
+    [axis] = figure.axes
+    texts = axis.get_legend().get_texts()
+    wanted = []
+    for part, total in parameters["total_by_part"].items():
+        active = parameters["active_by_part"][part]
+        if total:
+            wanted.append(f"{part}: {info.short(total, 'kMBT')}")
+            wanted[-1] += f" ({info.short(active, 'kMBT')} active)" if active != total else ""
+    assert [text.get_text() for text in texts] == wanted
+    ticks = [label.get_text() for label in axis.get_yticklabels()]
+    assert ticks == [f"total\n{parameters['total']:,}", f"active per token\n{parameters['active']:,}"]
+    boxes = [text.get_window_extent().padded(-2) for text in texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_every_part_has_its_own_colour_that_black_text_can_be_read_on(tiny):
     assert list(info.COLOURS) == list(count.parameters_by_part(tiny().model))
     assert len(set(info.COLOURS.values())) == len(info.COLOURS)
+    assert all(contrast("black", colour) >= 4.5 for colour in info.COLOURS.values())
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "png", ".png"])
-def test_a_picture_of_another_kind_is_refused(tmp_path, name):
+def test_a_file_name_that_is_not_png_is_rejected(tmp_path, name):
     parameters = info.summary(Config.preset("nano").model, 10)["parameters"]
-    with pytest.raises(ValueError, match=r"plot=.*: a picture is written as PNG, so .*\.png"):
-        info.draw(parameters, "", tmp_path / name)
+    refused(lambda: info.draw(parameters, "", tmp_path / name), f"plot={tmp_path / name}: ", "end in .png")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
+def test_a_path_that_cannot_be_written_is_rejected(tmp_path):
     parameters = info.summary(Config.preset("nano").model, 10)["parameters"]
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "folder.png", tmp_path / "absent" / "a.png"):
-        with pytest.raises(ValueError, match=r"plot=.*\.png: cannot be written: "):
-            info.draw(parameters, "", path)
+        refused(lambda path=path: info.draw(parameters, "", path), f"plot={path}: cannot be written: ")

@@ -1,4 +1,4 @@
-"""Pages: what is put into them is text, and a browser is told to run their own script alone."""
+"""Rendering: inserted text is escaped, and the policy allows only the page's own script and style."""
 
 import jinja2
 import pytest
@@ -9,13 +9,13 @@ ABC = "'sha256-ungWv48Bz+pBQUDeXa4iI7ADYaOWF3qctBD/YfIAFa0='"  # of "abc", FIPS 
 NOTHING = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"  # of ""
 
 
-def test_the_policy_names_the_pages_own_script_and_style_by_what_they_are():
+def test_the_policy_allows_the_pages_script_and_style_by_their_hash():
     made = page.policy("<style></style><p>x</p><script>abc</script>", "connect-src 'self'").split("; ")
     assert f"script-src {ABC}" in made and f"style-src {NOTHING}" in made and "connect-src 'self'" in made
     assert made[0] == "default-src 'none'" and "unsafe" not in "".join(made)
 
 
-def test_values_are_escaped_and_the_script_is_counted_as_it_comes_out(tmp_path):
+def test_values_are_escaped_and_the_hash_is_that_of_the_rendered_script(tmp_path):
     template = tmp_path / "page.html"
     template.write_text("{{ policy }}<b>{{ text }}</b><script>{{ letters }}c</script>{{ data | tojson }}")
     made = page.render(template, text="<i>&", letters="ab", data={"a": ["</script>", 1]})

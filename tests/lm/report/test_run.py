@@ -1,3 +1,5 @@
+"""report.html: its numbers, its figures, and that hostile text stays text."""
+
 import base64
 import json
 import re
@@ -15,12 +17,13 @@ from lm.report import run as report
 from lm.run import read_metrics
 from mla import GroupedQueryAttention
 from moe import balance
+from tests.helpers import refused
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028 &amp; {{ 7 * 7 }} \"'</pre><h1>"
 
 
 class Page(HTMLParser):
-    """Every tag with its attributes, every text with the tags around it."""
+    """The page's tags with their attributes, and its texts with the tags around them."""
 
     def __init__(self, path):
         super().__init__()
@@ -52,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def plain_pictures(monkeypatch):
-    """No picture is drawn, where it is the words that matter."""
+    """Leave out the drawing in tests of the text."""
     monkeypatch.setattr(
         Figure, "savefig", lambda self, path, **options: path.write_bytes(b"\x89PNG\r\n\x1a\n")
     )
@@ -89,7 +92,7 @@ def test_the_page_is_well_formed(page, dense):
         assert {tag for tag, _ in one.tags} <= set(TAGS.split())
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(page, dense):
+def test_the_page_loads_nothing_and_runs_nothing(page, dense):
     for one in (page, dense[1]):
         assert all(image["src"].startswith("data:image/png;base64,") for image in one.all("img"))
         for _, attributes in one.tags:
@@ -106,7 +109,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(page, dense):
         assert {"charset": "utf-8"} in one.all("meta")
 
 
-def test_every_picture_has_words_and_is_the_file_beside_the_page(trained_once, page):
+def test_every_figure_has_a_description_and_is_the_file_beside_the_page(trained_once, page):
     pictures = {path.read_bytes() for path in trained_once.glob("*.png")}
     assert {path.name for path in trained_once.glob("*.png")} == {
         "loss.png",
@@ -122,24 +125,25 @@ def test_every_picture_has_words_and_is_the_file_beside_the_page(trained_once, p
     assert len(page.all("img")) == 4  # the passage is text in the page
 
 
-def test_parameters_and_losses_are_the_computed_ones(trained_once, page):
+def test_parameters_and_losses_equal_the_models(trained_once, page):
     model = checkpoint.load(trained_once)
     total = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     active = count.active_parameters(model.config)
     said = " ".join(page.text_in("p").split())
-    assert f"{total:,} parameters, of which a token meets {active:,} ({100 * active / total:.0f} %)" in said
+    share = 100 * active / total
+    assert f"{total:,} parameters, of which {active:,} ({share:.0f} %) are active per token." in said
     last = read_metrics(trained_once)[-1]
-    assert f"Held-out loss: {last['val_loss']:.3f} nats a token" in said
-    assert f"12 steps, {12 * 4 * 16:,} tokens" in said and "torch.float32 on 1 threads" in said
+    assert f"Held-out loss: {last['val_loss']:.3f} nats per token" in said
+    assert f"12 steps, {12 * 4 * 16:,} tokens" in said and "torch.float32 on 1 thread (" in said
 
 
 def rows_of(page):
-    """The cache table: kind -> bytes, share of MHA."""
+    """The cache table: kind -> (bytes, relative to MHA)."""
     cells = [text for around, text in page.texts if "td" in around]
     return {kind: (int(size.replace(",", "")), share) for kind, size, share in zip(*[iter(cells)] * 3)}
 
 
-def test_cache_sizes_are_those_of_live_caches(trained_once, page):
+def test_cache_sizes_equal_those_of_real_caches(trained_once, page):
     model = checkpoint.load(trained_once)
     found = rows_of(page)
     ours = sum(cache.entries.nbytes for cache in model.new_caches(1, 50)) // 50
@@ -160,9 +164,8 @@ def test_a_dense_run_has_a_page_without_experts(dense):
     assert len(one.all("img")) == 2 and not one.all("small") and "expert" not in one.text_in("h2")
     model = checkpoint.load(folder)
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert f"{total:,} parameters, of which a token meets {total:,} (100 %)" in " ".join(
-        one.text_in("p").split()
-    )
+    said = " ".join(one.text_in("p").split())
+    assert f"{total:,} parameters, of which {total:,} (100 %) are active per token." in said
     found = rows_of(one)
     assert found["this model (gqa)"][0] == 3 * 2 * 2 * 8 * 4
     assert (found["MHA"][0], found["GQA"][0], found["MQA"][0]) == (
@@ -189,10 +192,10 @@ def test_the_passage_shows_each_token_with_the_number_of_its_strongest_expert(tr
     assert list(zip(shown, numbers)) == want
     assert len(page.all("span")) == 2 * len(passage)
     colours = {number: span["style"] for number, span in zip(numbers, page.all("span"))}
-    assert len(set(colours.values())) == len(colours)  # an expert, a colour
+    assert len(set(colours.values())) == len(colours)  # one colour per expert
 
 
-def test_the_load_is_counted_on_the_held_out_text(trained_once):
+def test_the_load_is_measured_on_the_held_out_text(trained_once):
     model, config = checkpoint.load(trained_once), checkpoint.read_config(trained_once, False)
     windows = data.Windows(data.load(config.data, 256)[1], 16)
     got = measure.expert_load(model, windows)
@@ -219,12 +222,12 @@ def test_the_load_is_counted_on_the_held_out_text(trained_once):
         (60, "<"),
     ],
 )
-def test_every_byte_can_be_seen(token, shown):
+def test_every_byte_is_visible(token, shown):
     assert measure.show(token) == shown
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_hostile_text_is_text(trained, tmp_path):
+def test_hostile_text_stays_text(trained, tmp_path):
     (trained / "samples.txt").write_text(f"--- step 12\n{HOSTILE}\n", encoding="utf-8")
     hostile = tmp_path / HOSTILE.replace("/", "∕")
     trained.rename(hostile)
@@ -238,7 +241,7 @@ def test_hostile_text_is_text(trained, tmp_path):
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_hostile_bytes_in_the_held_out_text_are_text(tiny, tmp_path):
+def test_hostile_bytes_in_the_held_out_text_stay_text(tiny, tmp_path):
     (tmp_path / "text").write_bytes(b'<img src=x onerror=alert(1)>&$\\"\x00\xff' * 200)
     one = run_of(tiny(data={"path": str(tmp_path / "text")}, train={"steps": 2}), tmp_path / "run")
     shown = "".join(text for around, text in one.texts if "span" in around and "small" not in around)
@@ -247,21 +250,21 @@ def test_hostile_bytes_in_the_held_out_text_are_text(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_samples_cut_within_a_character_are_shown(trained):
+def test_samples_that_end_within_a_character_are_shown(trained):
     (trained / "samples.txt").write_bytes("--- step 12\né".encode()[:-1])
     report.write(trained)
     assert Page(trained / "report.html").text_in("pre") == "--- step 12\n\ufffd"
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_without_samples_the_page_is_made_all_the_same(trained):
+def test_a_run_without_samples_has_a_page(trained):
     (trained / "samples.txt").unlink()
     report.write(trained)
     assert Page(trained / "report.html").text_in("pre") == ""
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_a_damaged_newest_checkpoint_is_warned_of_once_and_the_one_before_shown(trained):
+def test_a_damaged_newest_checkpoint_gives_one_warning_and_the_previous_one_is_shown(trained):
     (trained / "checkpoints" / "step-000012" / "model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="step-000012") as caught:
         report.write(trained)
@@ -269,19 +272,16 @@ def test_a_damaged_newest_checkpoint_is_warned_of_once_and_the_one_before_shown(
     assert "10 steps" in Page(trained / "report.html").text_in("p")
 
 
-def test_what_is_no_run_is_refused(trained, tmp_path):
+def test_an_incomplete_run_is_rejected(trained, tmp_path):
     (trained / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"metrics.jsonl: holds no row yet"):
-        report.write(trained)
+    refused(lambda: report.write(trained), trained / "metrics.jsonl", "has no rows yet")
     shutil.rmtree(trained / "checkpoints")
-    with pytest.raises(ValueError, match="no checkpoint yet"):
-        report.write(trained)
-    with pytest.raises(ValueError, match="is not a folder"):
-        report.write(tmp_path / "absent")
+    refused(lambda: report.write(trained), "no checkpoint yet")
+    refused(lambda: report.write(tmp_path / "absent"), "is not a folder")
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_the_best_ngram_is_named_only_for_the_packages_own_text(tiny, trained, page, monkeypatch, tmp_path):
+def test_the_best_ngram_is_shown_only_for_the_bundled_text(tiny, trained, page, monkeypatch, tmp_path):
     assert "n-gram" not in page.source
     monkeypatch.setattr(data, "CORPUS", tmp_path)
     baseline = {"best": 1.2345, "best_order": 6}
@@ -293,7 +293,7 @@ def test_the_best_ngram_is_named_only_for_the_packages_own_text(tiny, trained, p
     assert "The best n-gram model reaches 1.234" in " ".join(
         Page(trained / "report.html").text_in("p").split()
     )
-    for axis in figures.draw_loss(read_metrics(trained), baseline).axes:  # it is a line in the picture too
+    for axis in figures.draw_loss(read_metrics(trained), baseline).axes:  # a line in the figure, too
         assert [1.2345, 1.2345] in [list(line.get_ydata()) for line in axis.lines]
 
 
@@ -307,7 +307,7 @@ def test_a_run_of_one_step_and_one_window_has_a_page(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("plain_pictures")
-def test_narrow_words_of_a_tied_bf16_run_count_once(tiny, tmp_path):
+def test_the_tied_weights_of_a_bf16_run_count_once(tiny, tmp_path):
     config = tiny(model={"tie_embeddings": True}, train={"steps": 1, "dtype": "bfloat16"})
     one = run_of(config, tmp_path / "run")
     assert f"{count.total_parameters(config.model):,} parameters" in " ".join(one.text_in("p").split())

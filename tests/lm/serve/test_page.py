@@ -1,4 +1,4 @@
-"""The chat page, used in headless Chromium. What its script does is seen there alone."""
+"""The chat page in headless Chromium."""
 
 import base64
 import hashlib
@@ -11,42 +11,38 @@ import httpx
 import pytest
 
 from lm.serve import app as serve
+from tests.helpers import BrowserPage
+from tests.lm.serve.client import SECONDS
 
 pytest.importorskip("selenium")
 from selenium.webdriver.common.keys import Keys
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>&lt;\u2028"
-SECONDS = 60  # after which something has not come at all
 
 
-class Page:
-    """The page of a running server, as a person sees and uses it."""
+class Page(BrowserPage):
+    """The chat page of a running server, used as a person would."""
 
     def __init__(self, browser, running):
-        self.browser, self.running = browser, running
-        browser.get_log("browser")  # of the page before
-        browser.get(running.url)
+        super().__init__(browser, running.url)
         self.wait_for(lambda: browser.title == running.served.name)
 
     def wait_for(self, found):
         until = time.monotonic() + SECONDS
         while not found():
-            assert time.monotonic() < until, f"nothing came; the page shows {self.shown()}"
+            assert time.monotonic() < until, f"timed out; the page shows {self.shown()}"
             time.sleep(0.01)
-
-    def get(self, name):
-        return self.browser.find_element("id", name)
 
     def set(self, name, value):
         self.get(name).clear()
         self.get(name).send_keys(str(value))
 
     def type(self, text, *keys):
-        """Into the message, as by keyboard."""
+        """Type into the message."""
         self.get("text").send_keys(text, *keys)
 
     def say(self, text):
-        """Send a message and wait until the answer is whole."""
+        """Send a message and wait for the complete answer."""
         self.type(text, Keys.ENTER)
         self.wait_for(self.idle)
 
@@ -54,24 +50,15 @@ class Page:
         return self.get("send").is_displayed()
 
     def shown(self):
-        """What the conversation shows: the kind of each message with its text."""
+        """The conversation: each message's classes and text."""
         script = (
             "return [...document.querySelectorAll('#log .message')].map(e => [e.className, e.textContent])"
         )
         return [tuple(pair) for pair in self.browser.execute_script(script)]
 
-    def console(self):
-        return self.browser.get_log("browser")
-
-
-@pytest.fixture(scope="module")
-def running(serving, make_served):
-    with serving(make_served()) as running:
-        yield running
-
 
 def api(running, *contents, **options):
-    """What the API answers to a conversation."""
+    """The API's answer to a conversation."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     answer = httpx.post(
         f"{running.url}/v1/chat/completions", json={"messages": messages, **options}, timeout=SECONDS
@@ -79,7 +66,7 @@ def api(running, *contents, **options):
     return answer.json()["choices"][0]["message"]["content"]
 
 
-def test_a_conversation_is_what_the_api_answers(browser, running):
+def test_a_conversation_equals_the_apis(browser, running):
     page = Page(browser, running)
     page.set("temperature", 0)
     page.set("max-tokens", 25)
@@ -97,7 +84,7 @@ def test_a_conversation_is_what_the_api_answers(browser, running):
     assert page.console() == []
 
 
-def test_it_is_used_by_keyboard_alone(browser, running):
+def test_the_keyboard_alone_suffices(browser, running):
     page = Page(browser, running)
     focus = browser.switch_to.active_element
     assert focus.get_attribute("id") == "text"
@@ -131,7 +118,7 @@ def test_hostile_text_stays_text(browser, serving, make_served, scripted):
         assert page.console() == []
 
 
-def test_a_hostile_name_of_a_model_stays_text(browser, serving, make_served):
+def test_a_hostile_model_name_stays_text(browser, serving, make_served):
     served = make_served()
     served.name = "<img src=x onerror=alert(1)>"
     with serving(served) as running:
@@ -140,7 +127,7 @@ def test_a_hostile_name_of_a_model_stays_text(browser, serving, make_served):
 
 
 @pytest.mark.parametrize("how", ["button", "escape", "new"])
-def test_stop_keeps_what_was_said_and_frees_the_place(browser, serving, make_served, scripted, how):
+def test_stop_keeps_the_text_and_frees_the_place(browser, serving, make_served, scripted, how):
     permits = threading.Semaphore(3)
     scripted("0123456789" * 9, permits)
     with serving(make_served(max_batch=1)) as running:
@@ -171,7 +158,7 @@ def test_stop_keeps_what_was_said_and_frees_the_place(browser, serving, make_ser
             permits.release(1000)
 
 
-def test_what_no_longer_fits_the_context_is_left_out_and_seen_to_be(browser, running):
+def test_messages_beyond_the_context_are_left_out_and_marked(browser, running):
     page = Page(browser, running)
     page.set("temperature", 0)
     page.set("max-tokens", 5)
@@ -185,13 +172,13 @@ def test_what_no_longer_fits_the_context_is_left_out_and_seen_to_be(browser, run
         "message assistant",
     ]
     assert page.shown()[3][1] == api(running, "b" * 60, temperature=0, max_tokens=5)
-    page.say("c" * 97)  # fits in no way: told, and given back
-    assert page.shown()[-1] == ("message error", "messages: 98 tokens; the model's context is 96")
+    page.say("c" * 97)  # does not fit even alone: shown as an error and put back
+    assert page.shown()[-1] == ("message error", "messages: 98 tokens exceed the model's context of 96")
     assert page.get("text").get_attribute("value") == "c" * 97
     assert len([kind for kind, _ in page.shown() if "user" in kind]) == 2
 
 
-def test_errors_are_told_and_the_message_can_be_sent_again(browser, serving, make_served, scripted):
+def test_errors_are_shown_and_the_message_can_be_sent_again(browser, serving, make_served, scripted):
     scripted("ok")
     with serving(make_served(max_batch=1, max_queue=0)) as running:
         page = Page(browser, running)
@@ -214,7 +201,7 @@ def test_errors_are_told_and_the_message_can_be_sent_again(browser, serving, mak
         page.wait_for(lambda: page.idle() and page.shown()[-1] == ("message assistant", "ok"))
 
 
-def test_an_error_within_an_answer_keeps_what_was_said(browser, serving, make_served, scripted):
+def test_an_error_within_an_answer_keeps_its_text(browser, serving, make_served, scripted):
     permits = threading.Semaphore(2)
     scripted("0123", permits)
     with serving(make_served()) as running:
@@ -251,7 +238,7 @@ def test_light_and_dark_follow_the_system(browser, running):
     assert page.console() == []
 
 
-def test_the_page_loads_and_runs_nothing_but_itself(browser, running):
+def test_the_page_loads_and_runs_only_itself(browser, running):
     page = Page(browser, running)
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in loaded if not name.startswith("data:")] == [f"{running.url}/v1/models"]
@@ -264,7 +251,7 @@ def test_the_page_loads_and_runs_nothing_but_itself(browser, running):
     assert all("Content Security Policy" in entry["message"] for entry in page.console())
 
 
-def test_the_policy_allows_the_pages_own_script_and_style_alone():
+def test_the_policy_allows_only_the_pages_own_script_and_style():
     page, headers = serve.read_page()
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     for tag in ("script", "style"):

@@ -1,0 +1,66 @@
+"""What the child process of a `command` does before it runs `lm`.
+
+`command(..., before=("hide", "fastapi"))` calls hide("fastapi") in the child.
+"""
+
+import itertools
+import os
+import pkgutil
+import resource
+import signal
+import sys
+import time
+
+import lm.data
+import lm.report.run
+import lm.train
+from lm.run import Run
+
+
+def quick():
+    """Write short samples and no report: both take longer than training a small model."""
+    stream = lm.train.stream
+    lm.train.stream = lambda *a, **k: itertools.islice(stream(*a, **k), 10)
+    lm.report.run.write = lambda run, **trust: run / "report.html"
+
+
+def hide(module):
+    """Make a module's import fail, as if it were not installed."""
+    sys.modules[module] = None
+
+
+def kill_at_call(owner, name, number):
+    """quick(), and kill the process at call `number` of owner.name, such as os.fsync."""
+    quick()
+    owner = pkgutil.resolve_name(owner)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*a, **k):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*a, **k)
+
+    setattr(owner, name, counted)
+
+
+def slow_load():
+    """Print "loading" and wait for a minute instead of loading the data."""
+    lm.data.load = lambda *a: (print("loading", flush=True), time.sleep(60))
+
+
+def slow_save():
+    """Wait for a minute instead of saving after a signal."""
+    save = Run.save
+    Run.save = lambda self, *state: time.sleep(60) if self.signal else save(self, *state)
+
+
+def full_disk(step, size):
+    """From the checkpoint of `step` on, no file may grow beyond `size` bytes."""
+    save = Run.save
+
+    def limited(self, model, optimizer, state):
+        if state["step"] == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        save(self, model, optimizer, state)
+
+    Run.save = limited

@@ -1,0 +1,202 @@
+"""Requests: errors name the invalid field; every response is one that the OpenAPI document states."""
+
+import json
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.lm.serve.client import HI, HTTP, SECONDS, error_of, post
+
+
+@pytest.mark.parametrize(
+    "change, param, told",
+    [
+        ({"max_tokens": "ten"}, "max_tokens", "max_tokens: input should be a valid integer, got 'ten'"),
+        ({"max_tokens": "10"}, "max_tokens", "got '10'"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 1, got -1"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+        ({"max_tokens": 10**9}, "max_tokens", "max_tokens: 1000000000 is more than 4096"),
+        ({"max_tokens": 4097}, "max_tokens", "4097 is more than 4096"),
+        ({"max_tokens": 1.5}, "max_tokens", "got 1.5"),
+        ({"max_tokens": True}, "max_tokens", "got True"),
+        ({"max_tokens": [1]}, "max_tokens", "got [1]"),
+        ({"max_completion_tokens": 10**9}, "max_completion_tokens", "is more than 4096"),
+        ({"max_completion_tokens": -5}, "max_completion_tokens", "got -5"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0, got -0.1"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2, got 2.1"),
+        ({"temperature": "hot"}, "temperature", "got 'hot'"),
+        ({"temperature": 10**400}, "temperature", "temperature"),
+        ({"top_p": 0}, "top_p", "greater than 0, got 0"),
+        ({"top_p": 1.1}, "top_p", "less than or equal to 1, got 1.1"),
+        ({"top_k": 0}, "top_k", "greater than or equal to 1, got 0"),
+        ({"n": 0}, "n", "got 0"),
+        ({"n": 9}, "n", "less than or equal to 8, got 9"),
+        ({"n": 1000}, "n", "less than or equal to 8, got 1000"),
+        ({"seed": -1}, "seed", "got -1"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"seed": "x"}, "seed", "got 'x'"),
+        ({"stop": ""}, "stop", "expected a string or up to 4 strings, each of 1 to 256 characters, got ''"),
+        ({"stop": ["a", ""]}, "stop", "expected a string or up to 4 strings"),
+        ({"stop": list("abcde")}, "stop", "expected a string or up to 4 strings"),
+        ({"stop": "x" * 257}, "stop", "xxx..."),
+        ({"stop": 3}, "stop", "got 3"),
+        ({"stream": "yes"}, "stream", "got 'yes'"),
+        ({"stream_options": {"include_usage": 3}}, "stream_options.include_usage", "got 3"),
+        ({"stream_options": []}, "stream_options", "got []"),
+        ({"model": 3}, "model", "got 3"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_wrong_field_is_named(running, path, change, param, told):
+    body = {"prompt": "hi", "messages": HI, **change}
+    assert told in error_of(post(running, body, path), 400, param)
+
+
+@pytest.mark.parametrize(
+    "prompt, param, told",
+    [
+        ("", "prompt", "list of up to 64 of them, got ''"),
+        ([], "prompt", "list of up to 64 of them, got []"),
+        (["a", ""], "prompt", "expected a non-empty string"),
+        ([[1], []], "prompt", "expected a non-empty string"),
+        (["a", 1], "prompt", "got ['a', 1]"),
+        ([1, True], "prompt", "got [1, True]"),
+        ([-1], "prompt", "got [-1]"),
+        ([255, 256], "prompt", "prompt: must have at least one token, each in 0..255"),
+        ([2**70], "prompt", "each in 0..255"),
+        ({"text": "a"}, "prompt", "got {'text': 'a'}"),
+        (["a"] * 65, "prompt", "list of up to 64 of them"),
+        (None, "prompt", "prompt: field required"),
+    ],
+    ids=lambda value: json.dumps(value)[:30],
+)
+def test_a_wrong_prompt_is_named(running, prompt, param, told):
+    assert told in error_of(post(running, {"prompt": prompt}), 400, param)
+
+
+@pytest.mark.parametrize(
+    "messages, param, told",
+    [
+        (None, "messages", "messages: field required"),
+        ("hi", "messages", "messages: input should be a valid list, got 'hi'"),
+        ({}, "messages", "valid list"),
+        ([], "messages", "at least 1 item"),
+        (["hi"], "messages[0]", "got 'hi'"),
+        ([*HI, {"role": "wizard", "content": "a"}], "messages[1].role", "got 'wizard'"),
+        ([{"content": "a"}], "messages[0].role", "messages[0].role: field required"),
+        ([{"role": "user"}], "messages[0].content", "field required"),
+        ([{"role": "user", "content": None}], "messages[0].content", "got None"),
+        ([{"role": "user", "content": 3}], "messages[0].content", "expected a string, or a list of parts"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content", "of type text"),
+    ],
+    ids=lambda value: json.dumps(value)[:40],
+)
+def test_a_wrong_message_is_named(running, messages, param, told):
+    assert told in error_of(post(running, {"messages": messages}, "chat/completions"), 400, param)
+
+
+def test_a_prompt_longer_than_the_context_has_its_own_code(running, client):
+    for prompt in ("p" * 97, ["p", "p" * 97], [[1], [1] * 97]):
+        told = error_of(post(running, {"prompt": prompt}), 400, "prompt", "context_length_exceeded")
+        assert told == "prompt: 97 tokens exceed the model's context of 96"
+    body = {"messages": [{"role": "user", "content": "p" * 96}]}  # and its line break
+    told = error_of(post(running, body, "chat/completions"), 400, "messages", "context_length_exceeded")
+    assert told.startswith("messages: 97 tokens")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="drawn", prompt="p" * 97)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_other_models_and_unsupported_parameters_are_rejected(running):
+    told = error_of(post(running, {"prompt": "a", "model": "gpt-9"}), 404, "model", "model_not_found")
+    assert told == "model 'gpt-9': must be drawn"
+    wrong = {
+        "echo": True,
+        "best_of": 3,
+        "logprobs": 5,
+        "presence_penalty": 0.5,
+        "suffix": "x",
+        "logit_bias": {"1": 2},
+    }
+    for name, value in wrong.items():
+        told = error_of(post(running, {"prompt": "a", name: value}), 400, name, "unsupported_parameter")
+        assert told == f"{name}: not supported; leave it out"
+    fine = {
+        "echo": False,
+        "best_of": 1,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "user": "me",
+        "unheard_of": 1,
+    }
+    assert post(running, {"prompt": "a", "max_tokens": 1, **fine}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body, param",
+    [
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (b"3", None),
+        (b"null", None),
+        (b'"text"', None),
+        (b'{"prompt": "a"', None),
+        (b"\xff\xfe", None),
+        (b'{"prompt": "a\xff"}', None),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "a", "top_p": -Infinity}', "top_p"),
+        (b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}", None),
+        (b"[" * 100_000, None),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b'{"prompt": "a", "messages": [], "stop": "\\udfff"}', "stop"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_body_that_is_not_a_json_object_of_unicode_text(running, body, param):
+    path = "chat/completions" if param == "messages" else "completions"
+    headers = {"Content-Type": "application/json"}
+    error_of(HTTP.post(f"{running.url}/v1/{path}", content=body, headers=headers), 400, param)
+
+
+def test_a_body_without_a_content_type_is_rejected(running):
+    answer = HTTP.post(f"{running.url}/v1/completions", content=b'{"prompt": "a"}')
+    assert "Content-Type: application/json" in error_of(answer, 400)
+
+
+# --- the OpenAPI document
+
+
+def test_requests_the_document_allows_or_forbids_are_answered_as_it_states(scripted, serving, make_served):
+    schemathesis = pytest.importorskip("schemathesis")
+    scripted("é🙂")
+    with serving(make_served()) as running:
+        ask_all(schemathesis, running)
+
+
+def ask_all(schemathesis, running):
+    """Send requests that the document allows and ones that it does not; it states every response."""
+    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    tried = set()
+
+    def ask(case):
+        if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 0), int):
+            case.body["max_tokens"] = min(4, case.body.get("max_tokens", 4))
+        answer = case.call(timeout=SECONDS)
+        tried.add((case.path, answer.status_code))
+        assert answer.status_code < 500
+        if answer.status_code >= 400:
+            assert set(answer.json()) == {"error"}
+
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        for mode in schemathesis.GenerationMode if operation.method == "post" else []:
+            cases = operation.as_strategy(generation_mode=mode)
+            settings(max_examples=12, suppress_health_check=list(HealthCheck))(given(cases)(ask))()
+    assert {status for path, status in tried if path == "/v1/completions"} >= {200, 400}
+    assert {status for path, status in tried if path == "/v1/chat/completions"} >= {200, 400}
