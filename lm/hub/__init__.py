@@ -1,5 +1,5 @@
-"""Other people's model folders: Hugging Face's configs, weights, tokenizers and chat templates.
+"""Published models: the configs, weights, tokenizers and chat templates of Hugging Face folders.
 
-folder opens any folder; hf reads and writes one of theirs, translate and families say what is called how
-there, shards holds the tensors, tokenizer and template the text.
+folder opens a model folder of any kind. hf reads and writes Hugging Face's: families has the names, translate
+applies them, shards reads and writes the files. tokenizer and template turn text into tokens.
 """

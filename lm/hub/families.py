@@ -1,18 +1,23 @@
-"""One thing under three names: ours, the papers' and that of Hugging Face checkpoints (docs/names.md).
+"""What each Hugging Face architecture calls our options and weights, and how its models differ.
 
-Options of a config, weights of a model, and what each architecture has of them.
+A new architecture is a new entry in FAMILIES. docs/names.md is made from these tables.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+
+from ..config import ModelConfig
+
+Table = dict[str, Any]
 
 
 class Name(NamedTuple):
-    """One thing under three names."""
+    """An option or a weight: our name, the papers' symbol, their name."""
 
     ours: str
-    symbol: str  # in V2 and V3; "" where they give it none
-    theirs: str  # of a weight: several names where ours is theirs stacked, rows below rows
+    symbol: str  # in V2 and V3; "" if the papers have none
+    theirs: str  # for a weight of ours that stacks several of theirs: their names in row order
 
 
 MODEL = [
@@ -54,7 +59,7 @@ MOE = [
 ]
 FIRST_DENSE = Name("num_dense_layers", "", "first_k_dense_replace")
 QWEN_MOE = [
-    Name("moe.num_experts", "", "num_experts"),  # num_local_experts in newer files
+    Name("moe.num_experts", "", "num_experts"),
     Name("moe.top_k", "", "num_experts_per_tok"),
     Name("moe.hidden_dim", "", "moe_intermediate_size"),
     Name("moe.normalize", "", "norm_topk_prob"),
@@ -64,7 +69,8 @@ MIXTRAL_MOE = [
     Name("moe.top_k", "", "num_experts_per_tok"),
     Name("moe.hidden_dim", "", "intermediate_size"),
 ]
-ROPE = {  # our fields and theirs, of each scaling
+SYNONYMS = {"num_experts": "num_local_experts"}  # key -> its name in newer files
+ROPE = {  # scaling -> our fields and their keys
     "none": {},
     "linear": {"factor": "factor"},
     "yarn": {
@@ -88,7 +94,7 @@ WHOLE = [  # weights outside the blocks
     Name("norm.weight", "", "model.norm.weight"),
     Name("head.weight", "", "lm_head.weight"),
 ]
-BLOCK = [  # of blocks.N and model.layers.N; .weight or .bias follow where none is written
+BLOCK = [  # in blocks.N and model.layers.N; a name without .weight or .bias stands for both
     Name("attention_norm.weight", "", "input_layernorm.weight"),
     Name("mlp_norm.weight", "", "post_attention_layernorm.weight"),
     Name("attention.q", "W^Q", "self_attn.q_proj"),
@@ -113,94 +119,200 @@ BLOCK = [  # of blocks.N and model.layers.N; .weight or .bias follow where none 
     Name("mlp.shared.mlp.down", "", "mlp.shared_expert.down_proj"),
     Name("mlp.shared.gate.weight", "", "mlp.shared_expert_gate.weight"),
 ]
-# attention.q_norm.weight is of the latent or of a head
+# attention.q_norm.weight: MLA norms the latent of the query, GQA each head's query
 Q_NORM = {"mla": "self_attn.q_a_layernorm.weight", "gqa": "self_attn.q_norm.weight"}
 MIXTRAL = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: which names it has, and what is the same in all its models."""
+    """An architecture: its options, and all that sets it apart from the others. raw: its config.json."""
 
     architecture: str
-    names: list[Name]
-    ours: dict[str, Any]  # what our config says of every one
-    must: dict[str, Any] = field(default_factory=dict)  # what theirs says of every one, if anything
-    default: dict[str, Any] = field(default_factory=dict)  # what theirs means where it is silent
+    names: list[Name]  # its options
+    ours: Table  # our options that are the same in all its models
+    must: Table = field(default_factory=dict)  # key -> its one supported value, or a tuple of them
+    default: Table = field(default_factory=dict)  # missing key -> what it means, or raw -> that
+    interleaved: bool | None = False  # layout of RoPE; None: rope_interleave, by default True
+    read_moe: Callable[[Table], Table] = lambda raw: {}  # raw -> [model.moe] options not in `names`
+    extra_keys: Callable[[ModelConfig], Table] = lambda config: {}  # config -> keys not in `names`
+    matches: Callable[[ModelConfig], bool] = lambda config: False  # whether it is written as this family
+    mlp_words: dict[str, str] = field(default_factory=dict)  # word in BLOCK -> word in its MLP weights
+
+    @property
+    def is_mla(self) -> bool:
+        return self.ours["attention.kind"] == "mla"
+
+    @property
+    def has_experts(self) -> bool:
+        return any(name.ours == "moe.num_experts" for name in self.names)
 
 
-SIGMOID = {"attention.kind": "mla", "moe.router": "sigmoid"}
-SOFTMAX = {"attention.kind": "gqa", "moe.router": "softmax"}
+def whole_number(raw: Table, key: str, least: int, most: int = 2**31 - 1) -> int:
+    """raw[key], or ValueError unless it is a whole number in least..most."""
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{key} {value!r:.80} is not a whole number in {least}..{most}")
+    return value
+
+
+def num_heads(raw: Table) -> Any:
+    """The default of num_key_value_heads."""
+    return raw.get("num_attention_heads")
+
+
+def head_dim(raw: Table) -> int:
+    """The default of head_dim."""
+    return whole_number(raw, "hidden_size", 1) // whole_number(raw, "num_attention_heads", 1)
+
+
+def is_mla(config: ModelConfig) -> bool:
+    return config.attention.kind == "mla"
+
+
+def has_experts(config: ModelConfig) -> bool:
+    return config.num_dense_layers < config.num_layers
+
+
+def gqa_experts(config: ModelConfig) -> bool:
+    return not is_mla(config) and has_experts(config)
+
+
+def read_v2_moe(raw: Table) -> Table:
+    """topk_method greedy, the default, ignores n_group."""
+    greedy = (raw.get("topk_method") or "greedy") == "greedy"
+    return {"num_groups": 1, "top_groups": 1} if greedy else {}
+
+
+def read_qwen2_moe(raw: Table) -> Table:
+    """One wide shared expert counts as several of the routed experts' width."""
+    key = "shared_expert_intermediate_size"
+    width, one = whole_number({key: 5632, **raw}, key, 1), whole_number(raw, "moe_intermediate_size", 1)
+    if width % one:
+        raise ValueError(f"{key} {width} is not a multiple of moe_intermediate_size {one}")
+    return {"num_shared_experts": width // one}
+
+
+def qwen_dense_layers(config: ModelConfig) -> Table:
+    return {"mlp_only_layers": list(range(config.num_dense_layers))}
+
+
+MLA_SIGMOID = {"attention.kind": "mla", "moe.router": "sigmoid"}
+GQA_SOFTMAX = {"attention.kind": "gqa", "moe.router": "softmax"}
 V3_MUST = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
-V3_DEFAULT = {"rope_interleave": True, "norm_topk_prob": True}
-DEEPSEEK_V3 = Family("DeepseekV3ForCausalLM", [*MODEL, *MLA, FIRST_DENSE, *MOE], SIGMOID, V3_MUST, V3_DEFAULT)
-FAMILIES = {
-    "deepseek_v3": DEEPSEEK_V3,
-    "kimi_k2": DEEPSEEK_V3,
+V3 = Family(
+    "DeepseekV3ForCausalLM",
+    [*MODEL, *MLA, FIRST_DENSE, *MOE],
+    MLA_SIGMOID,
+    must=V3_MUST,
+    default={"norm_topk_prob": True},
+    interleaved=None,
+    extra_keys=lambda config: {"num_nextn_predict_layers": 0},
+)
+FAMILIES = {  # a config of ours is written as the last one that `matches` it
+    "deepseek_v3": replace(V3, matches=is_mla),
+    "kimi_k2": V3,
     "glm4_moe_lite": Family(
         "Glm4MoeLiteForCausalLM",
         [*MODEL, *MLA, *MOE],
-        SIGMOID,
-        V3_MUST,
-        {**V3_DEFAULT, "rms_norm_eps": 1e-5, **ONE_GROUP},
+        MLA_SIGMOID,
+        must=V3_MUST,
+        default={"norm_topk_prob": True, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1, **ONE_GROUP},
+        interleaved=None,
     ),
     "youtu": Family(
         "YoutuForCausalLM",
         [*MODEL, *MLA],
-        SIGMOID,
-        {},
-        {"rope_interleave": True, "tie_word_embeddings": True},
+        MLA_SIGMOID,
+        default={"tie_word_embeddings": True},
+        interleaved=None,
     ),
     "deepseek_v2": Family(
         "DeepseekV2ForCausalLM",
         [*MODEL, *MLA, FIRST_DENSE, *MOE],
         {"attention.kind": "mla", "moe.router": "softmax"},
-        # the authors' code and transformers differ over it: refused, not guessed
-        {"scoring_func": "softmax", "norm_topk_prob": False, "topk_method": "group-limited"},
-        {"first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0, **ONE_GROUP},
+        # norm_topk_prob: the authors' code and transformers differ where it is true
+        must={
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+            "topk_method": ("greedy", "group_limited_greedy"),
+        },
+        default={
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            **ONE_GROUP,
+        },
+        interleaved=True,
+        read_moe=read_v2_moe,
+        extra_keys=lambda config: {
+            "topk_method": "greedy" if config.moe.num_groups == 1 else "group_limited_greedy"
+        },
+        matches=lambda config: is_mla(config) and has_experts(config) and config.moe.router == "softmax",
     ),
     "llama": Family(
-        "LlamaForCausalLM", [*MODEL, *GQA, *BIASES], SOFTMAX, {}, {"num_key_value_heads": None}
+        "LlamaForCausalLM",
+        [*MODEL, *GQA, *BIASES],
+        GQA_SOFTMAX,
+        default={"num_key_value_heads": num_heads},
+        matches=lambda config: not is_mla(config),
     ),
-    "qwen2": Family("Qwen2ForCausalLM", [*MODEL, *GQA], {**SOFTMAX, "attention.qkv_bias": True}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        [*MODEL, *GQA],
+        {**GQA_SOFTMAX, "attention.qkv_bias": True},
+        matches=lambda config: (
+            not is_mla(config) and config.attention.qkv_bias and not config.attention.out_bias
+        ),
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         [*MODEL, *GQA, *BIASES],
-        {**SOFTMAX, "attention.qk_norm": True},
-        {},
-        {"head_dim": 128},
+        {**GQA_SOFTMAX, "attention.qk_norm": True},
+        default={"head_dim": 128},
+        matches=lambda config: not is_mla(config) and config.attention.qk_norm,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
         [*MODEL, *GQA, *MIXTRAL_MOE],
-        {**SOFTMAX, "moe.normalize": True, "moe.num_shared_experts": 0, "num_dense_layers": 0},
-        {"sliding_window": None},
-        {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        {**GQA_SOFTMAX, "moe.normalize": True, "moe.num_shared_experts": 0, "num_dense_layers": 0},
+        must={"sliding_window": None},
+        default={"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        matches=gqa_experts,
+        mlp_words=MIXTRAL,
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
         [*MODEL, *GQA, *QWEN_MOE, Name("attention.qkv_bias", "", "qkv_bias")],
-        {**SOFTMAX, "moe.shared_gate": True},
-        {},
-        {"qkv_bias": True, "norm_topk_prob": False},
+        {**GQA_SOFTMAX, "moe.shared_gate": True},
+        default={"qkv_bias": True, "norm_topk_prob": False},
+        read_moe=read_qwen2_moe,
+        extra_keys=lambda config: {
+            **qwen_dense_layers(config),
+            "shared_expert_intermediate_size": config.moe.num_shared_experts * config.moe.hidden_dim,
+        },
+        matches=lambda config: gqa_experts(config) and config.moe.shared_gate,
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         [*MODEL, *GQA, *QWEN_MOE, *BIASES],
-        {**SOFTMAX, "attention.qk_norm": True, "moe.num_shared_experts": 0},
-        {},
-        {"norm_topk_prob": False},
+        {**GQA_SOFTMAX, "attention.qk_norm": True, "moe.num_shared_experts": 0},
+        default={"norm_topk_prob": False},
+        extra_keys=qwen_dense_layers,
+        matches=lambda config: gqa_experts(config) and config.attention.qk_norm,
     ),
 }
-DEFAULT = {  # what every family means where it is silent
+DEFAULT: Table = {  # what a missing key means in families that do not define it
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "attention_bias": False,
+    "head_dim": head_dim,
 }
-NULL = {"q_lora_rank": 0, "n_shared_experts": 0, **ONE_GROUP}  # what null means; silence may be otherwise
-MUST = {  # what nothing here can do otherwise
+# what null means; a missing key may mean something else
+NULL: Table = {"q_lora_rank": 0, "n_shared_experts": 0, "num_key_value_heads": num_heads, **ONE_GROUP}
+MUST = {  # keys of all families with one supported value
     "hidden_act": "silu",
     "attention_dropout": 0,
     "mlp_bias": False,
@@ -209,12 +321,12 @@ MUST = {  # what nothing here can do otherwise
     "router_jitter_noise": 0,
     "partial_rotary_factor": 1,
 }
-HARMLESS = {  # no word on the function that the model computes
+HARMLESS = {  # keys that do not change what the model computes, or that are read elsewhere
     *("architectures", "auto_map", "model_type", "_name_or_path", "transformers_version"),
     *("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
     *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size"),
     *("pretraining_tp", "num_nextn_predict_layers", "num_mtp_layers", "embedding_initializer_range"),
-    *("sliding_window", "max_window_layers"),  # where use_sliding_window is false
+    *("sliding_window", "max_window_layers"),  # ignored while use_sliding_window is false
     *("quantization_config", "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave"),
     *("first_k_dense_replace", "mlp_layer_types", "mlp_only_layers", "decoder_sparse_step", "layer_types"),
     *("shared_expert_intermediate_size", "topk_method", "head_dim", "qk_head_dim", "num_key_value_heads"),

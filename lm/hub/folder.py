@@ -1,4 +1,4 @@
-"""Any model's folder, whoever wrote it: a run, a model that `lm.save` wrote, or one from Hugging Face."""
+"""Opens a model folder of any kind: a run, a model that `lm.save` wrote, or a Hugging Face folder."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +14,12 @@ from .tokenizer import FileTokenizer, open_tokenizer
 
 Tokenizer = ByteTokenizer | FileTokenizer
 RUN, SAVED, HUB = "a run", "a saved model", "a Hugging Face folder"
+OPENERS = "lm chat, eval, explore, generate, info, serve"  # for any kind of folder
+ONLY = {RUN: ", export and report", SAVED: " and export", HUB: " and import"}  # for this kind alone
 
 
 class Opened(NamedTuple):
-    """A model, and what it is spoken to with."""
+    """A model with its configuration and tokenizer."""
 
     model: Transformer
     config: Config
@@ -28,7 +30,7 @@ def kind_of(folder: Path) -> str:
     """RUN, SAVED or HUB.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the folder is of no known kind.
     """
     if (folder / "config.toml").is_file():
         return SAVED if (folder / "model.safetensors").exists() else RUN
@@ -42,15 +44,15 @@ def need(folder: Path, *kinds: str) -> None:
     """Raise ValueError unless a folder is of one of these kinds."""
     found = kind_of(folder)
     if found not in kinds:
-        hint = "; lm generate, chat, serve, eval, info and explore open it" if found != RUN else ""
-        raise ValueError(f"{folder}: is {found}; {' or '.join(kinds)} is needed{hint}")
+        expected = " or ".join(kinds)
+        raise ValueError(f"{folder}: is {found}, expected {expected}; open it with {OPENERS}{ONLY[found]}")
 
 
 def read_config(folder: Path, trust_code: bool = False) -> Config:
-    """A folder's configuration; of one from Hugging Face, the model's part.
+    """A folder's configuration; only `model` is read from a Hugging Face folder, the rest is the default.
 
     Raises:
-        ValueError: it is missing, damaged, not supported, or names code without `trust_code`.
+        ValueError: it is missing, damaged or unsupported, or names code and `trust_code` is False.
     """
     if kind_of(folder) == HUB:
         return Config(model=hf.read_config(folder)[1])
@@ -58,25 +60,25 @@ def read_config(folder: Path, trust_code: bool = False) -> Config:
 
 
 def load(folder: Path | str, trust_code: bool = False) -> Transformer:
-    """The model of any folder; of a run, its newest whole checkpoint.
+    """The model in a folder of any kind; for a run, its newest whole checkpoint.
 
     Args:
-        trust_code: the folder may name a router or attention outside this project, which is then imported.
+        trust_code: import the custom router or attention that the folder names.
 
     Raises:
-        ValueError: something in it is missing, damaged, not supported or does not fit; names the file.
+        ValueError: something in the folder is missing, damaged, unsupported or inconsistent; names the file.
     """
     folder = Path(folder)
     return hf.from_hf(folder) if kind_of(folder) == HUB else checkpoint.load(folder, trust_code)
 
 
 def open_folder(folder: Path, trust_code: bool = False, device: str = "auto") -> Opened:
-    """A folder's model on a device, its configuration and its tokenizer.
+    """A folder's model on a device, with its configuration and tokenizer.
 
-    A model in bf16 or fp16 becomes fp32 where the machine would emulate it, a hundred times slower.
+    A bf16 or fp16 model is converted to fp32 where the machine would emulate it, a hundred times slower.
 
     Raises:
-        ValueError: as `load`; or the device is not here.
+        ValueError: as for `load`, or the device is not available.
     """
     place = machine.pick_device(device)
     model, config = load(folder, trust_code), read_config(folder, trust_code)

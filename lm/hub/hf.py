@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints in and out: DeepSeek, Moonlight, Kimi, GLM, Youtu, Llama, Qwen and Mixtral.
+"""Reads and writes Hugging Face folders: DeepSeek, Moonlight, Kimi, GLM, Youtu, Llama, Qwen and Mixtral.
 
-The names are in names.py, what each architecture's config.json means in architectures.py.
+families.py has the names; translate.py converts configs and weights.
 """
 
 import re
@@ -29,30 +29,30 @@ TOKENIZER_FILES = (
 
 
 def from_hf(folder: Path | str, dtype: torch.dtype | None = None) -> Transformer:
-    """The model of a Hugging Face folder: config.json and safetensors, block-FP8 too; nothing else is read.
+    """The model in a Hugging Face folder; reads config.json and safetensors (block-FP8 too), nothing else.
 
-    One tensor at a time is read, so that it takes the model's own memory and little more.
+    Tensors are read one at a time, so peak memory is little more than the model's own size.
 
     Args:
-        dtype: of all weights but a selection bias; None: as they are stored, FP8 as bf16.
+        dtype: of all weights except selection biases; None: as stored, with FP8 as bf16.
 
     Raises:
-        ValueError: a file is missing or damaged, an option is not supported, tensors are missing, left over
-            or of the wrong shape or dtype; names the file.
+        ValueError: a file is missing or damaged, an option is not supported, or tensors are missing,
+            unexpected, or of the wrong shape or dtype; names the file.
     """
     model, aside = read_folder(Path(folder), dtype)
     if aside:
         warnings.warn(
-            f"{folder}: {len(aside)} tensors of multi-token prediction were not read, such as {min(aside)}",
+            f"{folder}: skipped {len(aside)} tensors of multi-token prediction, such as {min(aside)}",
             stacklevel=2,
         )
     return model
 
 
 def import_folder(folder: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, Stored]:
-    """Write a Hugging Face folder as one that `lm.load` reads, its tokenizer and chat template too.
+    """Convert a Hugging Face folder, with its tokenizer and chat template, to a saved model.
 
-    -> the tensors of multi-token prediction; they are copied as they are, to mtp.safetensors
+    -> the tensors of multi-token prediction, which are copied unchanged to mtp.safetensors
     """
     files.check_new(out)
     model, aside = read_folder(folder, dtype)
@@ -75,14 +75,14 @@ def to_hf(
     shard_bytes: int = 5 * 10**9,
     tokenizer_from: Path | None = None,
 ) -> None:
-    """Write config.json and safetensors that transformers reads, under the names of the original checkpoints.
+    """Write config.json and safetensors that transformers reads, with the original checkpoints' names.
 
     Args:
-        shard_bytes: more than that is cut into several files.
-        tokenizer_from: a folder whose tokenizer and chat template are copied, if it has them.
+        shard_bytes: the largest size of one file.
+        tokenizer_from: copy the tokenizer and chat template of this folder, if it has them.
 
     Raises:
-        ValueError: the folder is not empty, or no architecture of theirs is this model; names the option.
+        ValueError: the folder is not empty, or no supported architecture is this model; names the option.
     """
     folder = Path(folder)
     files.check_new(folder)
@@ -93,7 +93,7 @@ def to_hf(
     def write(into: Path) -> None:
         files.write_json(into / "config.json", config)
         parts = (
-            (name, view.nbytes, view.clone)  # a clone holds its own rows and not its neighbours'
+            (name, view.nbytes, view.clone)  # a clone has only its own rows in memory
             for ours, tensor in tensors.items()
             for name, view in parts_of(ours, tensor, config["model_type"])
         )
@@ -105,7 +105,7 @@ def to_hf(
 
 
 def copy_tokenizer(folder: Path, into: Path) -> None:
-    """Copy what a folder has of a tokenizer and chat template."""
+    """Copy a folder's tokenizer and chat template, as far as it has them."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shards.check_link(folder / name)
@@ -113,10 +113,12 @@ def copy_tokenizer(folder: Path, into: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """-> a folder's config.json, and what it says in our words"""
+    """-> the contents of a folder's config.json, and our config of them"""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: {'holds no config.json' if folder.is_dir() else 'is not a folder'}")
+        reason = "holds no config.json" if folder.is_dir() else "is not a folder"
+        ours = "; it has a config.toml: open it with lm.load" if (folder / "config.toml").is_file() else ""
+        raise ValueError(f"{folder}: {reason}{ours}")
     shards.check_link(path)
     raw = files.read_json(path)
     try:
@@ -127,7 +129,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def check_quantization(found: Any) -> None:
-    """Raise ValueError for another quantisation than DeepSeek's blocks."""
+    """Raise ValueError for any quantization except DeepSeek's block FP8."""
     if found is None:
         return
     wanted = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
@@ -137,36 +139,36 @@ def check_quantization(found: Any) -> None:
 
 
 def read_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Transformer, dict[str, Stored]]:
-    """-> the model, and the tensors of multi-token prediction, which have no place in it"""
+    """-> the model, and the tensors of multi-token prediction, which it does not use"""
     raw, config = read_config(folder)
-    # that any such model can have: a layer's own and its experts', with scales, and MTP's
+    # upper bound on the number of tensors: every layer and expert with FP8 scales, and the MTP layers
     most = (config.num_layers + 4) * (40 + 6 * config.moe.num_experts)
     stored = shards.survey(folder, most)
     if config.num_layers * 9 > len(stored) or config.moe.num_experts > max(len(stored), 1024):
-        asked = f"{config.num_layers} layers of {config.moe.num_experts} experts"
-        raise ValueError(f"{folder}: config.json asks for {asked}; the files hold {len(stored)} tensors")
+        size = f"{config.num_layers} layers of {config.moe.num_experts} experts"
+        raise ValueError(f"{folder}: config.json describes {size}; the files hold {len(stored)} tensors")
     try:
         with torch.device("meta"):
             model = Transformer(config)
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{folder / 'config.json'}: it describes no model: {reason}") from None
+        raise ValueError(f"{folder / 'config.json'}: not a valid model: {reason}") from None
     plan = {
         ours: {name: tuple(view.shape) for name, view in parts_of(ours, tensor, raw["model_type"])}
         for ours, tensor in checkpoint.model_tensors(model).items()
     }
     aside = match(folder, plan, stored, config)
-    kinds = {ours: kind_of(folder, parts, stored, dtype) for ours, parts in plan.items()}
-    matrices = {kind: ours for ours, kind in kinds.items() if not keeps_dtype(ours)}
+    dtypes = {ours: dtype_of(folder, parts, stored, dtype) for ours, parts in plan.items()}
+    matrices = {kind: ours for ours, kind in dtypes.items() if not keeps_dtype(ours)}
     if len(matrices) > 1:
-        told = ", ".join(f"{name} {kind}" for kind, name in matrices.items())
-        raise ValueError(f"{folder}: the weights are of several dtypes ({told}); expected one")
+        found = ", ".join(f"{name} {kind}" for kind, name in matrices.items())
+        raise ValueError(f"{folder}: the weights have several dtypes ({found}); expected one")
     model.to(next(iter(matrices))).to_empty(device="cpu")
     if config.tie_embeddings:
-        model.head.weight = model.embedding.weight  # to_empty gave each its own
+        model.head.weight = model.embedding.weight  # to_empty untied them
     for ours, tensor in named_tensors(model).items():
-        if tensor.dtype != kinds[ours]:
-            tensor.data = tensor.data.to(kinds[ours])
+        if tensor.dtype != dtypes[ours]:
+            tensor.data = tensor.data.to(dtypes[ours])
         for name, view in parts_of(ours, tensor.detach(), raw["model_type"]):
             view.copy_(read_weight(name, stored, view.dtype))
     if config.tie_embeddings and "lm_head.weight" in stored:
@@ -179,15 +181,16 @@ def read_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Transformer, d
 def match(
     folder: Path, plan: dict[str, dict[str, tuple[int, ...]]], stored: dict[str, Stored], config: ModelConfig
 ) -> dict[str, Stored]:
-    """Raise ValueError unless the files hold what the model needs and nothing else -> what is of MTP"""
+    """Raise ValueError unless the files hold exactly the model's tensors, MTP's aside -> those of MTP"""
     wanted = {name: shape for parts in plan.values() for name, shape in parts.items()}
     missing = [name for name in wanted if name not in stored]
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, such as {', '.join(missing[:3])}")
+        count = f"{len(missing)} of {len(wanted)} tensors"
+        raise ValueError(f"{folder}: lacks {count}, such as {', '.join(missing[:3])}")
     for name, shape in wanted.items():
         if stored[name].shape != shape:
             found = stored[name].shape
-            raise ValueError(f"{stored[name].file}: {name} has shape {found}; config.json asks for {shape}")
+            raise ValueError(f"{stored[name].file}: {name} has shape {found}; by config.json it is {shape}")
     scales = {f"{name}_scale_inv" for name in wanted if stored[name].dtype == torch.float8_e4m3fn}
     left = {n: s for n, s in stored.items() if n not in wanted and n not in scales}
     if config.tie_embeddings:
@@ -196,48 +199,48 @@ def match(
     aside = {n: s for n, s in left.items() if (m := of_layer.match(n)) and int(m[1]) >= config.num_layers}
     extra = [n for n in left if n not in aside and not n.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise ValueError(f"{folder}: {len(extra)} tensors too many, such as {', '.join(extra[:3])}")
+        raise ValueError(f"{folder}: unexpected tensors ({len(extra)}), such as {', '.join(extra[:3])}")
     return aside
 
 
-def kind_of(
+def dtype_of(
     folder: Path, parts: dict[str, tuple[int, ...]], stored: dict[str, Stored], dtype: torch.dtype | None
 ) -> torch.dtype:
-    """The dtype that one of our tensors gets: the one its parts are stored in; FP8 becomes bf16"""
+    """The dtype for one of our tensors: `dtype`, else that of its stored parts, with bf16 for FP8."""
     found = {stored[name].dtype: name for name in parts}
     if len(found) > 1:
-        told = ", ".join(f"{name} {kind}" for kind, name in found.items())
-        raise ValueError(f"{folder}: {told}: they are one matrix here, and must be of one dtype")
+        several = ", ".join(f"{name} {kind}" for kind, name in found.items())
+        raise ValueError(f"{folder}: {several}: parts of one matrix must have one dtype")
     kind, name = next(iter(found.items()))
     kind = torch.bfloat16 if kind == torch.float8_e4m3fn else kind
     bias = name.endswith("e_score_correction_bias")
     if bias and kind.itemsize < 4:
-        return torch.float32  # more would be lost at the first update than is gained here
+        return torch.float32  # in half precision the updates of training would be rounded away
     return kind if dtype is None or bias else dtype
 
 
 def keeps_dtype(ours: str) -> bool:
-    """Whether a tensor may differ in dtype from the matrices: a router's and a norm's are used in fp32."""
+    """Whether a tensor may differ in dtype from the matrices: routers and norms compute in fp32."""
     return "router." in ours or "norm" in ours
 
 
 def read_weight(name: str, stored: dict[str, Stored], dtype: torch.dtype) -> Tensor:
-    """One tensor of the files; an FP8 one with its scales in"""
+    """One tensor from the files, dequantized if it is FP8."""
     tensor, place = files.read_tensor(name, stored[name]), stored[name]
     if tensor.dtype == torch.float8_e4m3fn:
         scales = f"{name}_scale_inv"
         if scales not in stored:
-            raise ValueError(f"{place.file}: {name} is FP8, but {scales} is nowhere")
+            raise ValueError(f"{place.file}: {name} is FP8, but {scales} is missing")
         try:
             tensor = fp8.dequantize(tensor, files.read_tensor(scales, stored[scales]), dtype)
         except ValueError as error:
             raise ValueError(f"{stored[scales].file}: {scales}: {error}") from None
     if not tensor.isfinite().all():
-        raise ValueError(f"{place.file}: {name} holds numbers that are NaN or infinite")
+        raise ValueError(f"{place.file}: {name} contains NaN or infinite values")
     return tensor
 
 
 def named_tensors(model: Transformer) -> dict[str, Tensor]:
-    """`checkpoint.model_tensors`, but the parameters themselves"""
+    """`checkpoint.model_tensors`, but with the parameters themselves."""
     found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: found[name] for name in checkpoint.model_tensors(model)}

@@ -1,4 +1,4 @@
-"""Folders of safetensors as Hugging Face lays them out: one file, or many with an index."""
+"""Safetensors in Hugging Face's layout: one file, or several with an index."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,20 +13,20 @@ ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def survey(folder: Path, most: int = 200_000) -> dict[str, Stored]:
-    """All tensors of a folder's safetensors files, by name; only headers are read.
+    """All tensors in a folder's safetensors files, by name; only the headers are read.
 
     Args:
-        most: tensors that are wanted at most; headers that are much longer than theirs are not read.
+        most: the number of tensors expected at most; a header too long for that is not read.
 
     Raises:
-        ValueError: no safetensors, a file that is not whole, an index that does not fit its files or leads
-            out of the folder; names the file.
+        ValueError: there are no safetensors, a file is damaged, or the index does not match the files or
+            leads out of the folder; names the file.
     """
     index = folder / INDEX
     if not index.is_file() and not (folder / ONE).is_file():
         pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
         if pickled:
-            raise ValueError(f"{folder / pickled[0]}: pickle is never read: convert to safetensors")
+            raise ValueError(f"{folder / pickled[0]}: pickle files are never read; convert it to safetensors")
         raise ValueError(f"{folder}: holds no {ONE} and no {INDEX}")
     longest = min(4096 + 400 * most, LONGEST_HEADER)
     placed = read_index(index, longest) if index.is_file() else None
@@ -38,17 +38,17 @@ def survey(folder: Path, most: int = 200_000) -> dict[str, Stored]:
         for tensor, stored in read_header(folder / name, longest).items():
             if placed is not None and placed.get(tensor) != name:
                 says = placed.get(tensor)
-                where = f"the index has it in {says}" if says else "it is not in the index"
+                where = f"the index lists it in {says}" if says else "it is not in the index"
                 raise ValueError(f"{folder / name}: holds {tensor}, but {where}")
             found[tensor] = stored
     for tensor, name in (placed or {}).items():
         if tensor not in found:
-            raise ValueError(f"{folder / name}: lacks {tensor}, which {INDEX} has there")
+            raise ValueError(f"{folder / name}: lacks {tensor}, which {INDEX} lists there")
     return found
 
 
 def read_index(path: Path, longest: int) -> dict[str, str]:
-    """The index's map from tensor to file."""
+    """An index's map from tensor to file."""
     placed = read_json(path, longest).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
         raise ValueError(f"{path}: weight_map must name a file for each tensor")
@@ -56,19 +56,19 @@ def read_index(path: Path, longest: int) -> dict[str, str]:
 
 
 def check_place(folder: Path, name: str) -> None:
-    """Raise ValueError unless a shard is a file in the folder itself."""
+    """Raise ValueError unless a shard lies directly in the folder."""
     if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", name):
         raise ValueError(f"{folder / INDEX}: {name!r:.200} is not a safetensors file in this folder")
     if not (folder / name).is_file():
-        raise ValueError(f"{folder / name}: there is no such file; {INDEX} names it")
+        raise ValueError(f"{folder / name}: no such file, but {INDEX} names it")
     check_link(folder / name)
 
 
 def check_link(path: Path) -> None:
-    """Raise ValueError for a link out of the folder, but for one into the hub's own cache beside it."""
+    """Raise ValueError for a link out of the folder, unless into the blobs of the Hugging Face cache."""
     home, target = path.parent.resolve(), path.resolve()
     if target.parent not in (home, home.parent.parent / "blobs"):
-        raise ValueError(f"{path}: is a link that leads out of the folder, to {target}")
+        raise ValueError(f"{path}: is a link out of the folder, to {target}")
 
 
 def write(
@@ -77,10 +77,10 @@ def write(
     shard_bytes: int,
     stem: str = "model",
 ) -> None:
-    """Write tensors, each made when its turn comes, to one file or to several of up to shard_bytes.
+    """Write tensors to one file, or to several of up to shard_bytes; each is made when its file is written.
 
     Args:
-        tensors: name, size in bytes, and a function that makes it.
+        tensors: (name, bytes, function that makes it) for each.
     """
     shards: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
     room, total = shard_bytes, 0

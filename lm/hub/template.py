@@ -1,6 +1,6 @@
-"""Chat templates by the transformers convention: jinja2 programs of strangers, kept in bounds.
+"""Renders chat templates as transformers does: untrusted jinja2 programs, run safely.
 
-A template runs in jinja2's sandbox, in a process of its own that may use little memory and little time.
+A template runs in jinja2's sandbox, in a separate process with limited memory and time.
 """
 
 import json
@@ -12,33 +12,33 @@ SECONDS, BYTES = 10, 512 * 2**20
 
 
 def render(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
-    """The text that a chat template makes of messages, up to where the model's answer begins.
+    """The prompt that a chat template makes from messages, up to the start of the model's answer.
 
     Args:
         messages: each with role and content.
-        special: texts of the special tokens by name, such as bos_token.
+        special: special tokens as text, by name (such as bos_token).
 
     Raises:
-        ValueError: the template is wrong, refuses the messages, or leaves its bounds.
+        ValueError: the template is invalid, rejects the messages, or exceeds its limits.
     """
     task = json.dumps({"template": template, "variables": {"messages": messages, **special}})
     try:
-        # isolated (-I): neither this folder nor the environment adds code to what runs
+        # isolated (-I): no code is imported from this folder or by environment variables
         done = subprocess.run(
             [sys.executable, "-I", __file__], input=task.encode(), capture_output=True, timeout=SECONDS
         )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        answer = {"error": f"it runs for more than {SECONDS} seconds"}
+        answer = {"error": f"it takes more than {SECONDS} seconds"}
     except ValueError:
-        answer = {"error": f"it was stopped; it may use {BYTES // 2**20} MiB"}
+        answer = {"error": f"it was stopped; the limit is {BYTES // 2**20} MiB"}
     if "error" in answer:
         raise ValueError(f"the chat template cannot be used: {answer['error']}")
     return answer["text"]
 
 
 def render_here(template: str, variables: dict[str, Any]) -> str:
-    """What the process does; the environment is the one that transformers gives to templates."""
+    """Render in this process, with the jinja2 environment that transformers sets up."""
     import datetime
 
     import jinja2
@@ -59,9 +59,9 @@ def render_here(template: str, variables: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Read a task from standard input, answer on standard output."""
+    """Read the task from standard input; write the result to standard output."""
     try:
-        import resource  # not on Windows: there the time alone is limited
+        import resource  # not on Windows, where only the time is limited
 
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     except ImportError:

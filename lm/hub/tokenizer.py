@@ -1,4 +1,4 @@
-"""A model folder's own tokenizer: tokenizer.json, its end-of-text tokens, its chat template."""
+"""A model folder's tokenizer: tokenizer.json, end-of-text tokens and chat template."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,14 +11,14 @@ from ..tokenizer import ByteTokenizer
 
 
 class FileTokenizer:
-    """The tokenizer.json of a model's folder, with its end-of-text tokens and chat template.
+    """The tokenizer.json of a model folder, with its end-of-text tokens and chat template.
 
     Attributes:
-        ends: tokens after which the model has said all.
-        special: text of the special tokens by name, such as bos_token, for the chat template.
+        ends: the tokens that end a completion.
+        special: special tokens as text, by name (such as bos_token), for the chat template.
 
     Raises:
-        ValueError: a file is broken, or it has more tokens than the model; names it.
+        ValueError: a file is damaged, or has more tokens than the model; names the file.
     """
 
     def __init__(self, folder: Path, vocab_size: int):
@@ -29,7 +29,7 @@ class FileTokenizer:
         path = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if highest >= vocab_size:
@@ -42,7 +42,7 @@ class FileTokenizer:
         self.chat_template = find_template(folder, settings)
 
     def find_ends(self, folder: Path) -> frozenset[int]:
-        """The tokens that end a text: of generation_config.json, else config.json, else by name."""
+        """End-of-text tokens: from generation_config.json, else config.json, else the eos_token."""
         for name in ("generation_config.json", "config.json"):
             found = read_optional(folder / name).get("eos_token_id")
             ids = found if isinstance(found, list) else [found]
@@ -52,14 +52,14 @@ class FileTokenizer:
         return frozenset() if named is None else frozenset({named})
 
     def encode(self, text: str | bytes, special: bool = True) -> list[int]:
-        """Token ids; with what the tokenizer puts around a text (a first token), unless special is False."""
+        """Token ids; special: with the tokens that the tokenizer puts around a text, such as a first one."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", "replace")
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_array(self, text: np.ndarray) -> np.ndarray:
-        """The tokens of a file's bytes, all in memory."""
+        """The token ids of a text's bytes, all in memory."""
         return np.array(self.encode(text.tobytes()))
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -67,7 +67,7 @@ class FileTokenizer:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def writer(self) -> Callable[[int], bytes]:
-        """A function token -> what it adds to the text; nothing while a character is not whole."""
+        """A function: token -> the bytes it adds to the text, none until a character is complete."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)
@@ -75,10 +75,10 @@ class FileTokenizer:
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer of a model's folder; bytes where it has none.
+    """The tokenizer of a model folder, by default bytes.
 
     Raises:
-        ValueError: there is none, and the model's tokens are no bytes.
+        ValueError: there is no tokenizer.json, and the vocabulary is too large for bytes.
     """
     if (folder / "tokenizer.json").is_file():
         return FileTokenizer(folder, vocab_size)
@@ -88,18 +88,18 @@ def open_tokenizer(folder: Path, vocab_size: int) -> ByteTokenizer | FileTokeniz
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
+    """A JSON object, empty if the file does not exist."""
     return read_json(path) if path.is_file() else {}
 
 
 def as_text(token: Any) -> str | None:
-    """A special token, which is a text or an object around one."""
+    """The text of a special token, given as such or as an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the tokenizer's settings, alone or named default."""
+    """The chat template: chat_template.jinja, else the (default) one in the tokenizer's settings."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

@@ -1,3 +1,5 @@
+"""Chat templates: rendered as in transformers, and stopped at their limits."""
+
 import pytest
 
 from lm.hub.template import render
@@ -13,13 +15,13 @@ DEEPSEEK = """{{ bos_token }}{% for message in messages %}
 {% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"""
 
 
-def test_a_template_writes_every_turn_and_where_the_answer_begins():
+def test_a_template_writes_every_turn_and_the_start_of_the_answer():
     talk = [*TALK, {"role": "user", "content": "{{ 7 * 7 }}"}]
-    said = render(DEEPSEEK, talk, {"bos_token": "<B>", "eos_token": "<E>"})
-    assert said == "<B><|User|>Who's there?<|Assistant|>Nay, answer me.<E><|User|>{{ 7 * 7 }}<|Assistant|>"
+    text = render(DEEPSEEK, talk, {"bos_token": "<B>", "eos_token": "<E>"})
+    assert text == "<B><|User|>Who's there?<|Assistant|>Nay, answer me.<E><|User|>{{ 7 * 7 }}<|Assistant|>"
 
 
-def test_a_template_says_the_same_as_in_transformers(tmp_path):
+def test_a_template_renders_as_in_transformers():
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models
 
@@ -41,7 +43,7 @@ def test_a_template_says_the_same_as_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template, told",
+    "template, reason",
     [
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -54,14 +56,14 @@ def test_a_template_says_the_same_as_in_transformers(tmp_path):
         ("{{ '\\n' ~ raise_exception('first\nsecond') }}", "first$"),
     ],
 )
-def test_a_template_stays_in_its_bounds(template, told):
-    with pytest.raises(ValueError, match=f"^the chat template cannot be used: .*{told}") as caught:
+def test_a_template_that_breaks_its_limits_is_a_one_line_error(template, reason):
+    with pytest.raises(ValueError, match=f"^the chat template cannot be used: .*{reason}") as caught:
         render(template, TALK, {})
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_without_end_is_stopped(monkeypatch):
+def test_an_endless_template_is_stopped(monkeypatch):
     monkeypatch.setattr("lm.hub.template.SECONDS", 1)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="it runs for more than 1 seconds"):
+    with pytest.raises(ValueError, match="it takes more than 1 seconds"):
         render(endless, TALK, {})

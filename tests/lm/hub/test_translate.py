@@ -1,8 +1,9 @@
-"""config.json in our words and back: published files, every option of every architecture, hostile ones."""
+"""config.json as our config and back: published files, all options of every architecture, hostile edits."""
 
 import dataclasses
 import json
-from pathlib import Path
+import math
+import re
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.config import AttentionConfig, Config, ModelConfig, MoEConfig, RopeConfig
-from lm.hub import translate as architectures
 from lm.hub.families import BLOCK, FAMILIES, ROPE, WHOLE
-from lm.hub.translate import parts_of, to_ours, to_theirs
+from lm.hub.translate import parts_of, relevant, to_ours, to_theirs
 from lm.model import Transformer
+from tests.helpers import refused
+from tests.lm.hub.folders import REFERENCE
+from tests.lm.hub.published import PUBLISHED, V3
 
-REFERENCE = Path(__file__).parent / "reference"
-GQA = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 MLA = ("deepseek_v3", "kimi_k2", "deepseek_v2", "glm4_moe_lite", "youtu")
 
 
@@ -27,279 +28,12 @@ def example(kind):
 
 # --- published files
 
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-KIMI_K2 = {
-    **V3,
-    "model_type": "kimi_k2",
-    "aux_loss_alpha": 0.001,
-    "eos_token_id": 163585,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 131072,
-    "n_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "rope_scaling": {**V3["rope_scaling"], "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "seq_aux": True,
-    "topk_group": 1,
-    "vocab_size": 163840,
-}
-MOONLIGHT = {
-    **{key: value for key, value in KIMI_K2.items() if key not in ("rope_scaling", "quantization_config")},
-    "model_type": "deepseek_v3",
-    "hidden_size": 2048,
-    "intermediate_size": 11264,
-    "max_position_embeddings": 8192,
-    "moe_intermediate_size": 1408,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "rms_norm_eps": 1e-05,
-    "routed_scaling_factor": 2.446,
-}
-V2 = {
-    **{
-        key: value
-        for key, value in V3.items()
-        if key not in ("num_nextn_predict_layers", "quantization_config")
-    },
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "model_type": "deepseek_v2",
-    "aux_loss_alpha": 0.001,
-    "first_k_dense_replace": 1,
-    "hidden_size": 5120,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "n_routed_experts": 160,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 60,
-    "pretraining_tp": 1,
-    "rope_scaling": {**V3["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.707},
-    "routed_scaling_factor": 16.0,
-    "scoring_func": "softmax",
-    "seq_aux": True,
-    "topk_group": 3,
-    "topk_method": "group_limited_greedy",
-    "vocab_size": 102400,
-}
-V2_LITE = {
-    **V2,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "routed_scaling_factor": 1.0,
-    "topk_group": 1,
-    "topk_method": "greedy",
-}
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.42.3",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
-QWEN2_72B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "initializer_range": 0.02,
-    "intermediate_size": 29568,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 70,
-    "model_type": "qwen2",
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
-QWEN3_30B = {
-    **QWEN2_72B,
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rope_scaling": None,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "vocab_size": 151936,
-}
-QWEN3_235B = {
-    **QWEN3_30B,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "max_window_layers": 94,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 94,
-}
-MIXTRAL = {
-    "architectures": ["MixtralForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.02,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.36.0.dev0",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
-PUBLISHED = {
-    "deepseek-v3": V3,
-    "kimi-k2": KIMI_K2,
-    "moonlight": MOONLIGHT,
-    "deepseek-v2": V2,
-    "deepseek-v2-lite": V2_LITE,
-    "llama-3.1-8b": LLAMA_8B,
-    "qwen2.5-72b": QWEN2_72B,
-    "qwen3-30b-a3b": QWEN3_30B,
-    "qwen3-235b-a22b": QWEN3_235B,
-    "mixtral-8x7b": MIXTRAL,
-}
-
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_published_files_say_what_the_presets_say(preset):
+def test_published_configs_equal_the_presets(preset):
     ours, wanted = to_ours(PUBLISHED[preset]), Config.preset(preset).model
-    wanted = dataclasses.replace(wanted, init_std=0.02)  # V2 and V3: their files have transformers' default
-    assert architectures.relevant(ours) == architectures.relevant(wanted)
+    wanted = dataclasses.replace(wanted, init_std=0.02)  # the files of V2 and V3 have transformers' default
+    assert relevant(ours) == relevant(wanted)
     assert ours.max_length == PUBLISHED[preset]["max_position_embeddings"]
 
 
@@ -309,9 +43,10 @@ def test_presets_are_written_as_their_architecture(preset):
     written = to_theirs(Config.preset(preset).model)
     assert written["model_type"] == ("deepseek_v3" if kind == "kimi_k2" else kind)
     assert written["architectures"] == PUBLISHED[preset]["architectures"]
+    assert written.get("num_nextn_predict_layers") == (0 if written["model_type"] == "deepseek_v3" else None)
 
 
-# --- back and forth
+# --- round trips
 
 
 def options(config):
@@ -329,7 +64,7 @@ numbers = st.floats(1e-3, 1e3)
 
 
 @st.composite
-def ropes(draw, interleaved, is_mla):
+def ropes(draw, interleaved):
     scaling = draw(st.sampled_from(list(ROPE)))
     more = {}
     if scaling != "none":
@@ -347,7 +82,7 @@ def ropes(draw, interleaved, is_mla):
 
 @st.composite
 def configs(draw, kind):
-    """Any config that an architecture of theirs is; what it does not use is left at its default."""
+    """Any config that an architecture can have; options it does not use stay at their defaults."""
     dense_only = kind in ("youtu", "llama", "qwen2", "qwen3")
     layers = draw(some)
     dense = layers if dense_only else 0 if kind == "mixtral" else draw(st.integers(0, layers - 1))
@@ -364,7 +99,7 @@ def configs(draw, kind):
             qkv_bias=bias,
             out_bias=bias,
         )
-        rope = draw(ropes(True if kind == "deepseek_v2" else draw(st.booleans()), True))
+        rope = draw(ropes(True if kind == "deepseek_v2" else draw(st.booleans())))
     else:
         bias = draw(st.booleans())
         attention = AttentionConfig(
@@ -376,12 +111,13 @@ def configs(draw, kind):
             out_bias=bias if kind in ("llama", "qwen3", "qwen3_moe") else False,
             qk_norm=kind in ("qwen3", "qwen3_moe"),
         )
-        rope = draw(ropes(False, False))
+        rope = draw(ropes(False))
     moe = MoEConfig()
     if not dense_only:
         groups = draw(some) if kind in MLA else 1
         kept = draw(st.integers(1, groups))
         each = draw(some)
+        shared = draw(some) if kind == "qwen2_moe" else draw(st.integers(0, 3)) if kind in MLA else 0
         moe = MoEConfig(
             router="sigmoid" if kind in MLA and kind != "deepseek_v2" else "softmax",
             num_experts=groups * each,
@@ -389,11 +125,7 @@ def configs(draw, kind):
             hidden_dim=draw(sizes),
             num_groups=groups,
             top_groups=kept,
-            num_shared_experts=draw(some)
-            if kind == "qwen2_moe"
-            else draw(st.integers(0, 3))
-            if kind in MLA
-            else 0,
+            num_shared_experts=shared,
             shared_gate=kind == "qwen2_moe",
             normalize={"deepseek_v2": False, "mixtral": True}.get(kind, draw(st.booleans())),
             routed_scaling_factor=draw(numbers) if kind in MLA else 1.0,
@@ -417,7 +149,7 @@ def configs(draw, kind):
 @pytest.mark.parametrize("kind", FAMILIES)
 @settings(max_examples=60)
 @given(data=st.data())
-def test_what_is_written_is_read_as_the_same_model(kind, data):
+def test_a_written_config_is_read_back_unchanged(kind, data):
     config = data.draw(configs(kind))
     written = json.loads(json.dumps(to_theirs(config), allow_nan=False))
     meant = {"kimi_k2": "deepseek_v3", "glm4_moe_lite": "deepseek_v3", "youtu": "deepseek_v3"}.get(kind, kind)
@@ -427,13 +159,13 @@ def test_what_is_written_is_read_as_the_same_model(kind, data):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_what_transformers_wrote_is_read_written_and_read_as_the_same_model(kind):
+def test_a_config_of_transformers_survives_a_round_trip(kind):
     config = to_ours(example(kind))
     assert to_ours(to_theirs(config)) == config
 
 
 def other_value(kind, key, value):
-    """Another value of one of their keys, and the keys that must change with it."""
+    """A different value of a key, and the other keys that must change with it."""
     if key == "first_k_dense_replace":
         return 0, {}
     if key == "num_hidden_layers":
@@ -455,12 +187,12 @@ def other_value(kind, key, value):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_row_of_a_family_is_read(kind):
-    """Each of their keys that a family's table names, changed alone, changes our option of that row."""
+    """Changing a key that a family's table names changes our option in the same row."""
     raw = example(kind)
     before = dict(options(to_ours(raw)))
     for name in FAMILIES[kind].names:
         if kind == "deepseek_v2" and name.theirs == "norm_topk_prob":
-            continue  # refused where it is true
+            continue  # rejected if true
         other, along = other_value(kind, name.theirs, before[name.ours])
         found = dict(options(to_ours({**raw, **along, name.theirs: other})))
         assert found[name.ours] == other != before[name.ours], name
@@ -488,18 +220,16 @@ def test_every_row_of_a_rope_scaling_is_read_under_both_names(kind, model_type):
         assert (rope.scaling, rope.theta) == ("none", 77.0)
 
 
-def test_yarn_without_its_original_length_takes_the_longest_text():
+def test_yarn_without_original_length_uses_the_maximum_length():
     raw = {**V3, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     rope = to_ours(raw).rope
     assert rope.original_context == 163840
-    # transformers' and the authors' defaults: no mscale means cos and sin grow, and not the softmax scale
+    # as transformers and the authors: without mscale, cos and sin are scaled and the softmax is not
     assert (rope.beta_fast, rope.beta_slow, rope.mscale, rope.mscale_all_dim) == (32.0, 1.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
-def test_an_attention_factor_that_says_what_is_meant_anyway_is_read(model_type):
-    import math
-
+def test_an_attention_factor_equal_to_the_default_is_accepted(model_type):
     raw, log = example(model_type), 0.1 * math.log(40.0)
     for mscales, factor in (
         ({}, log + 1),
@@ -514,7 +244,7 @@ def test_an_attention_factor_that_says_what_is_meant_anyway_is_read(model_type):
             to_ours(said)
 
 
-def test_greedy_v2_has_no_groups_whatever_their_number_says():
+def test_greedy_v2_ignores_its_group_options():
     raw = example("deepseek_v2")
     assert (raw["n_group"], raw["topk_group"]) == (4, 1)
     moe = to_ours({**raw, "topk_method": "greedy"}).moe
@@ -523,18 +253,24 @@ def test_greedy_v2_has_no_groups_whatever_their_number_says():
     assert to_ours({key: value for key, value in raw.items() if key != "topk_method"}).moe == moe
 
 
-def test_a_llama_that_is_silent_has_a_key_for_every_head():
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in MLA])
+def test_without_a_number_of_key_heads_every_head_has_its_own(kind):
+    raw = {**example(kind), "num_key_value_heads": None}
+    assert to_ours(raw).attention.num_kv_heads == raw["num_attention_heads"]
+
+
+def test_llama_has_a_key_per_head_by_default():
     raw = {key: value for key, value in example("llama").items() if key != "num_key_value_heads"}
     for said in ({}, {"num_key_value_heads": None}):
         assert to_ours({**raw, **said}).attention.num_kv_heads == raw["num_attention_heads"] == 4
     assert to_ours({**raw, "head_dim": None, "hidden_size": 24}).attention.head_dim == 6
 
 
-# --- what our own config can say and theirs cannot
+# --- models that have no architecture
 
 
 def changed(config, **changes):
-    """A config with changes by dotted name, `__` for the dot."""
+    """A config with changes by dotted name, with `__` for the dot."""
     sections = {}
     for dotted, value in changes.items():
         section, _, name = dotted.rpartition("__")
@@ -544,7 +280,7 @@ def changed(config, **changes):
     return dataclasses.replace(config, **whole)
 
 
-FOREIGN = [  # an architecture, what makes it none of theirs, the option that is named
+FOREIGN = [  # an architecture, a change that it does not have, the option that the error names
     ("deepseek_v3", {"moe__router": "moe:SigmoidRouter"}, "moe.router"),
     ("deepseek_v3", {"attention__kind": "mla:MultiheadLatentAttention"}, "attention.kind"),
     ("deepseek_v3", {"attention__out_bias": False}, "attention.qkv_bias|attention.out_bias"),
@@ -575,15 +311,15 @@ FOREIGN = [  # an architecture, what makes it none of theirs, the option that is
 
 
 @pytest.mark.parametrize("kind, changes, option", FOREIGN, ids=str)
-def test_a_model_that_none_of_theirs_is_is_refused_by_its_option(kind, changes, option):
+def test_a_model_that_fits_no_architecture_is_rejected_by_option(kind, changes, option):
     config = changed(to_ours(example(kind)), **changes)
-    with pytest.raises(ValueError, match=option) as caught:
-        to_theirs(config)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    message = refused(lambda: to_theirs(config))
+    assert re.search(option, message) and len(message) < 300
 
 
-def test_what_a_model_does_not_use_does_not_stand_in_the_way():
+def test_unused_options_do_not_prevent_export():
     dense = to_ours(example("youtu"))
+    assert to_theirs(changed(dense, moe__router="softmax"))["model_type"] == "deepseek_v3"
     assert to_ours(to_theirs(changed(dense, moe__router="no.such:Router", moe__shared_gate=True))) == dense
     gqa = to_ours(example("llama"))
     found = to_ours(to_theirs(changed(gqa, attention__q_lora_rank=7, attention__kv_lora_rank=7)))
@@ -602,7 +338,7 @@ def small(kind, **changes):
         return Transformer(changed(to_ours(example(kind)), **changes))
 
 
-def test_every_row_of_the_table_of_weights_is_used():
+def test_every_row_of_the_weight_table_is_used():
     used = set()
     for kind in FAMILIES:
         bias = {"attention__qkv_bias": True, "attention__out_bias": True}
@@ -618,7 +354,7 @@ def test_every_row_of_the_table_of_weights_is_used():
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_names_and_shapes_are_those_that_transformers_wrote(kind):
+def test_names_and_shapes_equal_transformers(kind):
     from safetensors import safe_open
 
     model = small(kind)
@@ -632,7 +368,7 @@ def test_names_and_shapes_are_those_that_transformers_wrote(kind):
         assert found == {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def test_parts_are_views_in_the_order_of_their_rows():
+def test_parts_are_views_in_row_order():
     tensor = torch.arange(24.0).reshape(6, 4)
     parts = dict(parts_of("blocks.7.mlp.gate_up.weight", tensor, "llama"))
     assert list(parts) == ["model.layers.7.mlp.gate_proj.weight", "model.layers.7.mlp.up_proj.weight"]
@@ -651,7 +387,7 @@ def test_parts_are_views_in_the_order_of_their_rows():
 
 # --- which layers have experts
 
-LAYERS = [  # an architecture, its keys, how many of 4 layers are dense; None: refused
+LAYERS = [  # an architecture, its keys, how many of 4 layers are dense; None: rejected
     ("qwen3_moe", {"mlp_only_layers": []}, 0),
     ("qwen3_moe", {"mlp_only_layers": [0, 1]}, 2),
     ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, 4),
@@ -687,7 +423,7 @@ def test_dense_layers_are_the_first_ones(kind, changes, dense):
         assert to_ours({**raw, **changes}).num_dense_layers == dense
 
 
-# --- configs that are none
+# --- hostile configs
 
 JUNK = (
     st.sampled_from(
@@ -734,7 +470,7 @@ EXTRA = (
 @pytest.mark.parametrize("kind", FAMILIES)
 @settings(max_examples=250)
 @given(data=st.data())
-def test_any_edit_of_a_config_is_read_or_one_line(kind, data):
+def test_any_edited_config_is_read_or_a_one_line_error(kind, data):
     raw = example(kind)
     for _ in range(data.draw(st.integers(1, 3))):
         key = data.draw(st.sampled_from(sorted({*raw, *EXTRA})))
@@ -756,19 +492,19 @@ def test_any_edit_of_a_config_is_read_or_one_line(kind, data):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "kimi_k2"])
-def test_a_key_that_is_not_there_means_what_it_means_to_transformers(kind):
-    """Or it is asked for: then nothing is guessed."""
+def test_a_missing_key_means_what_it_means_to_transformers(kind):
+    """Or it is an error: nothing is guessed."""
     from transformers import AutoConfig
 
-    raw, asked = example(kind), []
+    raw, required = example(kind), []
     for key in sorted({*raw} - {"model_type"} - ({"num_key_value_heads"} if kind in MLA else set())):
-        silent = {name: value for name, value in raw.items() if name != key}
+        without = {name: value for name, value in raw.items() if name != key}
         try:
-            ours = to_ours(silent)
+            ours = to_ours(without)
         except ValueError:
-            asked.append(key)
+            required.append(key)
             continue
-        told = json.loads(AutoConfig.for_model(**silent).to_json_string())
-        found, meant = dict(options(ours)), dict(options(to_ours(told)))
-        assert {**found, "init_std": 0} == {**meant, "init_std": 0}, key  # of new weights, not of these
-    assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(asked)
+        theirs = json.loads(AutoConfig.for_model(**without).to_json_string())
+        found, meant = dict(options(ours)), dict(options(to_ours(theirs)))
+        assert {**found, "init_std": 0} == {**meant, "init_std": 0}, key  # only for new weights
+    assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(required)

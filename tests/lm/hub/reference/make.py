@@ -1,7 +1,7 @@
-"""The tiny checkpoints beside this file, made by transformers: `python tests/lm/hub/reference/make.py`.
+"""Makes the tiny checkpoints in this folder with transformers: `python tests/lm/hub/reference/make.py`.
 
-Each folder holds config.json and model.safetensors as transformers writes them, and expected.safetensors:
-tokens (2, 12), its logits for them (2, 12, vocab), and the greedy text that begins with them (2, 20).
+Each has config.json and model.safetensors as transformers writes them, and expected.safetensors: tokens
+(2, 12), their logits (2, 12, vocab) from transformers, and its greedy continuation of them (2, 20).
 """
 
 import json
@@ -66,7 +66,7 @@ CASES = {
         **SIZES,
         **LATENT,
         **EXPERTS,
-        "kv_lora_rank": 8,  # even, and the next one too: transformers' complex numbers want it so
+        "kv_lora_rank": 8,  # transformers rotates complex numbers: the sizes must be even
         "qk_nope_head_dim": 6,
         "topk_method": "group_limited_greedy",
         "num_experts_per_tok": 3,
@@ -113,10 +113,10 @@ CASES = {
 
 
 def build(kind, numbers, seed=0, dtype=torch.float32):
-    """The transformers model of an architecture, with weights drawn far from what any symmetry would hide."""
+    """A transformers model with random weights, large enough that no symmetry hides a mistake."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = "deepseek_v3" if kind == "kimi_k2" else kind  # the same, but for its name
+    kind = "deepseek_v3" if kind == "kimi_k2" else kind  # the same architecture
     config = AutoConfig.for_model(kind, **numbers, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -125,27 +125,26 @@ def build(kind, numbers, seed=0, dtype=torch.float32):
     with torch.no_grad():
         for name, tensor in sorted(drawn.items()):
             if name.endswith("e_score_correction_bias"):
-                tensor.uniform_(-1.0, -0.3, generator=generator)  # many choice scores are below 0
+                tensor.uniform_(-1.0, -0.3, generator=generator)  # many selection scores are negative
             elif name.endswith("bias"):
                 tensor.normal_(0.0, 0.5, generator=generator)
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5, generator=generator)
             elif tensor.ndim > 1:
-                wide = (
-                    1.0 if "embed" in name else tensor.shape[-1] ** -0.5
-                )  # so that tokens go to many experts
-                tensor.normal_(0.0, 1.5 * wide if name.endswith("gate.weight") else wide, generator=generator)
+                std = 1.0 if "embed" in name else tensor.shape[-1] ** -0.5
+                std *= 1.5 if name.endswith("gate.weight") else 1.0  # so that tokens use many experts
+                tensor.normal_(0.0, std, generator=generator)
     model.tie_weights()
     return model.to(dtype)
 
 
 def write(model, kind, folder):
-    """A folder as transformers writes it."""
+    """Write a folder as transformers does."""
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    if kind == "kimi_k2":  # as it is published: the names of transformers 4, and code of its own
+    if kind == "kimi_k2":  # as published: with the keys of transformers 4 and its own code
         rope = config.pop("rope_parameters")
         config |= {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
         config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
@@ -159,14 +158,14 @@ def write(model, kind, folder):
 
 
 def continued(model, tokens, count):
-    """transformers' greedy text: tokens (batch, time) -> (batch, time + count)"""
+    """The greedy continuation of transformers: tokens (batch, time) -> (batch, time + count)"""
     return model.generate(
         tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=count
     )
 
 
 def main():
-    """Write every folder anew."""
+    """Rewrite all folders."""
     import transformers
     from safetensors.torch import save_file
 
