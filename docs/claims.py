@@ -18,11 +18,11 @@ NOT_HERE = "Does not reproduce here, because"  # begins a paragraph that comes a
 HEAD = """# The claims, measured
 
 Made by `python docs/claims.py` from the result files in [experiments/results](../experiments/results), which
-hold every training with its seed, and the machine. Unless stated otherwise, a loss is in nats per byte on four
-held-out plays, as mean ± standard error over seeds. Differences are taken seed by seed, since models of one
-seed see the same text in the same order. "As claimed" is yes where every seed agrees with the prediction, and
-no where every seed contradicts a part of it. The models are variants of the preset `mini`; in `rivals` and
-`convert`, of `toy`. `lm experiment NAME` repeats one, `make experiments` all; trainings that are kept in
+hold every training with its seed, and the machine. Unless stated otherwise, a loss is in nats per byte on
+four held-out plays, as mean ± standard error over seeds. Differences are taken seed by seed, since models of
+one seed see the same text in the same order. "As claimed" is yes where every seed agrees with the prediction,
+and no where every seed contradicts a part of it. The models are variants of the preset `mini`; in `rivals`
+and `convert`, of `toy`. `lm experiment NAME` repeats one, `make experiments` all; trainings that are kept in
 runs/experiments are reused.
 """
 

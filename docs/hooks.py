@@ -12,8 +12,6 @@ import latex2mathml.converter
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from exercises.grader.exercise import load_all
-
 ROOT = Path(__file__).parent.parent
 CODE = ("moe", "mla", "lm", "experiments", "exercises", "benchmarks", "notebooks", "docs", "tests")
 TEXTS = ("CONTRIBUTING.md", "exercises/README.md", "lm/corpus/README.md")
@@ -44,39 +42,17 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Put in formulas, links, and the tables of lessons and exercises."""
+    """Put in formulas and links."""
     name = page.file.src_uri
     if name.startswith("code/"):
         return markdown
     here = name if name in TEXTS or name.startswith("notebooks/") else f"docs/{name}"
-    for kind, table in (("lessons", lessons), ("exercises", exercises)):
-        markdown = markdown.replace(f"<!-- {kind} -->", table() if f"<!-- {kind} -->" in markdown else "")
     markdown = BLOCK.sub(r"$$\1$$", markdown)
     parts = QUOTED.split(markdown)
     for index in range(0, len(parts), 2):  # the parts between are code
         text = MATH.sub(formula, parts[index])
         parts[index] = LINK.sub(lambda found: target(found[1], found[2] or "", here, name, files), text)
     return "".join(parts)
-
-
-def lessons() -> str:
-    """A list of the notebooks, by title."""
-    rows = []
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.py")):
-        title = re.search(r"^# # (.+)$", path.read_text("utf-8"), re.M)
-        if not title:
-            raise PluginError(f"{path}: no title; the first heading must be `# # TITLE`")
-        rows.append(f"- [{title[1]}](../notebooks/{path.stem}.ipynb)")
-    return "\n".join(rows)
-
-
-def exercises() -> str:
-    """A table of the exercises."""
-    rows = ["| exercise | function | from | what it teaches |", "| --- | --- | --- | --- |"]
-    for exercise in load_all(ROOT / "exercises").values():
-        place = f"[`{exercise.target}`](../{exercise.module.replace('.', '/')}.py)"
-        rows.append(f"| {exercise.name} | {place} | {exercise.equation} | {exercise.learn} |")
-    return "\n".join(rows)
 
 
 def target(path: str, anchor: str, here: str, name: str, files: Any) -> str:

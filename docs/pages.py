@@ -1,12 +1,12 @@
-"""Make docs/tour.md and docs/reading/*.md from docs/source, with the code that they talk about.
+"""Make the pages of docs/source: docs/tour.md, docs/coursework.md and docs/reading/*.md.
 
 python -m docs.pages
 
 In docs/source a line `[[V3 eq. 16]]` stands for the statements with this tag, a line
 `[[moe/router.py:SigmoidRouter.forward: topk]]` for the first statement of this function that contains this
 text. Successive lines from one function form one block of code. `tests/moe/test_router.py::test_name` becomes
-a link to the test, and `<!-- path -->` the table of docs/path.py. All other links are written relative to the
-page that is made.
+a link to the test; `<!-- path -->` the table of docs/path.py, `<!-- lessons -->` the list of the notebooks,
+`<!-- exercises -->` the table of the exercises. All other links are written relative to the generated page.
 """
 
 import ast
@@ -19,12 +19,12 @@ from functools import cache
 
 from docs import path as token_path
 from docs.equations import ROOT, all_tags, enclosing
+from exercises.grader.exercise import load_all
 from lm.config import nearest
 
 SOURCE = ROOT / "docs" / "source"
 BRACKETS = re.compile(r"(?:^\[\[.+\]\]\n)+", re.M)
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
-TABLE = "<!-- path -->"
 Place = tuple[str, str, int]  # file, function, line
 
 
@@ -42,7 +42,28 @@ def filled(text: str, here: str) -> str:
     """The source of the page `here`, with code, links and table in place."""
     text = BRACKETS.sub(lambda match: shown(re.findall(r"\[\[(.+)\]\]", match[0]), here), text)
     text = TEST.sub(lambda match: f"[`{match[2]}`]({link(test(*match.groups(), here), here)})", text)
-    return text.replace(TABLE, token_path.table()) if TABLE in text else text
+    tables = {"path": token_path.table, "lessons": lessons, "exercises": exercises}
+    return re.sub(r"^<!-- (\w+) -->$", lambda match: tables[match[1]](), text, flags=re.M)
+
+
+def lessons() -> str:
+    """A list of the notebooks, by title."""
+    rows = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.py")):
+        title = re.search(r"^# # (.+)$", path.read_text("utf-8"), re.M)
+        if not title:
+            raise ValueError(f"{path}: no title; the first heading must be `# # TITLE`")
+        rows.append(f"- [{title[1]}](../notebooks/{path.stem}.ipynb)")
+    return "\n".join(rows)
+
+
+def exercises() -> str:
+    """A table of the exercises."""
+    rows = ["| exercise | function | from | what it teaches |", "| --- | --- | --- | --- |"]
+    for exercise in load_all(ROOT / "exercises").values():
+        place = f"[`{exercise.target}`](../{exercise.module.replace('.', '/')}.py)"
+        rows.append(f"| {exercise.name} | {place} | {exercise.equation} | {exercise.learn} |")
+    return "\n".join(rows)
 
 
 def shown(brackets: list[str], here: str) -> str:

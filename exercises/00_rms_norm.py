@@ -1,34 +1,32 @@
-"""What is left of LayerNorm without mean and bias?"""
+"""What remains of LayerNorm without the mean and the bias?"""
 
 import torch
 
 TARGET = "mla.norm:rms_norm"
 TESTS = ("tests/mla/test_norm.py",)
 EQUATION = "RMSNorm eq. 4"
-LEARN = (
-    "The norm divides by the root of the mean square, and takes it in fp32 even where the model is in bf16."
-)
+LEARN = "The norm divides by the root mean square, computed in fp32 even when the model runs in bf16."
 HINTS = (
-    "LayerNorm subtracts the mean, divides by the standard deviation, adds a bias. Which two does RMSNorm drop?",
-    "The mean of the squares over the last axis, eps added inside the root, one number a row (..., 1); all of it "
-    "in fp32 or better, and the result back in x's dtype. The factor is returned, too.",
+    "LayerNorm subtracts the mean, divides by the standard deviation and adds a bias. Which two does RMSNorm drop?",
+    "Take the mean of the squares over the last axis and add eps inside the root: one factor per row (..., 1). "
+    "Compute in fp32 or better, and cast the result back to x's dtype. Return the factor as well.",
     "torch.promote_types, to, square, mean(-1, keepdim=True), rsqrt",
 )
 MISTAKES = (
     (
         "wide = x.to(torch.promote_types(x.dtype, torch.float32))",
         "wide = x.to(torch.promote_types(x.dtype, torch.float32))\n    wide = wide - wide.mean(-1, keepdim=True)",
-        "the mean is subtracted: that is LayerNorm, RMSNorm does not centre",
+        "the mean is subtracted: that is LayerNorm; RMSNorm does not centre",
     ),
     (
         "torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)",
         "1 / (wide.square().mean(-1, keepdim=True).sqrt() + eps)",
-        "eps is added outside the root: it belongs under it",
+        "eps is added outside the root: it belongs inside",
     ),
     (
         "wide.square().mean(-1, keepdim=True)",
         "wide.square().sum(-1, keepdim=True)",
-        "the sum of the squares stands where their mean belongs",
+        "the sum of the squares is used instead of their mean",
     ),
     (
         "wide.square().mean(-1, keepdim=True)",
@@ -38,18 +36,18 @@ MISTAKES = (
     (
         "torch.promote_types(x.dtype, torch.float32)",
         "x.dtype",
-        "the mean is taken in the dtype of x: in bf16 it has three digits; compute in fp32, then cast",
+        "the mean is computed in the dtype of x: bf16 has only about three digits; compute in fp32, then cast",
     ),
     (
         "(wide * scale * weight).to(x.dtype)",
         "wide * scale * weight",
-        "the result stays in fp32: it goes back to the dtype of x",
+        "the result stays in fp32: cast it back to the dtype of x",
     ),
-    ("wide * scale * weight", "wide * scale", "the weight is left out"),
+    ("wide * scale * weight", "wide * scale", "the weight is missing"),
     (
         "torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)",
         "torch.rsqrt(wide.square().mean(-1, keepdim=True))",
-        "eps is left out: a row of zeros would be divided by zero",
+        "eps is missing: a row of zeros would be divided by zero",
     ),
 )
 RIGHT = (
@@ -75,7 +73,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Rows far from a mean of zero, an eps that counts, and bf16."""
+    """Rows whose mean is far from zero, an eps large enough to matter, and bf16."""
     found = {}
     x = (torch.randn(3, 5, 7, generator=generator, dtype=torch.float64) + 0.7) / 3
     weight = torch.randn(7, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How fast does each pair of features turn?"""
+"""How fast does each pair of features rotate?"""
 
 import torch
 
@@ -6,43 +6,43 @@ TARGET = "mla.rope:frequencies"
 TESTS = ("tests/mla/test_rope.py",)
 WHICH = "(frequenc or angle or turn or position) and not 131072"
 EQUATION = "RoFormer eq. 15"
-LEARN = "Pair i turns by theta^(-2i/dim) radians a position: the first fast, the last hardly ever."
+LEARN = "Pair i rotates by theta^(-2i/dim) radians per position: the first pair fast, the last one very slowly."
 HINTS = (
-    "How many pairs has a head of dim features, and which exponent has the last one?",
-    "(dim/2,) numbers in fp32 on the device, from 1 down to nearly 1/theta: the even numbers 0, 2, .. over dim, "
-    "as a power of theta, inverted. A scaling makes them slower by itself.",
+    "How many pairs does a head of dim features have, and what is the exponent of the last one?",
+    "(dim/2,) frequencies in fp32 on the device, from 1 down to nearly 1/theta: one over theta to the power of "
+    "0, 2, 4, ... over dim. If there is a scaling, it slows them down afterwards.",
     "torch.arange(0, dim, 2, dtype, device), a power of theta, scaling.slow_down(turn, theta)",
 )
 MISTAKES = (
     (
         "torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim",
         "torch.arange(0, dim // 2, dtype=torch.float32, device=device) / dim",
-        "the exponent is i/dim: pair i has 2i/dim",
+        "the exponent is i/dim: for pair i it is 2i/dim",
     ),
     (
         "1.0 / theta **",
         "theta **",
-        "the pairs turn faster and faster: the exponent is negative",
+        "later pairs rotate faster: the exponent must be negative",
     ),
     (
         "torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim",
         "torch.arange(2, dim + 2, 2, dtype=torch.float32, device=device) / dim",
-        "the pairs are counted from 1: the first one turns by a whole radian",
+        "the pairs are counted from 1: count from 0, so that the first pair rotates by a whole radian",
     ),
     (
         "torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim",
         "torch.arange(0, dim, 2, dtype=torch.float32, device=device) / (dim - 2)",
-        "divided by dim - 2: the last pair does not reach 1/theta, the exponent is 2i/dim",
+        "divided by dim - 2: divide by dim; the last pair does not quite reach 1/theta",
     ),
     (
         "turn if scaling is None else scaling.slow_down(turn, theta)",
         "turn",
-        "the scaling is left out",
+        "the scaling is missing",
     ),
     (
         "torch.arange(0, dim, 2, dtype=torch.float32, device=device)",
         "torch.arange(0, dim, 1, dtype=torch.float32, device=device)",
-        "a number for each feature: two features are one pair and turn together",
+        "one frequency per feature: two features form a pair and share one frequency",
     ),
 )
 RIGHT = (

@@ -1,4 +1,4 @@
-"""Which two numbers turn together, and which way?"""
+"""Which two features rotate together, and in which direction?"""
 
 import torch
 
@@ -6,11 +6,11 @@ TARGET = "mla.rope:RotaryEmbedding.turn"
 TESTS = ("tests/mla/test_rope.py",)
 WHICH = "not transformers"
 EQUATION = "RoFormer eq. 15"
-LEARN = "Two features make a plane that turns; which two is a matter of the checkpoint, and must be known."
+LEARN = "Two features form a plane that rotates; which two depends on the checkpoint's layout, so you have to know it."
 HINTS = (
-    "A vector (a, b) that turns by an angle: what are its new coordinates? Which two features are (a, b)?",
-    "even and odd (..., dim/2): features 2i and 2i + 1 if interleaved, else i and i + dim/2. Each pair turns by its "
-    "angle, in fp32, and goes back to where it was, in x's dtype.",
+    "Rotate a vector (a, b) by an angle: what are its new coordinates? Which two features are (a, b)?",
+    "even and odd (..., dim/2): features 2i and 2i + 1 if interleaved, else i and i + dim/2. Rotate each pair by its "
+    "angle in fp32, put both features back where they were, and cast to x's dtype.",
     "to(torch.promote_types(...)), unflatten, unbind, stack, flatten, or slices 0::2 and 1::2",
 )
 MISTAKES = (
@@ -22,32 +22,32 @@ MISTAKES = (
     (
         "even * cos - odd * sin, even * sin + odd * cos",
         "even * cos + odd * sin, odd * cos - even * sin",
-        "it turns the other way: (a, b) goes to (a cos - b sin, a sin + b cos)",
+        "the rotation goes the wrong way: (a, b) becomes (a cos - b sin, a sin + b cos)",
     ),
     (
         "even * cos - odd * sin, even * sin + odd * cos",
         "even * cos - odd * sin, odd * cos - even * sin",
-        "a sign is wrong: that is no rotation, lengths change",
+        "a sign is wrong: lengths change, so this is not a rotation",
     ),
     (
         "dim=two)",
         "dim=-1 if two == -2 else -2)",
-        "the turned pairs are put back in the other layout",
+        "the rotated pairs are put back in the other layout",
     ),
     (
         "(-1, (-1, 2)) if self.interleaved else (-2, (2, -1))",
         "(-1, (-1, 2))",
-        "interleaved=False is not heeded: then features i and i + dim/2 are a pair",
+        "interleaved=False is ignored: in that case features i and i + dim/2 are a pair",
     ),
     (
         "wide = x.to(torch.promote_types(x.dtype, torch.float32))",
         "wide, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)",
-        "computed in the dtype of x: bf16 has no digits for an angle's sine; compute in fp32, then cast",
+        "computed in the dtype of x: bf16 is too coarse for sines and cosines; compute in fp32, then cast",
     ),
     (
         ".to(x.dtype)",
         "",
-        "the result stays in fp32: it goes back to the dtype of x",
+        "the result stays in fp32: cast it back to the dtype of x",
     ),
 )
 RIGHT = (
@@ -89,7 +89,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Both layouts, positions that do not begin at 0, and bf16."""
+    """Both layouts, positions that do not start at 0, and bf16."""
     found = {}
     for interleaved in (True, False):
         rope = module.RotaryEmbedding(10, 50.0, interleaved)

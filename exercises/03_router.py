@@ -1,4 +1,4 @@
-"""Who chooses, and who counts?"""
+"""What chooses the experts, and what weights them?"""
 
 import torch
 
@@ -6,28 +6,28 @@ TARGET = "moe.router:SigmoidRouter.forward"
 TESTS = ("tests/moe/test_router.py",)
 WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming"
 EQUATION = "DeepSeek-V3 eq. 13-16"
-LEARN = "The selection bias decides which experts a token gets; the plain score decides how much each counts."
+LEARN = "The selection bias affects which experts are chosen; their weights come from the scores without it."
 HINTS = (
-    "Where may the bias appear, and where not? Read eq. 16 beside eq. 13, and section 2.1.2 on the bias.",
-    "Two tensors (..., experts): one to choose by, biased and group-limited, and one to weigh with, the plain "
-    "sigmoids. The chosen ones' weights (..., top_k) are divided by their own sum, then scaled.",
+    "Where may the bias appear, and where not? Compare eq. 16 with eq. 13, and read section 2.1.2 on the bias.",
+    "You need two tensors (..., experts): biased, group-limited scores to choose by, and the plain sigmoids as "
+    "weights. The weights of the chosen experts (..., top_k) are divided by their own sum, then scaled.",
     "router_logits, sigmoid, keep_best_groups, topk(...).indices, gather, sum(keepdim=True), Routing",
 )
 MISTAKES = (
     (
         "weights = scores.gather(-1, experts)",
         "weights = (scores + self.bias).gather(-1, experts)",
-        "the weights use the biased score: the bias only chooses, eq. 13 weighs with the plain one",
+        "the weights use the biased scores: the bias only affects the choice; eq. 13 uses the plain scores",
     ),
     (
         "keep_best_groups(scores + self.bias,",
         "keep_best_groups(scores,",
-        "the bias is left out: it has to decide who is chosen (eq. 16)",
+        "the bias is missing: the experts are chosen by the biased scores (eq. 16)",
     ),
     (
         "scores = sigmoid(logits)",
         "scores = logits.softmax(-1)",
-        "scores come from a softmax: V3's affinities are sigmoids, each expert by itself (eq. 15)",
+        "the scores are a softmax: V3 uses a sigmoid for each expert separately (eq. 15)",
     ),
     (
         "if self.normalize:",
@@ -42,27 +42,27 @@ MISTAKES = (
     (
         "if self.normalize:",
         "if True:",
-        "normalize=False is not heeded",
+        "normalize=False is ignored",
     ),
     (
         "weights * self.routed_scaling_factor",
         "weights",
-        "routed_scaling_factor is left out, or divided away again",
+        "routed_scaling_factor is missing, or cancelled by the normalisation",
     ),
     (
         "choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)",
         "choice = scores + self.bias",
-        "the group limit is left out: only the best groups' experts are open to a token",
+        "the group limit is missing: a token may only use experts of its best groups",
     ),
     (
         "keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)",
         "keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, 1)",
-        "a group is judged by its best expert alone: V3 adds up its two best",
+        "a group is scored by its best expert alone: V3 adds its two best",
     ),
     (
         "choice.topk(self.top_k).indices",
         "choice.topk(self.top_k, largest=False).indices",
-        "the least wanted experts are chosen",
+        "the experts with the lowest scores are chosen",
     ),
 )
 RIGHT = (
@@ -100,7 +100,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Uneven biases, group limits with and without, a scale; weights in the order of the experts."""
+    """Uneven biases, with and without a group limit, a scale; weights sorted by expert."""
     found = {}
     for kind, options in {
         "grouped": {"num_groups": 3, "top_groups": 2, "routed_scaling_factor": 2.5},

@@ -1,4 +1,4 @@
-"""How does a token keep to a few groups of experts?"""
+"""How is a token limited to a few groups of experts?"""
 
 import torch
 
@@ -6,43 +6,43 @@ TARGET = "moe.router:keep_best_groups"
 TESTS = ("tests/moe/test_router.py",)
 WHICH = "group and not last_bit"
 EQUATION = "DeepSeek-V3 section 2.1.2, DeepSeek-V2 section 2.2.2"
-LEARN = "What is closed gets minus infinity, not zero: with a bias, open experts may stand below zero."
+LEARN = "Excluded experts get minus infinity, not zero: with a bias, the scores of allowed experts can be negative."
 HINTS = (
-    "A choice score may be negative. Which number can never be chosen before an open expert?",
-    "Scores (..., groups, experts of a group); each group is as good as the sum of its group_best largest; all "
-    "groups but the top_groups best are closed, and the shape is (..., experts) again.",
+    "A choice score can be negative. Which value is never chosen before an allowed expert?",
+    "View the scores as (..., groups, experts per group). A group's score is the sum of its group_best largest. "
+    "Exclude all groups but the top_groups best, and return to the shape (..., experts).",
     "unflatten, topk(...).values.sum, topk(...).indices, scatter, masked_fill, flatten",
 )
 MISTAKES = (
     (
         'float("-inf")',
         "0.0",
-        "closed groups get 0: a biased score may lie below that; minus infinity is never chosen",
+        "excluded groups get 0: a biased score can be lower than that; minus infinity is never chosen",
     ),
     (
         "grouped.topk(group_best).values.sum(-1)",
         "grouped.sum(-1)",
-        "a group is judged by all of its experts: only its group_best largest scores count",
+        "a group is scored by all of its experts: only its group_best largest scores count",
     ),
     (
         "grouped.topk(group_best).values.sum(-1)",
         "grouped.amax(-1)",
-        "a group is judged by its best expert alone: V3 adds up its two best (group_best)",
+        "a group is scored by its best expert alone: V3 adds its two best (group_best)",
     ),
     (
         "choice.unflatten(-1, (num_groups, -1))",
         "choice.unflatten(-1, (-1, num_groups)).transpose(-1, -2)",
-        "groups are taken in strides: experts are split into groups in order",
+        "the groups are strided: each group consists of consecutive experts",
     ),
     (
         "group_scores.topk(top_groups)",
         "group_scores.topk(num_groups - top_groups)",
-        "so many groups are kept as ought to be closed",
+        "num_groups - top_groups groups are kept: keep top_groups",
     ),
     (
         "group_scores.topk(top_groups)",
         "group_scores.topk(top_groups, largest=False)",
-        "the worst groups are kept, the best closed",
+        "the worst groups are kept: keep the best ones",
     ),
 )
 RIGHT = (
@@ -72,7 +72,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Scores on both sides of zero, groups judged by one and by two, and none closed."""
+    """Scores on both sides of zero, groups scored by one and by two experts, and no group excluded."""
     choice = torch.randn(3, 5, 12, generator=generator, requires_grad=True)
     limited = module.keep_best_groups(choice, 4, 2, 2)
     (limited * torch.randn(12, generator=generator)).where(limited.isfinite(), 0).sum().backward()

@@ -1,4 +1,4 @@
-"""Which factor of the balance loss counts, and which carries the gradient?"""
+"""Which factor of the balance loss is a count, and which carries the gradient?"""
 
 import torch
 
@@ -7,56 +7,54 @@ TESTS = ("tests/moe/test_balance.py",)
 WHICH = "loss and not capacity and not dropped and not autocast"
 BEGIN = "scores = scores.where("
 EQUATION = "DeepSeek-V3 eq. 17-20"
-LEARN = (
-    "f counts the chosen and has no gradient; P is the mean of normalised scores and pulls busy experts down."
-)
+LEARN = "f counts choices and has no gradient; the gradient reaches the router through P, the mean normalised score."
 HINTS = (
-    "A count has no gradient. Which of f (eq. 18) and P (eq. 20) can change a router's weights, then?",
-    "load (batch, experts): how often each was chosen in the sequence, over the mean, K T / experts. share (batch, "
-    "experts): each token's scores over their sum (eq. 19), the mean over the sequence's real tokens. Scores of "
-    "padding may be NaN: put 0 there before anything is divided.",
+    "A count has no gradient. So which of f (eq. 18) and P (eq. 20) can change the router's weights?",
+    "load (batch, experts): how often each expert was chosen in the sequence, divided by the mean, K T / experts. "
+    "share (batch, experts): each token's scores over their sum (eq. 19), averaged over the sequence's real tokens. "
+    "Scores of padding can be NaN: set them to 0 before you divide.",
     "where, one_hot(...).sum(2), sum(1), relative_load, sum(-1, keepdim=True), clamp(min=1)",
 )
 MISTAKES = (
     (
         "load = relative_load(count)",
         "load = count * num_experts / real.sum(-1, keepdim=True).clamp(min=1)",
-        "top_k is not divided out: at balance the loss would be K, not 1 (eq. 18)",
+        "top_k is not divided out: at perfect balance the loss would be K, not 1 (eq. 18)",
     ),
     (
         "normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)",
         "normalized = scores",
-        "P is made of plain scores: sigmoids are divided by their sum over the experts first (eq. 19)",
+        "P uses the plain scores: first divide the sigmoids by their sum over the experts (eq. 19)",
     ),
     (
         "normalized.sum(1) / total",
         "normalized.sum(1)",
-        "P is a sum: it is the mean over the tokens of the sequence (eq. 20)",
+        "P is a sum over the tokens of the sequence: it must be their mean (eq. 20)",
     ),
     (
         "total = real.sum(-1, keepdim=True).clamp(min=1)",
         "total = real.shape[1]",
-        "the mean divides by all tokens: padding does not count",
+        "the mean divides by all tokens: padding must not count",
     ),
     (
         "chosen.sum(1)",
         "chosen.sum((0, 1), keepdim=True).squeeze(1).expand(len(chosen), -1)",
-        "the load is that of the whole batch: this loss takes each sequence by itself",
+        "the load is that of the whole batch: this loss treats each sequence separately",
     ),
     (
         "count = chosen.sum(1).to(scores.dtype)",
         "count = scores.sum(1)",
-        "the load is made of scores: f counts the experts that were chosen (eq. 18)",
+        "the load sums scores: f counts how often each expert was chosen (eq. 18)",
     ),
     (
         ".sum(2) * real.unsqueeze(-1)",
         ".sum(2)",
-        "padding is counted in the load",
+        "padding is counted in the load: mask it out",
     ),
     (
         "share = normalized.sum(1) / total",
         "share = normalized.detach().sum(1) / total",
-        "P carries no gradient: then nothing of this loss reaches the router",
+        "P carries no gradient: this loss could not change the router",
     ),
 )
 RIGHT = (
@@ -93,7 +91,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Uneven loads, an expert that nobody wants, lengths down to 1 and 0, NaN in the padding."""
+    """Uneven loads, an expert that is never chosen, lengths down to 1 and 0, NaN in the padding."""
     logits = torch.randn(4, 11, 7, generator=generator)
     logits[..., 2] += 1.5
     logits[..., 5] -= 9

@@ -1,4 +1,4 @@
-"""What becomes of an expert that has too much to do?"""
+"""How does the bias rule relieve an overloaded expert?"""
 
 import torch
 from torch import nn
@@ -8,54 +8,54 @@ TESTS = ("tests/moe/test_balance.py",)
 WHICH = "bias"
 BEGIN = "step ="
 EQUATION = "DeepSeek-V3 section 2.1.2, arXiv 2408.15664"
-LEARN = "No loss and no gradient: after each step a busy expert's bias goes down by a fixed step, an idle one's up."
+LEARN = "Without a loss or gradient: after each step, an overloaded expert's bias falls by a fixed amount, an underloaded one's rises."
 HINTS = (
-    "Compared with what is an expert busy? And does it matter by how much?",
-    "One number an expert: how far its load is from the mean, in means; its sign, unless proportional; less the mean "
-    "of all steps, if centred. The bias, a buffer of the router, is changed where it is.",
+    "An expert is overloaded compared with what? Does it matter by how much?",
+    "One step per expert: minus its load's relative distance from the mean, or only the sign of it unless "
+    "proportional. If centred, subtract the mean of all steps. Change the bias, a buffer of the router, in place.",
     "violations(... .to(device, torch.float64)), sign, mean, add_ with alpha",
 )
 MISTAKES = (
     (
         "step = -violations(",
         "step = violations(",
-        "the sign is reversed: busy experts get busier",
+        "the sign is reversed: overloaded experts would get even more tokens",
     ),
     (
         "if not proportional:",
         "if False:",
-        "the step grows with the gap: without proportional=True only its sign counts",
+        "the step grows with the distance from the mean: without proportional=True only its sign counts",
     ),
     (
         "if not proportional:",
         "if True:",
-        "proportional=True is not heeded",
+        "proportional=True is ignored",
     ),
     (
         "-violations(tokens_per_expert.to(bias.device, torch.float64))",
         "-(tokens_per_expert - tokens_per_expert.sum()).to(torch.float64)",
-        "compared with the total: every expert is below that, so every bias goes up",
+        "the load is compared with the total: every expert is below it, so every bias would rise",
     ),
     (
         "bias.add_(step.to(bias.dtype), alpha=rate)",
         "router.bias = bias + rate * step.to(bias.dtype)",
-        "a new tensor in the place of the buffer: whoever holds the old one, as an optimizer or a "
-        "distributed wrapper does, sees no change; change it in place",
+        "the buffer is replaced by a new tensor: code that holds the old one, such as a distributed "
+        "wrapper, sees no change; update it in place",
     ),
     (
         "bias.add_(step.to(bias.dtype), alpha=rate)",
         "bias.add_(step.to(bias.dtype))",
-        "the rate is left out",
+        "the rate is missing",
     ),
     (
         "if centred:",
         "if False:",
-        "centred=True is not heeded",
+        "centred=True is ignored",
     ),
     (
         "if centred:",
         "if True:",
-        "always centred: that is an option of its own",
+        "the steps are always centred: only do so if centred=True",
     ),
 )
 RIGHT = (
@@ -86,7 +86,7 @@ RIGHT = (
 
 
 class Router(nn.Module):
-    """All that is asked of a router here: a bias."""
+    """A router reduced to its bias."""
 
     def __init__(self, bias):
         super().__init__()
@@ -94,7 +94,7 @@ class Router(nn.Module):
 
 
 def probe(module, generator):
-    """Uneven loads with one right at the mean, a bias that is not zero, every option."""
+    """Uneven loads, one of them equal to the mean, a nonzero bias, every option."""
     found = {}
     counts = torch.tensor([31, 0, 6, 12, 7, 11, 17])
     for name, options in {

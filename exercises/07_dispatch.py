@@ -1,4 +1,4 @@
-"""Tokens are sorted by expert: which token is in which row, and how do results find home?"""
+"""Tokens are sorted by expert: which token is in which row, and how do the results get back?"""
 
 import torch
 
@@ -6,55 +6,53 @@ TARGET = "moe.dispatch:sort"
 TESTS = ("tests/moe/test_dispatch.py",)
 BEGIN = "source ="
 EQUATION = "GShard algorithm 1, by sorting"
-LEARN = (
-    "A slot is one of a token's choices: slot // top_k is its token, and the inverse of the order leads home."
-)
+LEARN = "A slot is one of a token's top-k choices: slot // top_k is its token, and the inverse of the sort brings results back."
 HINTS = (
-    "experts (tokens, top_k) was flattened to slots. Which token owns slot j? Where did the sort put slot j?",
-    "order[i] is the slot that comes i-th, rows[i] the row that it lies in (with filling, rows are skipped). source "
-    "(num_rows,): for each row its token, 0 in rows that only fill up. target (tokens, top_k): for each slot its row.",
+    "experts (tokens, top_k) was flattened to slots. Which token does slot j belong to? Where did the sort put it?",
+    "order[i] is the i-th slot after sorting, rows[i] its row (padding rows are skipped). source (num_rows,): the "
+    "token of each row, 0 in padding rows. target (tokens, top_k): the row of each slot.",
     "new_zeros, empty_like, index_copy_ (or assigning by index), //, view_as, Order",
 )
 MISTAKES = (
     (
         "order // top_k",
         "order % top_k",
-        "slot % top_k is which of its choices a slot is; the token is slot // top_k",
+        "slot % top_k says which of the token's choices the slot is; the token is slot // top_k",
     ),
     (
         "order // top_k",
         "order % len(experts)",
-        "slot % tokens: the slots of one token lie side by side, so its token is slot // top_k",
+        "slot % tokens: the slots of one token are adjacent, so its token is slot // top_k",
     ),
     (
         "order // top_k",
         "order",
-        "rows hold slots, not tokens: slot // top_k is the token",
+        "source holds slots, not tokens: the token is slot // top_k",
     ),
     (
         "target = torch.empty_like(slots).index_copy_(0, order, rows)",
         "target = order",
-        "target is the order itself: what is asked for is its inverse, the row of each slot",
+        "target is the order itself: it must be the inverse, the row of each slot",
     ),
     (
         "target = torch.empty_like(slots).index_copy_(0, order, rows)",
         "target = rows",
-        "the rows are in the order of the sort, and belong to other slots: put them back in the slots' order",
+        "target lists the rows in sorted order: put them back in the order of the slots",
     ),
     (
         "target = torch.empty_like(slots).index_copy_(0, order, rows)",
         "target = order.argsort()",
-        "the places in the order are taken for rows: with filling, or an expert without tokens, they differ",
+        "positions in the sorted order are used as rows: with padding they differ",
     ),
     (
         "slots.new_zeros(num_rows).index_copy_(0, rows, order // top_k)",
         "torch.nn.functional.pad(order // top_k, (0, num_rows - len(slots)))",
-        "the filling is taken to be at the end: each expert's block has its own",
+        "all padding is put at the end: each expert's block has its own",
     ),
     (
         "target.view_as(experts)",
         "target.view(top_k, -1).t()",
-        "target is laid out by choice first: slots lie token by token",
+        "target is laid out choice by choice: slots lie token by token",
     ),
 )
 RIGHT = (
@@ -81,7 +79,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Uneven loads, an expert without tokens, empty slots, with and without filling."""
+    """Uneven loads, an expert without tokens, empty slots, with and without padding."""
     found = {}
     experts = torch.rand(11, 7, generator=generator).topk(3).indices
     experts = torch.where(experts == 4, 6, experts)

@@ -1,4 +1,4 @@
-"""What does MLA keep of a token?"""
+"""What does MLA cache for a token?"""
 
 import torch
 
@@ -6,10 +6,10 @@ TARGET = "mla.attention:MultiheadLatentAttention.compress"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "cache or latent or (equation or compressions) and expanded"
 EQUATION = "DeepSeek-V3 eq. 1, 3"
-LEARN = "One projection gives both parts of what is cached; the latent is normed, the rope key is not."
+LEARN = "One projection produces both cached parts; the latent is normed, the rope key is not."
 HINTS = (
-    "Two things are cached, from one product. Which of them goes through a norm?",
-    "kv_a(x) is (batch, time, latent + rope), the latent first. The latent is normed; the rope key stays as it is, "
+    "One projection produces the two cached parts. Which of them is normed?",
+    "kv_a(x) is (batch, time, latent + rope), the latent first. Norm the latent; leave the rope key as it is, "
     "(batch, time, rope), one for all heads.",
     "self.kv_a, split([...], dim=-1), self.kv_norm",
 )
@@ -17,17 +17,17 @@ MISTAKES = (
     (
         "return self.kv_norm(latent), k_rope",
         "return latent, k_rope",
-        "the latent is returned before its norm: what is cached and expanded is the normed one",
+        "the latent is returned without its norm: the normed latent is cached and expanded",
     ),
     (
         "latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)",
         "k_rope, latent = self.kv_a(x).split([self.qk_rope_head_dim, self.kv_lora_rank], dim=-1)",
-        "split in the other order: the latent comes first, then the rope key",
+        "split in the wrong order: the latent comes first, then the rope key",
     ),
     (
         "self.kv_norm(latent), k_rope",
         "self.kv_norm(latent), k_rope * torch.rsqrt(k_rope.square().mean(-1, keepdim=True) + 1e-6)",
-        "the rope key is normed, too: only the latent is",
+        "the rope key is normed too: norm only the latent",
     ),
     (
         "latent, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)",
@@ -35,7 +35,7 @@ MISTAKES = (
         "        both = both * torch.rsqrt(both.square().mean(-1, keepdim=True) + 1e-6)\n"
         "        latent, k_rope = both.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)\n"
         "        return latent * self.kv_norm.weight, k_rope",
-        "one norm over latent and rope key together: the norm is the latent's alone",
+        "one norm over latent and rope key together: norm the latent only",
     ),
     (
         "self.kv_norm(latent), k_rope",
@@ -55,7 +55,7 @@ RIGHT = (
     return latent, k_rope
     """,
     """
-    wide = F.linear(x, self.kv_a.weight, self.kv_a.bias)
+    wide = torch.nn.functional.linear(x, self.kv_a.weight, self.kv_a.bias)
     k_rope = wide.narrow(-1, self.kv_lora_rank, self.qk_rope_head_dim)
     return self.kv_norm(wide.narrow(-1, 0, self.kv_lora_rank)), k_rope
     """,
@@ -63,7 +63,7 @@ RIGHT = (
 
 
 def attention(module, generator):
-    """A small attention with sizes that are all different, and weights of its norms that are not 1."""
+    """A small attention whose sizes all differ and whose norm weights are not 1."""
     made = module.MultiheadLatentAttention(11, 3, 7, 5, 2, 4, q_lora_rank=6).double()
     with torch.no_grad():
         for weight in made.parameters():
@@ -72,7 +72,7 @@ def attention(module, generator):
 
 
 def probe(module, generator):
-    """Both parts, with gradients, and what a whole call makes of them."""
+    """Both parts with their gradients, and the output of a whole call."""
     made = attention(module, generator)
     x = torch.randn(3, 5, 11, generator=generator, dtype=torch.float64, requires_grad=True)
     latent, k_rope = made.compress(x)

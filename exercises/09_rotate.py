@@ -1,4 +1,4 @@
-"""Where does position live, if the latent must not hold it?"""
+"""Where does position go, if not into the latent?"""
 
 import torch
 
@@ -6,38 +6,38 @@ TARGET = "mla.attention:MultiheadLatentAttention.rotate"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "position or relative or equation"
 EQUATION = "DeepSeek-V3 eq. 3, 8; DeepSeek-V2 section 2.1.3"
-LEARN = "Query and the shared key turn in a few dims of their own, so that everything else can be absorbed."
+LEARN = "Only a few separate dims of the query and the shared key are rotated, so everything else can be absorbed."
 HINTS = (
-    "If the key is expanded from the latent later, where can a rotation sit? Which of both, query and key, turn?",
-    "q_rope (batch, time, heads, rope) and k_rope (batch, time, rope): both turn by the positions, the key like "
-    "one more head, and both come back in their shapes.",
+    "If the key is expanded from the latent later, where can the rotation go? Do the query and the key both rotate?",
+    "Rotate q_rope (batch, time, heads, rope) and k_rope (batch, time, rope) by the positions, the key like one "
+    "more head, and return both in their original shapes.",
     "self.rope(x, positions), unsqueeze, squeeze, cat, split",
 )
 MISTAKES = (
     (
         "return q_rope, k_rope.squeeze(2)",
         "return q_rope, both[:, :, -1]",
-        "the key is not turned: then scores depend on where the query stands, not on how far the key is",
+        "the key is not rotated: scores would depend on the query's position, not on the distance to the key",
     ),
     (
         "return q_rope, k_rope.squeeze(2)",
         "return both[:, :, :-1], k_rope.squeeze(2)",
-        "the query is not turned: then scores depend on where the key stands, not on how far it is",
+        "the query is not rotated: scores would depend on the key's position, not on the distance to it",
     ),
     (
         "self.rope(both, positions)",
         "self.rope(both, positions * 0 + torch.arange(both.shape[1]))",
-        "positions are counted from 0 at every call: a text that goes on from a cache does not begin anew",
+        "positions restart at 0 in every call: with a cache they continue where the last call ended",
     ),
     (
         "self.rope(both, positions)",
         "self.rope(both, positions + 1)",
-        "positions are counted from 1: scores agree, but a cached key is that of the next place",
+        "positions are shifted by 1: scores agree, but each cached key belongs to the next position",
     ),
     (
         "self.rope(both, positions)",
         "self.rope(self.rope(both, positions), positions)",
-        "turned twice",
+        "rotated twice",
     ),
     (
         "return q_rope, k_rope.squeeze(2)",
@@ -63,7 +63,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Positions that do not begin at 0, and differ by row."""
+    """Positions that do not start at 0 and differ between rows."""
     made = module.MultiheadLatentAttention(11, 3, 7, 5, 4, 6).double()
     q_rope = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     k_rope = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)

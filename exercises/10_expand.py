@@ -1,4 +1,4 @@
-"""Attention as the paper writes it: how are a head's key and value made of the latent?"""
+"""Attention as in the paper: how are a head's key and value computed from the latent?"""
 
 import torch
 
@@ -6,48 +6,48 @@ TARGET = "mla.attention:MultiheadLatentAttention.expanded"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "expanded and not transformers"
 EQUATION = "DeepSeek-V3 eq. 2, 4, 5, 9, 10"
-LEARN = "Each head's key is its own rows of W_UK times the latent beside the rope key that all heads share."
+LEARN = "Each head's key is its own rows of W_UK times the latent, followed by the rope key that all heads share."
 HINTS = (
-    "kv_b gives each head a key part and a value part. How wide are they, and in which order do they lie?",
-    "kv (batch, total, heads, nope + value); the rope key (batch, total, rope) is the same for every head; query "
-    "and key are [nope, rope], the softmax scale is self.scale.",
+    "kv_b computes a key part and a value part for each head. How wide are they, and which comes first?",
+    "kv is (batch, total, heads, nope + value). The rope key (batch, total, rope) is the same for every head. Query "
+    "and key are the concatenation [nope, rope]; the softmax scale is self.scale.",
     "self.kv_b, unflatten or rearrange, split, unsqueeze, expand, cat, softmax_attention",
 )
 MISTAKES = (
     (
         "k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)",
         "value, k_nope = kv.split([self.v_head_dim, self.qk_nope_head_dim], dim=-1)",
-        "key and value rows of kv_b are swapped: of each head's rows the key's come first",
+        "the key and value rows of kv_b are swapped: in each head the key rows come first",
     ),
     (
         '"batch total (heads width) -> batch total heads width"',
         '"batch total (width heads) -> batch total heads width"',
-        "kv_b's rows are taken in strides: each head's rows lie together",
+        "the rows of kv_b are strided: each head's rows are consecutive",
     ),
     (
         "self.scale, visible)",
         "self.qk_nope_head_dim**-0.5, visible)",
-        "the scale is that of the nope width: query and key are nope + rope wide",
+        "the scale uses the nope width only: query and key have nope + rope dims",
     ),
     (
         "self.scale, visible)",
         "self.scale, None)",
-        "the mask is left out",
+        "the mask is missing",
     ),
     (
         "query = torch.cat((q_nope, q_rope), dim=-1)",
         "query = torch.cat((q_nope, q_rope * 0), dim=-1)",
-        "the rope scores are left out: position would be lost",
+        "the rope part of the query is missing: the scores would not depend on position",
     ),
     (
         "key = torch.cat((k_nope, k_rope), dim=-1)",
         "key = torch.cat((k_nope, k_rope / self.num_heads), dim=-1)",
-        "the rope key is divided among the heads: every head has it whole",
+        "the rope key is divided by the number of heads: every head uses it as it is",
     ),
     (
         "kv = self.kv_b(latent)",
         "kv = self.kv_b(self.kv_norm(latent))",
-        "the latent is normed again: it comes normed already",
+        "the latent is normed again: it is already normed",
     ),
 )
 RIGHT = (
@@ -83,7 +83,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Widths that are all different, with plain causality and with a mask."""
+    """Widths that all differ, with the causal mask alone and with another mask."""
     made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4).double()
     with torch.no_grad():
         made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Why is decoding cheap?"""
+"""Why is decoding with MLA cheap?"""
 
 import torch
 
@@ -6,50 +6,50 @@ TARGET = "mla.attention:MultiheadLatentAttention.absorbed"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "(absorb or chunk or cache) and not transformers and not biases"
 EQUATION = "DeepSeek-V2 section 2.1.2, DeepSeek-V3 eq. 9, 10"
-LEARN = "q (W c) is (q W) c: key and value matrices move to query and output, and the cache is read as it is."
+LEARN = "q (W c) = (q W) c: the key and value matrices move to the query and the output, and the cache is read directly."
 HINTS = (
-    "(q W)(c) = q (W c): which side is cheaper for one query and many keys?",
-    "Per head nope x latent for the query's way in, latent x value for the result's way out; scores (batch, heads, "
-    "time, total) of [q_latent, q_rope] with the entries, in fp32; the values are the latents.",
-    "self.split_kv_b(), matmul or einsum twice, cat, masked_fill, softmax; causality where visible is None",
+    "(q W) c = q (W c): which side is cheaper for one query and many keys?",
+    "Each head maps its query from nope to latent, and its result from latent to value. The scores (batch, heads, "
+    "time, total) are [q_latent, q_rope] times the cache entries, in fp32; the values are the latents.",
+    "self.split_kv_b(), matmul or einsum twice, cat, masked_fill, softmax; a causal mask if visible is None",
 )
 MISTAKES = (
     (
         "* self.scale",
         "* (self.kv_lora_rank + self.qk_rope_head_dim) ** -0.5",
-        "the scale is that of the latent's width: it stays (nope + rope)^-0.5, the numbers are the same",
+        "the scale uses the latent's width: it stays (nope + rope)^-0.5, because the scores are the same numbers",
     ),
     (
         "w_key, w_value = self.split_kv_b()",
         "w_key, w_value = (self.kv_b.weight.view(self.num_heads, -1, self.kv_lora_rank).flip(1)"
         ".split([self.qk_nope_head_dim, self.v_head_dim], dim=1))",
-        "the rows of kv_b are taken in another order: of each head's, the key's come first",
+        "the rows of kv_b are taken in the wrong order: each head's key rows come first",
     ),
     (
         "w_key, w_value = self.split_kv_b()",
         "w_key, w_value = (part.unflatten(0, (self.num_heads, -1)) for part in self.kv_b.weight.split("
         "[self.num_heads * self.qk_nope_head_dim, self.num_heads * self.v_head_dim]))",
-        "kv_b is split over all heads at once: each head has its key rows, then its value rows",
+        "kv_b is split across all heads at once: each head has its key rows, then its value rows",
     ),
     (
         "torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)",
         "torch.cat((q_latent, q_rope.transpose(1, 2) * 0), dim=-1)",
-        "the rope scores are left out: position would be lost",
+        "the rope part of the query is missing: the scores would not depend on position",
     ),
     (
         "if visible is None and time > 1:",
         "if False:",
-        "causality is left out: where visible is None a query sees itself and what is before it",
+        "the causal mask is missing: if visible is None, a query may only see itself and earlier tokens",
     ),
     (
         "visible = visible.unsqueeze(1) if visible.ndim == 3 else visible",
         "visible = torch.ones_like(visible.unsqueeze(1) if visible.ndim == 3 else visible)",
-        "the mask is left out",
+        "the mask is missing",
     ),
     (
         ".tril()",
         ".triu()",
-        "the mask is turned round: queries see what comes after them",
+        "the causal mask is reversed: queries see later tokens",
     ),
 )
 RIGHT = (
@@ -104,7 +104,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """A latent wider than nope + rope, causality, a mask, and one query over a past."""
+    """A latent wider than nope + rope, the causal mask, another mask, and one query over a longer past."""
     made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4).double()
     with torch.no_grad():
         made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator, dtype=torch.float64))

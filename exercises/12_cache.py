@@ -1,4 +1,4 @@
-"""What must the second call know of the first?"""
+"""What does the second call need from the first?"""
 
 import torch
 
@@ -7,49 +7,49 @@ TESTS = ("tests/mla/test_cache.py",)
 WHICH = "not paged and not Paged and not KVCacheEquals"
 BEGIN = "if torch.is_grad_enabled():"
 EQUATION = "DeepSeek-V2 section 2.1.2"
-LEARN = "New entries go behind what each row holds, and what comes back ends where the longest row does."
+LEARN = "New entries are appended to what each row already holds; the result is as long as the longest row."
 HINTS = (
-    "Where do the new entries of a row begin that holds three tokens already? What must be known after the call?",
-    "start is each row's length, total the longest's after the call. Entries (batch, max_length, width) are filled "
-    "from start on, each row from its own; lengths grow by time; (batch, total, width) comes back. With gradients "
-    "on, backward still needs the entries as they were.",
+    "If a row already holds three tokens, where do its new entries start? What has to be recorded after the call?",
+    "start holds each row's length; total is the longest length after the call. Write into entries (batch, "
+    "max_length, width), each row from its own start; add time to the lengths; return (batch, total, width). With "
+    "gradients enabled, backward still needs the old entries.",
     "clone, slice assignment, or indices from slots(start, time, device); self.lengths",
 )
 MISTAKES = (
     (
         "self.lengths = [row + time for row in start]",
         "pass",
-        "the lengths do not grow: the next call writes over this one",
+        "the lengths are not updated: the next call would overwrite these entries",
     ),
     (
         "self.entries[:, start[0] : total] = new",
         "self.entries[:, :time] = new",
-        "written at position 0 again: new entries go behind what a row holds",
+        "the entries are written at position 0: append them to what the row holds",
     ),
     (
         "return self.entries[:, :total]",
         "return self.entries",
-        "the tail of zeros comes back, too, and would get attention: return the filled part",
+        "the unused zeros are returned too, and would be attended to: return only the filled part",
     ),
     (
         "return self.entries[:, :total]",
         "return new",
-        "only the new entries come back: a query needs those of all tokens so far",
+        "only the new entries are returned: a query needs those of all tokens so far",
     ),
     (
         "if min(start) == max(start):",
         "if True:",
-        "every row is written where the first one ends: each row has its own length",
+        "every row is written at the first row's length: each row has its own",
     ),
     (
         "[row + time for row in start]",
         "[total] * len(start)",
-        "every row is said to be as long as the longest: each has its own length",
+        "every row gets the longest row's length: each row has its own",
     ),
     (
         "if torch.is_grad_enabled():",
         "if False:",
-        "written in place although gradients are wanted: backward of earlier calls needs the old entries",
+        "written in place with gradients enabled: backward of earlier calls needs the old entries",
     ),
 )
 RIGHT = (
@@ -81,7 +81,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Three calls, rows of unequal length, with gradients and without."""
+    """Three calls, rows of different lengths, with and without gradients."""
     found = {}
     new = [torch.randn(2, time, 3, generator=generator, requires_grad=True) for time in (2, 1, 3)]
     for name, enabled in (("with gradients", True), ("without", False)):

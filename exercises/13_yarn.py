@@ -1,4 +1,4 @@
-"""How does a model trained on 4k tokens read 128k?"""
+"""How can a model trained on 4k tokens read 128k?"""
 
 import torch
 
@@ -6,43 +6,43 @@ TARGET = "mla.rope:YaRN.slow_down"
 TESTS = ("tests/mla/test_rope.py",)
 WHICH = "(yarn or scaled or pair) and not refused and not 131072"
 EQUATION = "YaRN section 3.2"
-LEARN = "Pairs that turn often within the original context stay as they are, those that hardly turn are slowed."
+LEARN = "Pairs that rotate often within the original context keep their speed; slow pairs are slowed down further."
 HINTS = (
-    "How many turns does a pair make in 4096 tokens? Which pairs have seen every angle in training?",
-    "(dim/2,) numbers between 1 (fast: kept) and 0 (slow: divided by factor): a ramp over the pairs' indices, from "
-    "the floor of the pair with beta_fast turns to the ceil of the one with beta_slow; both within 0..dim - 1.",
+    "How many turns does a pair make in 4096 tokens? Which pairs have covered every angle in training?",
+    "(dim/2,) numbers between 1 (fast: kept) and 0 (slow: divided by factor): a ramp over the pair indices, from "
+    "the floor of the pair with beta_fast turns to the ceil of the pair with beta_slow, both clamped to 0..dim - 1.",
     "self.pair_with(turns, dim, theta), math.floor, math.ceil, torch.arange, clamp(0, 1)",
 )
 MISTAKES = (
     (
         "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
         "kept = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
-        "the ramp is reversed: fast pairs are kept, slow ones divided by the factor",
+        "the ramp is reversed: keep the fast pairs and divide the slow ones by the factor",
     ),
     (
         "return turn / self.factor * (1 - kept) + turn * kept",
         "return turn / self.factor",
-        "every pair is slowed down: that is position interpolation, YaRN keeps the fast ones",
+        "every pair is slowed down: that is position interpolation; YaRN keeps the fast pairs",
     ),
     (
         ".clamp(0, 1)",
         "",
-        "the ramp goes on beyond 0 and 1",
+        "the ramp is not clamped to 0..1",
     ),
     (
         "math.floor(self.pair_with(self.beta_fast, dim, theta))",
         "math.floor(self.pair_with(self.beta_slow, dim, theta))",
-        "the ramp begins at the pair of beta_slow turns: it begins at that of beta_fast, and ends there",
+        "the ramp starts at the pair with beta_slow turns: it must start at beta_fast and end at beta_slow",
     ),
     (
         "turn / self.factor * (1 - kept)",
         "turn * self.factor * (1 - kept)",
-        "slow pairs are made faster: a longer context needs slower turns",
+        "slow pairs are made faster: a longer context needs slower rotation",
     ),
     (
         "dim = 2 * len(turn)",
         "dim = len(turn)",
-        "dim is taken to be the number of pairs: a pair is two features",
+        "dim is set to the number of pairs: a pair is two features",
     ),
 )
 RIGHT = (

@@ -5,18 +5,18 @@ import torch
 TARGET = "experiments.gate_scale:gate_scale"
 TESTS = ("tests/experiments/test_gate_scale.py",)
 EQUATION = "Moonlight, arXiv 2502.16982, appendix"
-LEARN = "Normalised weights of independent experts add up to less than one dense MLP; 1/||p|| makes up for it."
+LEARN = "A weighted sum of independent experts is smaller than one dense MLP's output; dividing by the weights' 2-norm compensates."
 HINTS = (
-    "If k outputs of equal size are independent, how large is their sum with weights p that sum to 1?",
-    "Rounds of at most CHUNK tokens: logits (tokens, experts) from N(0, 1) and the generator; the top_k sigmoids "
-    "over their sum are p; the answer is the mean over all samples of 1 over p's 2-norm.",
+    "If k independent outputs have equal norms, how large is their sum with weights p that add up to 1?",
+    "Work in rounds of at most CHUNK tokens: draw logits (tokens, experts) from N(0, 1) with the generator; p is the "
+    "top_k sigmoids over their sum; return the mean over all samples of 1 over the 2-norm of p.",
     "torch.randn(..., generator=generator), sigmoid, topk(...).values, sum(-1, keepdim=True), norm(dim=-1)",
 )
 MISTAKES = (
     (
         "logits.sigmoid().topk(top_k).values",
         "logits.softmax(-1).topk(top_k).values",
-        "a softmax over all experts: V3's affinities are sigmoids",
+        "the scores are a softmax over all experts: V3 uses sigmoids",
     ),
     (
         "p = chosen / chosen.sum(-1, keepdim=True)",
@@ -26,22 +26,22 @@ MISTAKES = (
     (
         "(1 / p.norm(dim=-1)).double().sum()",
         "p.norm(dim=-1).double().sum()",
-        "the norm itself: the factor makes up for it, so it is 1 over the norm",
+        "the result is the norm itself: the factor compensates for it, so it is 1 over the norm",
     ),
     (
         "p.norm(dim=-1)",
         "p.norm(p=1, dim=-1)",
-        "the 1-norm, which is always 1: independent outputs add up by their squares",
+        "the 1-norm is used, which is always 1: the squares of independent outputs add up, so use the 2-norm",
     ),
     (
         "logits.sigmoid().topk(top_k).values",
         "logits.sigmoid()[:, :top_k]",
-        "any top_k experts: the chosen are those of the highest scores",
+        "the first top_k experts are used: choose those with the highest scores",
     ),
     (
         "return total / samples",
         "return total / samples / top_k",
-        "divided by top_k: a mean over the samples is enough",
+        "divided by top_k: return the mean over the samples",
     ),
 )
 RIGHT = (
@@ -80,6 +80,6 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Moonlight's 6 of 64, and sizes that no model has."""
+    """Moonlight's 6 of 64, and sizes that no model uses."""
     cases = {"6 of 64": (64, 6, 3000, 0), "3 of 11": (11, 3, 1700, 5), "1 of 4": (4, 1, 500, 2)}
     return {name: torch.tensor(module.gate_scale(*case), dtype=torch.float32) for name, case in cases.items()}

@@ -1,4 +1,4 @@
-"""How much work is a token?"""
+"""How many FLOPs does one training token take?"""
 
 import torch
 
@@ -6,48 +6,48 @@ TARGET = "lm.count:training_flops_per_token"
 TESTS = ("tests/lm/test_count.py",)
 WHICH = "flops and not biases"
 EQUATION = "6 N, and attention over the causal half"
-LEARN = "A weight that is met costs 6, of experts only those at work count, and a key costs more the longer the text."
+LEARN = "Each active weight in a matrix product costs 6 FLOPs per token; attention adds more the longer the context."
 HINTS = (
-    "Two operations a weight forward; how many backward? Which weights does no product meet?",
-    "6 for every active weight but the embedding's rows that are looked up and the vectors (norms, biases). Attention: "
-    "a query sees (context + 1) / 2 keys on average, each per_key multiplications a layer, at 2 operations, three times.",
+    "Forward takes two operations per weight; how many does backward take? Which weights are in no matrix product?",
+    "6 for every active weight except the vectors (norms, biases) and an untied embedding, which is only looked up. "
+    "Attention: a query sees (context + 1) / 2 keys on average, each per_key multiplications a layer, 2 operations each, times 3.",
     "active_parameters, vector_parameters, built_in_attention(config).per_key, config.tie_embeddings",
 )
 MISTAKES = (
     (
         "active_parameters(config)",
         "total_parameters(config)",
-        "all experts are counted: a token meets top_k of them and the shared one",
+        "all experts are counted: a token uses top_k of them and the shared ones",
     ),
     (
         "6 * in_products",
         "2 * in_products",
-        "forward alone: backward costs twice as much again, 6 a weight in all",
+        "only forward is counted: backward costs twice as much, so 6 per weight in total",
     ),
     (
         "lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim",
         "lookup = 0",
-        "the embedding is counted: a token's row is looked up, no product meets it",
+        "the embedding is counted: its rows are looked up, without a matrix product",
     ),
     (
         "lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim",
         "lookup = config.vocab_size * config.dim",
-        "tied embeddings are left out: the head's product meets them",
+        "tied embeddings are not counted: the head multiplies by them",
     ),
     (
         "* (context + 1)",
         "* 2 * context",
-        "every query is given all keys: a causal one sees half of them on average",
+        "every query is counted with all keys: with a causal mask it sees half of them on average",
     ),
     (
         "3 * config.num_layers * built_in_attention",
         "3 * built_in_attention",
-        "the attention of one layer: there are num_layers",
+        "the attention of only one layer is counted: there are num_layers",
     ),
     (
         " - vector_parameters(config)",
         "",
-        "norms and biases are counted: no matrix product meets them",
+        "norms and biases are counted: they are in no matrix product",
     ),
 )
 RIGHT = (
@@ -76,7 +76,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Published sizes, tied and not, with biases, of both kinds of attention."""
+    """Published sizes, with and without tied embeddings, with biases, with MLA and GQA."""
     import dataclasses
 
     from lm.config import Config

@@ -1,4 +1,4 @@
-"""How is one trained MLP cut into experts that add up to it?"""
+"""How can one trained MLP be split into experts whose sum equals it?"""
 
 import torch
 
@@ -6,28 +6,28 @@ TARGET = "moe.upcycle:shards_of"
 TESTS = ("tests/moe/test_upcycle.py",)
 WHICH = "(step or same or shard or cop) and not SoftmaxRouter"
 EQUATION = "arXiv 2410.07524 section 3; DeepSeekMoE section 3.1"
-LEARN = "An MLP is a sum over its hidden features: any cut between them is one of the sum."
+LEARN = "An MLP is a sum over its hidden features, so any split of the features splits the sum."
 HINTS = (
-    "down(silu(gate(x)) * up(x)): over what is summed in it? Which rows and columns belong to one summand?",
-    "gate_up.weight (2 hidden, dim) holds the gate's rows, then up's; a shard has the same rows of both, gate first: "
-    "(shards, 2 width, dim). down.weight (dim, hidden): (shards, dim, width).",
+    "down(silu(gate(x)) * up(x)): what does it sum over? Which rows and columns belong to one term?",
+    "gate_up.weight (2 hidden, dim) holds the gate's rows, then up's. A shard takes the same rows of both, gate first: "
+    "(shards, 2 width, dim). down.weight (dim, hidden) becomes (shards, dim, width).",
     "unflatten, transpose, flatten, or chunk, cat and stack",
 )
 MISTAKES = (
     (
         "gate_up = mlp.gate_up.weight.unflatten(0, (2, num_shards, -1))",
         "gate_up = mlp.gate_up.weight.unflatten(0, (num_shards, 2, -1)).transpose(0, 1)",
-        "the rows are cut as they lie: a shard would have gates alone, and another ups alone",
+        "gate_up is split as a whole: some shards would hold only gate rows, others only up rows",
     ),
     (
         "down = mlp.down.weight.unflatten(1, (num_shards, -1))",
         "down = mlp.down.weight.unflatten(1, (-1, num_shards)).transpose(1, 2)",
-        "down's columns are taken in strides: a shard's must be those of its gate and up",
+        "the columns of down are strided: a shard needs those that match its gate and up rows",
     ),
     (
         "gate_up.transpose(0, 1).flatten(1, 2)",
         "gate_up.flip(0).transpose(0, 1).flatten(1, 2)",
-        "up comes before gate: each expert has the gate's rows first",
+        "up comes before gate: put the gate's rows first",
     ),
     (
         "down.transpose(0, 1)",
@@ -37,12 +37,12 @@ MISTAKES = (
     (
         "down.transpose(0, 1)",
         "down.transpose(0, 1).flip(0)",
-        "down's shards are in another order than the gate's",
+        "the shards of down are in a different order than those of gate_up",
     ),
     (
         "gate_up.transpose(0, 1).flatten(1, 2)",
         "gate_up.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
-        "gate and up rows are interleaved: all of the gate's come first",
+        "gate and up rows are interleaved: all gate rows come first",
     ),
 )
 RIGHT = (
@@ -69,7 +69,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """The shards, and their outputs' sum beside the whole's."""
+    """The shards, and the sum of their outputs."""
     mlp = module.SwiGLU(5, 12)
     with torch.no_grad():
         for weight in mlp.parameters():

@@ -1,4 +1,4 @@
-"""What if experts choose their tokens?"""
+"""What if the experts choose their tokens?"""
 
 import torch
 
@@ -6,48 +6,48 @@ TARGET = "moe.zoo:ExpertChoiceRouter.forward"
 TESTS = ("tests/moe/test_zoo.py",)
 WHICH = "expert_choice and not refused"
 EQUATION = "Expert Choice (arXiv 2202.09368) eq. 1, 2"
-LEARN = "Every expert takes as many tokens: balance is perfect, but a token's experts depend on all the others."
+LEARN = "Every expert takes the same number of tokens: balance is perfect, but a token's experts depend on all other tokens."
 HINTS = (
-    "Along which axis is the softmax, and along which the top-k? Which of both axes is 'tokens'?",
-    "scores (..., experts): a softmax over the experts. Of all tokens of the call (tokens, experts) each expert takes "
-    "room(...) with its highest scores. experts (..., experts): slot e is e where e took the token, else -1.",
+    "Which axis is the softmax over, and which axis the top-k: experts or tokens?",
+    "scores (..., experts): a softmax over the experts. Of all tokens in the call (tokens, experts), each expert takes "
+    "the room(...) tokens with its highest scores. experts (..., experts): slot e is e if e took the token, else -1.",
     "router_logits, softmax, reshape, room, topk(..., dim=0), scatter, where",
 )
 MISTAKES = (
     (
         "logits.softmax(-1)",
         "logits.reshape(-1, self.num_experts).softmax(0).view_as(logits)",
-        "the softmax goes over the tokens: each token's scores are over the experts (eq. 2)",
+        "the softmax is over the tokens: it must be over the experts (eq. 2)",
     ),
     (
         "rows.topk(taken, dim=0)",
         "rows.topk(taken, dim=0, largest=False)",
-        "each expert takes the tokens that want it least",
+        "each expert takes the tokens with its lowest scores",
     ),
     (
         "taken = room(len(rows), self.num_experts, self.capacity_factor)",
         "taken = min(len(rows), int(self.capacity_factor))",
-        "each expert takes capacity_factor tokens: it takes tokens x capacity_factor / num_experts (eq. 1)",
+        "each expert takes capacity_factor tokens: it should take tokens x capacity_factor / num_experts (eq. 1)",
     ),
     (
         "scores.where(chosen, 0)",
         "scores.where(chosen, 0) / scores.where(chosen, 0).sum(-1, keepdim=True).clamp(min=1e-9)",
-        "the weights are normalised: eq. 2 takes the scores as they are",
+        "the weights are normalised: eq. 2 uses the scores as they are",
     ),
     (
         "scores.where(chosen, 0)",
         "scores",
-        "experts that did not take a token keep their weight",
+        "experts that did not take a token keep their weight: set it to 0",
     ),
     (
         ".where(chosen, -1)",
         ".where(chosen, 0)",
-        "an empty slot is expert 0: it is -1",
+        "an empty slot is marked as expert 0: use -1",
     ),
     (
         "chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(0, best, True).view_as(scores)",
         "chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(2).indices, True)",
-        "tokens choose their experts: here experts choose their tokens",
+        "the tokens choose their experts: here the experts choose their tokens",
     ),
 )
 RIGHT = (
@@ -86,7 +86,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Two batches of unequal shape, capacities that do not divide evenly."""
+    """Two batches of different shapes, capacities that do not divide evenly."""
     found = {}
     for name, shape, factor in (("two sequences", (2, 5), 1.5), ("one row", (7,), 2.0)):
         router = module.ExpertChoiceRouter(6, 4, factor)

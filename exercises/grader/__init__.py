@@ -1,1 +1,1 @@
-"""`lm exercise` and `lm new`: the machinery behind the exercises, a program of its own."""
+"""`lm exercise` and `lm new`: checks, hints and grades for the exercises. The packages never import it."""

@@ -1,11 +1,11 @@
-"""Check answers to exercises, each in a process of its own.
+"""The server that checks answers, each in its own process; started by homework.Checker.
 
-python -X faulthandler -m exercises.grader.check   reads jobs from standard input, a line of JSON each, and answers by two
-
-The server imports torch and pytest and nothing of ours; each job is a fork of it, so that an answer comes
-within a second. The fork lays the student's function over its module (exercises/grader/overlay.py), compares what the
-exercise's probe gives with what it gives of the package's own source and of that with each mistake, and runs
-the project's tests. What it finds is written to a file in the end: none is a failure.
+It reads jobs from standard input, one line of JSON each, and writes two lines per job: the process id, then
+the exit status. The server imports torch and pytest but none of the project's packages. It forks for every
+job, so a check takes about a second. The fork patches the student's function into its module
+(exercises/grader/overlay.py), runs the exercise's probe on it, and compares the outputs with those of the
+original source and of the source with each known mistake. Then it runs the project's tests. The report is
+written last: a missing report means that the check failed.
 """
 
 import contextlib
@@ -28,17 +28,18 @@ import torch
 
 from . import exercise, overlay
 
-PRELOADED = ("hypothesis.stateful", "torch._dynamo", "torch.utils.flop_counter")  # which tests need
-MEMORY = 4 << 30  # bytes that an answer may use more than it starts with
-OUTPUT = 1 << 20  # bytes that it may print
-FORBIDDEN = (  # what no answer needs, by the names of the interpreter's audit events
+PRELOADED = ("hypothesis.stateful", "torch._dynamo", "torch.utils.flop_counter")  # slow imports of the tests
+MEMORY = 4 << 30  # bytes that an answer may allocate
+OUTPUT = 1 << 20  # bytes that an answer may print
+FORBIDDEN = (  # audit events of the interpreter that no answer needs
     *("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen"),
     *("os.kill", "os.killpg", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink"),
     *("os.chmod", "os.truncate", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
     *("socket.connect", "socket.bind", "ctypes.dlopen", "signal.pthread_kill", "os.setrlimit"),
 )
-SAME = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3}  # of the largest number
-Outcome = dict[str, Any]  # name -> tensor; or "raised" -> what, as text
+# tolerances, relative to the largest value
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3}
+Outcome = dict[str, Any]  # name -> tensor; or "raised" -> the error, described
 
 
 def main() -> None:
@@ -46,14 +47,14 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
-    torch.testing.assert_close(torch.ones(1), torch.ones(1))  # which loads more
+    torch.testing.assert_close(torch.ones(1), torch.ones(1))  # its first call imports more
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                alone(job)
+                run_job(job)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -64,7 +65,7 @@ def main() -> None:
                 LEAVE(status)
         print(json.dumps({"pid": child}), flush=True)
         _, status = os.waitpid(child, 0)
-        with contextlib.suppress(ProcessLookupError):  # what it began and left
+        with contextlib.suppress(ProcessLookupError):  # processes that it left running
             os.killpg(child, signal.SIGKILL)
         print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
 
@@ -72,8 +73,8 @@ def main() -> None:
 LEAVE = os._exit
 
 
-def alone(job: dict[str, Any]) -> None:
-    """In the fork: keep to limits, then check and report."""
+def run_job(job: dict[str, Any]) -> None:
+    """Run one job in the fork: set the limits, check, write the report."""
     os.setpgrp()
     out = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
@@ -86,7 +87,6 @@ def alone(job: dict[str, Any]) -> None:
         resource.setrlimit(kind, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(job["root"])
-    sys.path[:] = [job["root"], *(path for path in sys.path if path not in ("", job["root"]))]
     guard(job["file"])
     report = check(job)
     text = json.dumps(report)
@@ -99,7 +99,7 @@ LINUX = sys.platform == "linux"
 
 
 def guard(path: str) -> None:
-    """Refuse what no answer needs where one of the student's functions asks for it."""
+    """Forbid FORBIDDEN operations and writing files wherever the student's code is on the call stack."""
 
     def refuse(what: str, *_: object) -> NoReturn:
         raise PermissionError(f"an answer may not use {what}")
@@ -110,12 +110,12 @@ def guard(path: str) -> None:
             refuse(f"{event} {arguments[0]}" if writes else event)
 
     sys.addaudithook(hook)
-    for name in ("_exit", "abort"):  # no event tells of these
+    for name in ("_exit", "abort"):  # these raise no audit event
         setattr(os, name, functools.partial(refuse, f"os.{name}"))
 
 
 def line_in(path: str, error: BaseException | None = None) -> int | None:
-    """The line of a file at which an error arose, or which is at work now."""
+    """The innermost line of a file in an error's traceback, or on the current call stack."""
     if error is not None:
         lines = [
             line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path
@@ -130,7 +130,7 @@ def line_in(path: str, error: BaseException | None = None) -> int | None:
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """The report of a job: what the module gives, the mistakes that give the same, the tests."""
+    """The report of a job: the probe's outputs compared, the mistakes that explain them, the tests."""
     about = exercise.load(Path(job["exercise"]))
     file, seed = job["file"], job["seed"]
     probe = functions_of(about.path)["probe"]
@@ -156,18 +156,18 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def functions_of(path: Path) -> dict[str, Any]:
-    """Run a file of exercises/ -> the names in it"""
+    """Run a file in exercises/ -> its globals"""
     names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     exec(compile(path.read_text("utf-8"), str(path), "exec", dont_inherit=True), names)
     return names
 
 
 def fresh(name: str, origin: Path, text: str) -> types.ModuleType:
-    """A module of its own from this text, beside the imported one."""
+    """A separate module made from this source; the imported one stays in sys.modules."""
     module = types.ModuleType(name)
     module.__package__, module.__file__ = name.rpartition(".")[0], str(origin)
     before = sys.modules.get(name)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     try:
         exec(compile(text, str(origin), "exec", dont_inherit=True), module.__dict__)
     finally:
@@ -179,7 +179,7 @@ def fresh(name: str, origin: Path, text: str) -> types.ModuleType:
 
 
 def outcome(probe: Callable[..., Outcome], module: types.ModuleType, seed: int, file: str) -> Outcome:
-    """What the probe finds of a module: named tensors, or what was raised."""
+    """The probe's output for a module: named tensors, or the error raised."""
     torch.manual_seed(seed)
     try:
         return {
@@ -191,19 +191,19 @@ def outcome(probe: Callable[..., Outcome], module: types.ModuleType, seed: int, 
 
 
 def described(error: BaseException, file: str) -> dict[str, Any]:
-    """An error, for the report."""
+    """An error as an entry of the report."""
     text = str(error).strip().splitlines() or [""]
     return {"type": type(error).__name__, "says": text[0][:500], "line": line_in(file, error)}
 
 
 def is_blank(found: Outcome, about: exercise.Exercise) -> bool:
-    """Is the body still missing?"""
+    """Whether the body is still missing."""
     raised = found.get("raised")
     return raised is not None and raised["says"] == f"exercise {about.name}"
 
 
 def compare(found: Outcome, right: Outcome) -> list[dict[str, Any]]:
-    """A row for each tensor: its stage, whether it is right, and what is wrong with it in words."""
+    """One row for each tensor: its stage, whether it passed, and the difference in words."""
     rows = []
     for name, expected in right.items():
         says = "not reached" if "raised" in found else difference(found[name], expected)
@@ -215,51 +215,53 @@ def compare(found: Outcome, right: Outcome) -> list[dict[str, Any]]:
 
 
 def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> str:
-    """What is wrong with a tensor, in words; nothing where it is right."""
-    if found is None or expected is None:
-        return "" if found is expected else "no gradient comes through" if found is None else "has a gradient"
+    """The difference between two tensors in words; empty if they agree."""
+    if found is None:
+        return "" if expected is None else "no gradient reaches it"
+    if expected is None:
+        return "should have no gradient"
     if found.shape != expected.shape:
-        return f"its shape is {tuple(found.shape)}, not {tuple(expected.shape)}"
+        return f"its shape is {tuple(found.shape)}, expected {tuple(expected.shape)}"
     if found.dtype != expected.dtype:
-        return f"its dtype is {found.dtype}, not {expected.dtype}".replace("torch.", "")
-    if alike(found, expected):
+        return f"its dtype is {found.dtype}, expected {expected.dtype}".replace("torch.", "")
+    if is_close(found, expected):
         return ""
     if not found.is_floating_point():
-        return f"differs in {int((found != expected).sum())} of {found.numel()} places"
+        return f"differs in {int((found != expected).sum())} of {found.numel()} elements"
     if not found.isfinite().all() and expected.isfinite().all():
-        return f"is infinite or no number in {int((~found.isfinite()).sum())} of {found.numel()} places"
-    if alike(found, -expected):
+        return f"is infinite or NaN in {int((~found.isfinite()).sum())} of {found.numel()} elements"
+    if is_close(found, -expected):
         return "has the wrong sign"
     if not found.any():
         return "is zero everywhere"
     ratio = (found / expected)[(expected != 0) & expected.isfinite()].double()
     middle = float(ratio.median()) if len(ratio) else 1.0
-    if abs(middle - 1) > 1e-3 and alike(found, expected * middle):
+    if abs(middle - 1) > 1e-3 and is_close(found, expected * middle):
         return f"is {middle:.4g} times what it should be"
-    if found.ndim > 1 and found.shape[-1] == found.shape[-2] and alike(found.transpose(-1, -2), expected):
+    if found.ndim > 1 and found.shape[-1] == found.shape[-2] and is_close(found.transpose(-1, -2), expected):
         return "is transposed: its last two axes are swapped"
-    if found.ndim and alike(found.sort(-1).values, expected.sort(-1).values):
-        return "has the right numbers in another order along its last axis"
+    if found.ndim and is_close(found.sort(-1).values, expected.sort(-1).values):
+        return "has the right values in a different order along its last axis"
     for axis, name in enumerate(("first axis", "second axis")[: max(0, found.ndim - 1)]):
         ours, theirs = expected.transpose(0, axis), found.transpose(0, axis)
-        if len(ours) > 2 and (alike(theirs[1:], ours[:-1]) or alike(theirs[:-1], ours[1:])):
+        if len(ours) > 2 and (is_close(theirs[1:], ours[:-1]) or is_close(theirs[:-1], ours[1:])):
             return f"is shifted by one along its {name}"
-        if len(ours) > 1 and alike(theirs[0], ours[0]):
-            return f"is right at the first place of its {name} alone"
-    wrong = f"differs in {int(off(found, expected).sum())} of {found.numel()} numbers"
+        if len(ours) > 1 and is_close(theirs[0], ours[0]):
+            return f"is correct only at index 0 of its {name}"
+    wrong = f"differs in {int(mismatches(found, expected).sum())} of {found.numel()} elements"
     return wrong + (f" (ratio {float(ratio.min()):.3g} to {float(ratio.max()):.3g})" if len(ratio) else "")
 
 
-def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """The same within what a different order of sums may change."""
-    return not off(found, expected).any()
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal up to the rounding of a different summation order."""
+    return not mismatches(found, expected).any()
 
 
-def off(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Where two tensors of one shape differ, by more than a share of the largest number."""
+def mismatches(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Where two tensors of the same shape differ by more than the tolerance."""
     if not expected.is_floating_point():
         return found != expected
-    most = SAME[str(expected.dtype).removeprefix("torch.")]
+    most = TOLERANCE[str(expected.dtype).removeprefix("torch.")]
     finite = expected.isfinite()
     size = float(expected[finite].abs().max()) if finite.any() else 1.0
     return ~torch.isclose(found.double(), expected.double(), rtol=0, atol=most * size, equal_nan=True)
@@ -273,7 +275,7 @@ def diagnose(
     found: Outcome,
     seed: int,
 ) -> list[str]:
-    """The sentences of the mistake that gives the same outcome, or of two; none where there is none."""
+    """The sentences of the one or two mistakes that reproduce the outcome; empty if none do."""
     numbers = range(len(about.mistakes))
     for some in [*itertools.combinations(numbers, 1), *itertools.combinations(numbers, 2)]:
         edited = about.with_mistakes(text, some)
@@ -283,7 +285,7 @@ def diagnose(
 
 
 def same(one: Outcome, other: Outcome) -> bool:
-    """Do two outcomes agree?"""
+    """Whether two outcomes agree."""
     if "raised" in one or "raised" in other:
         keys = ("type", "says")
         return all((one.get("raised") or {}).get(key) == (other.get("raised") or {}).get(key) for key in keys)
@@ -291,7 +293,7 @@ def same(one: Outcome, other: Outcome) -> bool:
 
 
 class Results:
-    """What pytest says, for the report."""
+    """A pytest plugin that collects the results for the report."""
 
     def __init__(self) -> None:
         self.total, self.passed, self.skipped = 0, 0, 0
@@ -311,9 +313,10 @@ class Results:
 
 
 def run_tests(about: exercise.Exercise, root: Path, every: bool) -> dict[str, Any]:
-    """Run the project's tests on the laid-over package -> how many there are, passed, and what failed"""
+    """Run the project's tests on the patched package -> the counts, the failures, and whether all passed"""
     results = Results()
     options = ["-q", "-p", "no:cacheprovider", "-m", "not long", "--rootdir", str(root), "-k", about.which]
+    options += ["-o", "pythonpath="]  # the root is at the end of sys.path already
     status = pytest.main(
         [*options, *([] if every else ["--maxfail=3"]), *(str(root / test) for test in about.tests)],
         plugins=[results],
@@ -321,7 +324,3 @@ def run_tests(about: exercise.Exercise, root: Path, every: bool) -> dict[str, An
     total = results.total - results.skipped
     good = status == 0 and results.passed == total > 0
     return {"total": total, "passed": results.passed, "failed": results.failed, "good": good}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The commands of `lm exercise`: what a student and a teacher type."""
+"""The commands of `lm exercise`, for students and teachers."""
 
 import difflib
 import os
@@ -26,92 +26,92 @@ Name = tyro.conf.Positional[str | None]
 
 @dataclass
 class Student:
-    """What all commands of a student's have."""
+    """Options that all student commands share."""
 
-    homework: Path = FOLDER  # the student's folder
+    homework: Path = FOLDER  # folder with your answers
 
 
 @dataclass
 class List(Student):
-    """All exercises: done, begun, hints used, minutes."""
+    """List all exercises: status, time taken, hints used."""
 
 
 @dataclass
 class Start(Student):
-    """Write the student's file of an exercise: its module with one function's body missing."""
+    """Start an exercise: write a copy of its module with one function's body missing."""
 
-    name: Name = None  # by default the next one
+    name: Name = None  # default: the next one
 
 
 @dataclass
 class Check(Student):
-    """Check an answer: what it gives, its gradients, the project's tests. Exit status 0 when all is right."""
+    """Check an answer: shapes, values, gradients, the project's tests. Exit status 0 if all pass."""
 
-    name: Name = None  # by default the one at work
-    all: bool = False  # every exercise that has a file
+    name: Name = None  # default: the current one
+    all: bool = False  # check every exercise you have started
 
 
 @dataclass
 class Watch(Student):
-    """Check whenever the file is saved; keys: h hint, n next, l list, s solution, r reset, q quit."""
+    """Check at every save; keys: h hint, n next, l list, s solution, r reset, q quit."""
 
-    name: Name = None  # by default the one at work
+    name: Name = None  # default: the current one
 
 
 @dataclass
 class Hint(Student):
-    """The next of three hints: a question, the idea, the calls to use."""
+    """Show the next of three hints: a question, the idea, the functions to use."""
 
-    name: Name = None  # by default the one at work
+    name: Name = None  # default: the current one
 
 
 @dataclass
 class Solution(Student):
-    """The package's own body, and what is other in yours. That it was seen is noted."""
+    """Show the package's own body and how yours differs. Viewing it is recorded."""
 
-    name: Name = None  # by default the one at work
+    name: Name = None  # default: the current one
 
 
 @dataclass
 class Grade:
     """Grade a folder of submissions: one row for each student and exercise. Exit status 0 if all are done.
 
-    A submission is a folder with the students' files in it, or in a folder homework within it.
+    A submission is a folder that holds a student's files, directly or in a subfolder homework/.
     """
 
     folder: tyro.conf.Positional[Path]
-    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # this exercise; may be given again; by default all
-    seed: int = 2  # of the numbers that answers are checked with
-    json: Path | None = None  # where to write the rows, with all that was found
-    csv: Path | None = None  # where to write them as a table
-    gradescope: Path | None = None  # where to write results.json of Gradescope; for one submission
+    only: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # only this exercise; may be repeated; default: all
+    seed: int = 2  # for the random inputs of the checks
+    json: Path | None = None  # write the rows with all details to this file
+    csv: Path | None = None  # write the rows as a table to this file
+    gradescope: Path | None = None  # write Gradescope's results.json to this file; for one submission
 
 
 @dataclass
 class Run:
-    """Run `lm` with every exercise that is done laid over the package: lm exercise run train --preset nano"""
+    """Run `lm` with your finished functions in the package: lm exercise run train --preset nano"""
 
 
 @dataclass
 class New:
-    """Begin an exercise of your own: write its file, to be filled in."""
+    """Write a template for a new exercise."""
 
-    target: tyro.conf.Positional[str]  # module:function, as moe.balance:z_loss or mla.cache:Cache.write
-    name: str = ""  # by default the function's
+    target: tyro.conf.Positional[str]  # module:function, such as moe.balance:z_loss or mla.cache:Cache.write
+    name: str = ""  # default: the name of the function
 
 
 @dataclass
 class SelfTest:
-    """Do exercises hold? The blank fails, ours passes, each mistake is named, other right answers pass."""
+    """Test the exercises: the blank fails, correct answers pass, each mistake fails and is recognised."""
 
-    name: Name = None  # by default all
+    name: Name = None  # default: all
 
 
 @dataclass
 class Reset(Student):
-    """Begin anew; the old file is kept beside it as .bak1, .bak2, ..."""
+    """Start over; the old file is kept next to the new one as .bak1, .bak2, ..."""
 
-    name: Name = None  # by default the one at work
+    name: Name = None  # default: the current one
 
 
 def run_list(options: List) -> int:
@@ -121,7 +121,7 @@ def run_list(options: List) -> int:
 
 
 def table(homework: Homework) -> str:
-    """A line for each exercise."""
+    """One line for each exercise, and a summary."""
     lines, done = [], 0
     for exercise in homework.exercises.values():
         state = homework.state(exercise)
@@ -132,16 +132,16 @@ def table(homework: Homework) -> str:
         notes += [f"{hints} hint{'s' * (hints > 1)}"] if hints else []
         notes += ["solution seen"] if homework.noted(exercise, "solution") else []
         lines.append(
-            f"{exercise.number:3}  {exercise.name:16}{state:7}{', '.join(notes):24}{exercise.equation}"
+            f"{exercise.number:3}  {exercise.name:16}{state:9}{', '.join(notes):24}{exercise.equation}"
         )
     lines.append(
-        f"\n{done} of {len(lines)} done; lm exercise start NAME begins one, lm exercise watches the next"
+        f"\n{done} of {len(lines)} done; start one: lm exercise start NAME; check at every save: lm exercise"
     )
     return "\n".join(lines)
 
 
 def chosen(homework: Homework, name: str | None) -> Exercise:
-    """The exercise of that name, or the one at work."""
+    """The exercise with this name, or the current one."""
     return homework.named(name) if name else homework.current()
 
 
@@ -151,7 +151,7 @@ def run_start(options: Start) -> int:
     exercise = chosen(homework, options.name)
     path = homework.file(exercise)
     if path.exists() or path.is_symlink():
-        print(f"{path} is there already and stays as it is; lm exercise reset {exercise.name} begins anew")
+        print(f"{path} exists and is left unchanged; to start over: lm exercise reset {exercise.name}")
         return 0
     homework.start(exercise)
     print(introduction(exercise, path))
@@ -159,12 +159,12 @@ def run_start(options: Start) -> int:
 
 
 def introduction(exercise: Exercise, path: Path) -> str:
-    """What is to be done, and where."""
+    """What to write, and where."""
     where = f"{path}:{first_line(exercise, path)}"
     lines = [
         f"{exercise.name}: {exercise.learn}",
         f"{where}  write the body of {exercise.function} ({exercise.equation})",
-        f"then: lm exercise check {exercise.name}",
+        f"then run: lm exercise check {exercise.name}",
     ]
     return "\n".join(lines)
 
@@ -175,19 +175,19 @@ def run_check(options: Check) -> int:
     if options.all:
         todo = [one for one in homework.exercises.values() if homework.file(one).exists()]
         if not todo:
-            raise ValueError(f"{homework.folder}: nothing begun; lm exercise start NAME begins an exercise")
+            raise ValueError(f"{homework.folder}: no exercise started yet; start one: lm exercise start NAME")
     else:
         todo = [chosen(homework, options.name)]
         if not homework.file(todo[0]).exists():
             raise ValueError(
-                f"{homework.file(todo[0])}: not begun; lm exercise start {todo[0].name} begins it"
+                f"{homework.file(todo[0])}: not started yet; start it: lm exercise start {todo[0].name}"
             )
     with Checker() as checker:
         return max(0 if check_and_show(homework, exercise, checker) else 1 for exercise in todo)
 
 
 def check_and_show(homework: Homework, exercise: Exercise, checker: Checker) -> bool:
-    """Check the student's file, say what was found, note it -> is all right?"""
+    """Check the student's file, print the report, record the result -> whether everything passed"""
     path = homework.file(exercise)
     try:
         report = checker.check(exercise, path)
@@ -212,7 +212,7 @@ def say(options: Hint | Solution, what: Callable[[Homework, Exercise], str]) -> 
 
 
 def next_hint(homework: Homework, exercise: Exercise) -> str:
-    """One hint more than were seen; all again when there is no other."""
+    """The hints seen so far and the next one."""
     used = min(homework.noted(exercise, "hints", 0) + 1, len(exercise.hints))
     homework.note(exercise, hints=used)
     lines = [textwrap.fill(f"{number}. {hint}", 100) for number, hint in enumerate(exercise.hints[:used], 1)]
@@ -220,7 +220,7 @@ def next_hint(homework: Homework, exercise: Exercise) -> str:
 
 
 def solution(homework: Homework, exercise: Exercise) -> str:
-    """The package's body with its place, then what is other in the student's."""
+    """The package's body and its location, then a diff from the student's."""
     path = origin(exercise)
     homework.note(exercise, solution=True)
     start, ours = body(path, exercise)
@@ -236,7 +236,7 @@ def solution(homework: Homework, exercise: Exercise) -> str:
 
 
 def body(path: Path, exercise: Exercise) -> tuple[int, list[str]]:
-    """Where a function's body begins in a file, counted from 0, and its lines"""
+    """The function's body in a file -> its first line, counted from 0, and its lines"""
     text = source.read(path)
     start, stop = source.body_lines(text, exercise.function)
     return start, text.splitlines()[start:stop]
@@ -247,7 +247,7 @@ def run_reset(options: Reset) -> int:
     homework = Homework(options.homework)
     exercise = chosen(homework, options.name)
     kept = homework.reset(exercise)
-    print(introduction(exercise, homework.file(exercise)) + (f"\nthe old file is {kept}" if kept else ""))
+    print(introduction(exercise, homework.file(exercise)) + (f"\nyour old file: {kept}" if kept else ""))
     return 0
 
 
@@ -296,17 +296,15 @@ def run_grade(options: Grade) -> int:
 
 
 def run_run(arguments: list[str]) -> int:
-    """lm exercise run: `lm` with the student's functions in the package"""
+    """lm exercise run: run `lm` with the student's functions in the package"""
     if arguments[:1] == ["experiment"]:
-        raise ValueError("experiment: trains in processes that do not take your functions; train does")
+        raise ValueError("experiment: its training processes use the original functions; use train")
     homework = Homework()
     done = [one for one in homework.exercises.values() if homework.state(one) == "done"]
     if not done:
-        raise ValueError(
-            f"{homework.folder}: no exercise is done yet; lm exercise check NAME says when one is"
-        )
+        raise ValueError(f"{homework.folder}: no exercise is done yet; check one: lm exercise check NAME")
     overlay.install([overlay.Piece(one.module, one.function, homework.file(one).absolute()) for one in done])
-    print(f"yours: {', '.join(one.target for one in done)}", file=sys.stderr)
+    print(f"using your {', '.join(one.target for one in done)}", file=sys.stderr)
     return cli.main(arguments)
 
 
@@ -326,12 +324,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """lm exercise: on a terminal the one at work is watched, else all are listed."""
+    """lm exercise: without a command, watch the current exercise; without a terminal, list all."""
     name, *rest = arguments or ["watch" if sys.stdin.isatty() and sys.stdout.isatty() else "list"]
     if name in ("-h", "--help"):
         lines = [f"  {name:11}{(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
         print(
-            "usage: lm exercise [COMMAND ...] (lm exercise COMMAND --help tells its options)",
+            "usage: lm exercise [COMMAND ...] (lm exercise COMMAND --help shows its options)",
             "",
             *lines,
             sep="\n",
@@ -339,7 +337,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ValueError(
-            f"no command {name!r}{nearest(name, list(COMMANDS))}; there are {', '.join(COMMANDS)}"
+            f"no command {name!r}{nearest(name, list(COMMANDS))}; the commands are {', '.join(COMMANDS)}"
         )
     kind, run = COMMANDS[name]
     if name == "run" and rest and rest[0] not in ("-h", "--help"):

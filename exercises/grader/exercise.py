@@ -1,8 +1,9 @@
-"""An exercise: one function of the package, what may go wrong in it, and how to see that.
+"""An exercise: one function of the package, the usual mistakes in it, and how to detect them.
 
-A file of exercises/ names the function (TARGET), and holds `probe`, which runs the function's module on small
-inputs and gives named tensors. A mistake is an edit of the function's own text with a sentence; the right
-answer is the package itself. Everything but `probe` is read without running anything.
+A file in exercises/ names the function (TARGET) and defines `probe`, which runs the function's module on
+small inputs and returns named tensors. A mistake is an edit of the function's source with a sentence that
+explains it; the reference answer is the package itself. Everything except `probe` is read without running
+the file.
 """
 
 import ast
@@ -13,27 +14,25 @@ from pathlib import Path
 
 from . import source
 
-STAGES = ("shapes, types", "values", "gradients", "project tests")  # of a check
+STAGES = ("shapes, types", "values", "gradients", "project tests")  # of a check, in order
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """What a file of exercises/ says."""
+    """The contents of one file in exercises/."""
 
     path: Path
-    target: str  # module:function, with dots
-    tests: tuple[str, ...]  # paths of the project's tests, or names of single ones
-    equation: str  # where it comes from
-    learn: str  # what it teaches, a sentence
+    target: str  # module:function; both may contain dots
+    tests: tuple[str, ...]  # test files of the project, or pytest node ids
+    equation: str  # the paper and equation
+    learn: str  # what it teaches, in one sentence
     hints: tuple[str, str, str]  # a question; the idea, with shapes; the calls to use
-    mistakes: tuple[
-        tuple[str, str, str], ...
-    ] = ()  # text of the function, another in its place, what it means
-    right: tuple[str, ...] = ()  # other bodies that are right, to test the check
-    which: str = ""  # of the tests, as pytest's -k; those that ask more than the equation does are left out
-    begin: str = ""  # how the line begins from which on the body is to be written; what is before it is given
+    mistakes: tuple[tuple[str, str, str], ...] = ()  # text of the body, its replacement, the explanation
+    right: tuple[str, ...] = ()  # other correct bodies, to test the checks themselves
+    which: str = ""  # pytest's -k expression: leaves out tests that require more than the equation
+    begin: str = ""  # the student writes the body from the line that begins with this text; the rest is given
     points: int = 10
-    seconds: int = 60  # after which a check is ended
+    seconds: int = 60  # time limit of one check
     name: str = field(init=False)
     number: int = field(init=False)
 
@@ -42,7 +41,7 @@ class Exercise:
         object.__setattr__(self, "number", int(number))
         object.__setattr__(self, "name", name.replace("_", "-"))
         if not re.fullmatch(r"[\w.]+:[\w.]+", self.target):
-            raise ValueError(f"{self.path}: TARGET {self.target!r}: module:function is needed")
+            raise ValueError(f"{self.path}: TARGET {self.target!r} must have the form module:function")
 
     @property
     def module(self) -> str:
@@ -54,25 +53,25 @@ class Exercise:
 
     @property
     def file(self) -> str:
-        """The name of the student's file."""
+        """Name of the student's file."""
         return f"{self.name.replace('-', '_')}.py"
 
     @property
     def mark(self) -> str:
-        """The comment that stands where the body is missing."""
+        """The comment in place of the missing body."""
         return f"# exercise {self.name}: the body goes here"
 
     def blank(self, text: str) -> str:
-        """The module's text with the function's body missing."""
+        """The module's source without the function's body."""
         stub = f'{self.mark}\nraise NotImplementedError("exercise {self.name}")'
         return source.replaced(text, self.function, stub, self.begin)
 
     def with_body(self, text: str, body: str) -> str:
-        """The module's text with this body in place of the missing one."""
+        """The module's source with this body instead."""
         return source.replaced(text, self.function, body, self.begin)
 
     def with_mistakes(self, text: str, mistakes: Sequence[int]) -> str | None:
-        """The module's text with mistakes by their numbers; None where one leaves no room for another."""
+        """The module's source with these mistakes; None if their edits do not apply together."""
         start, stop = source.body_lines(text, self.function, self.begin)
         lines = text.splitlines(keepends=True)
         body = "".join(lines[start:stop])
@@ -85,10 +84,10 @@ class Exercise:
 
 
 def load(path: Path) -> Exercise:
-    """Read a file of exercises/, without running it.
+    """Read a file in exercises/ without running it.
 
     Raises:
-        ValueError: something is missing in it, unknown, or no literal.
+        ValueError: a name is missing or unknown, or its value is not a literal.
     """
     found = {}
     for node in source.parse(source.read(path), path).body:
@@ -99,28 +98,28 @@ def load(path: Path) -> Exercise:
                     found[name.lower()] = ast.literal_eval(node.value)
                 except ValueError:
                     raise ValueError(
-                        f"{path}:{node.lineno}: {name} must be written out, no expression"
+                        f"{path}:{node.lineno}: {name} must be a literal, not an expression"
                     ) from None
     try:
         return Exercise(path, **found)
     except TypeError as error:
         reason = str(error).replace("Exercise.__init__()", "").replace("positional ", "").strip()
-        raise ValueError(f"{path}: {reason} (names in capitals)") from None
+        raise ValueError(f"{path}: {reason} (in this file the names are upper-case)") from None
 
 
 def load_all(folder: Path) -> dict[str, Exercise]:
-    """The exercises of a folder by name, in their order.
+    """The exercises in a folder, by name, ordered by their numbers.
 
     Raises:
-        ValueError: the folder has none, or two of one name.
+        ValueError: the folder holds no exercises, or two with the same name.
     """
     paths = sorted(folder.glob("[0-9]*_*.py"))
     if not paths:
-        raise ValueError(f"{folder.absolute()}: no exercises here; run this in a clone of the project")
+        raise ValueError(f"{folder.absolute()}: no exercises found; run this in a clone of the project")
     found: dict[str, Exercise] = {}
     for path in paths:
         exercise = load(path)
         if exercise.name in found:
-            raise ValueError(f"{path}: there is another exercise {exercise.name!r}")
+            raise ValueError(f"{path}: another exercise is already named {exercise.name!r}")
         found[exercise.name] = exercise
     return dict(sorted(found.items(), key=lambda item: item[1].number))

@@ -1,4 +1,4 @@
-"""Grade a folder of submissions: a row for each student and exercise."""
+"""Grade a folder of submissions: one row for each student and exercise."""
 
 import ast
 import csv
@@ -34,16 +34,16 @@ def run(
     csv_file: Path | None,
     gradescope_file: Path | None,
 ) -> int:
-    """Grade, print a line for each row, and write what is asked for -> 0 if all are done, else 1
+    """Grade, print the rows and write the requested files -> 0 if all exercises are done, else 1
 
     Raises:
-        ValueError: the folder is none, or has no submission.
+        ValueError: the folder does not exist or holds no submission.
     """
     homework = Homework()
     exercises = [homework.named(name) for name in only] or list(homework.exercises.values())
     students = submissions(folder, exercises)
     if gradescope_file and len(students) > 1:
-        raise ValueError(f"{folder}: {len(students)} submissions; results.json of Gradescope is of one")
+        raise ValueError(f"{folder}: {len(students)} submissions; --gradescope takes one")
     for path in (json_file, csv_file, gradescope_file):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,21 +78,21 @@ def run(
 
 
 def submissions(folder: Path, exercises: Sequence[Exercise]) -> dict[str, Path]:
-    """Each student's folder: those within this one, or it itself where it holds the files of exercises."""
+    """Each student's folder by name: the subfolders, or this folder itself if it holds answers."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no folder of submissions")
+        raise ValueError(f"{folder}: no such folder")
     if any(
         (place / exercise.file).exists() for place in (folder, folder / "homework") for exercise in exercises
     ):
         return {folder.resolve().name: folder}
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
     if not found:
-        raise ValueError(f"{folder}: no submission in it; a folder for each student is expected")
+        raise ValueError(f"{folder}: no submissions found; expected one folder for each student")
     return found
 
 
 def blank_total(exercise: Exercise, checker: Checker, place: Path) -> int:
-    """How many checks an exercise has."""
+    """The number of checks of an exercise."""
     path = place / exercise.file
     path.write_text(exercise.blank(origin(exercise).read_text("utf-8")), encoding="utf-8")
     return points(checker.check(exercise, path))[1]
@@ -101,7 +101,7 @@ def blank_total(exercise: Exercise, checker: Checker, place: Path) -> int:
 def graded(
     student: str, folder: Path, exercise: Exercise, checker: Checker, seed: int, total: int
 ) -> dict[str, Any]:
-    """The row of a student's answer to an exercise; one that cannot be checked says why, for no points."""
+    """A student's row for one exercise; an answer that cannot be checked gets no points and the reason."""
     homework = folder / "homework" if (folder / "homework").is_dir() else folder
     path, notes = homework / exercise.file, notes_of(homework, exercise)
     row: dict[str, Any] = {
@@ -111,7 +111,7 @@ def graded(
         "sha256": "",
     }  # fmt: skip
     if not path.exists() and not path.is_symlink():
-        return {**row, "says": "not handed in"}
+        return {**row, "says": "not submitted"}
     try:
         text = source.read(path)
         report = checker.check(exercise, path, seed, every=True)
@@ -133,7 +133,7 @@ def graded(
 
 
 def notes_of(folder: Path, exercise: Exercise) -> dict[str, Any]:
-    """What the student's folder says of hints and solutions; nothing where it does not."""
+    """Hints and solutions that the student's folder records; {} if it has no record."""
     try:
         notes = json.loads((folder / ".progress.json").read_text("utf-8")).get(exercise.name, {})
     except (OSError, ValueError, AttributeError):
@@ -142,7 +142,7 @@ def notes_of(folder: Path, exercise: Exercise) -> dict[str, Any]:
 
 
 def flags(text: str, exercise: Exercise) -> list[str]:
-    """What a teacher may want to look at: no judgement, and no points."""
+    """Remarks for the teacher to look into; they cost no points."""
     tree = ast.parse(text)
     found = source.find(tree, exercise.function)
     ours = source.find(ast.parse(origin(exercise).read_text("utf-8")), exercise.function)
@@ -150,7 +150,7 @@ def flags(text: str, exercise: Exercise) -> list[str]:
         return []
     said = []
     if bare(found[1]) == bare(ours[1]):
-        said.append("the same as the package's")
+        said.append("identical to the package's")
     names = {
         alias.name for node in ast.walk(found[1]) if isinstance(node, ast.Import) for alias in node.names
     }
@@ -167,18 +167,18 @@ def flags(text: str, exercise: Exercise) -> list[str]:
 
 
 def bare(node: source.Function) -> str:
-    """A function's tree as text, without its docstring."""
+    """A function's syntax tree as text, without its docstring."""
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     return "\n".join(ast.dump(statement) for statement in body)
 
 
 def gradescope(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows as results.json of Gradescope."""
+    """The rows in the format of Gradescope's results.json."""
     return {
         "tests": [
             {
                 "name": row["exercise"], "score": row["score"], "max_score": row["max_score"],
-                "output": row["says"] or "all right", "visibility": "visible",
+                "output": row["says"] or "all checks and tests pass", "visibility": "visible",
             }
             for row in rows
         ]
@@ -186,7 +186,7 @@ def gradescope(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The clone's commit, or nothing."""
+    """The clone's git commit; empty if unknown."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

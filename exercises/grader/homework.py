@@ -1,6 +1,6 @@
-"""`lm exercise`: a student's folder of exercises, their checks, hints and grades. Loads no torch.
+"""A student's folder of exercises, and the process that checks them. Loads no torch.
 
-What a student writes is never overwritten: `start` leaves a file that is there, `reset` keeps the old one.
+A student's work is never overwritten: `start` leaves an existing file alone, `reset` keeps the old one.
 """
 
 import ast
@@ -27,10 +27,12 @@ from .exercise import Exercise, load_all
 FOLDER = Path("homework")
 EXERCISES = Path("exercises")
 SEED = 1
+# -P and append: a statistics.py in the working folder must not shadow the standard library
+SERVER = "import sys; sys.path.append(sys.argv[1]); from exercises.grader.check import main; main()"
 
 
 class Homework:
-    """The student's folder: a file for each exercise begun, and what was done when."""
+    """The student's folder: one file for each exercise started, and a record of progress."""
 
     def __init__(self, folder: Path = FOLDER):
         self.exercises = load_all(EXERCISES)
@@ -41,25 +43,25 @@ class Homework:
         except FileNotFoundError:
             self.progress = {}
         except ValueError:
-            raise ValueError(f"{self.notes}: cannot be read; delete it to begin counting anew") from None
+            raise ValueError(f"{self.notes}: cannot be read; delete it to reset the progress") from None
 
     def named(self, name: str) -> Exercise:
-        """An exercise by its name.
+        """The exercise with this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: it does not exist.
         """
         name = name.replace("_", "-")
         if name not in self.exercises:
             near = nearest(name, list(self.exercises))
-            raise ValueError(f"no exercise {name!r}{near}; there are {', '.join(self.exercises)}")
+            raise ValueError(f"no exercise {name!r}{near}; the exercises are {', '.join(self.exercises)}")
         return self.exercises[name]
 
     def file(self, exercise: Exercise) -> Path:
         return self.folder / exercise.file
 
     def note(self, exercise: Exercise, **what: Any) -> None:
-        """Keep something about an exercise."""
+        """Record progress on an exercise."""
         self.progress.setdefault(exercise.name, {}).update(what)
         self.folder.mkdir(exist_ok=True)
         write_file(self.notes, json.dumps(self.progress, indent=1) + "\n")
@@ -68,21 +70,21 @@ class Homework:
         return self.progress.get(exercise.name, {}).get(key, otherwise)
 
     def state(self, exercise: Exercise) -> str:
-        """done, begun or not begun"""
+        """The progress: "done", "started", or "-" if not started."""
         if self.noted(exercise, "done"):
             return "done"
-        return "begun" if self.file(exercise).exists() else "-"
+        return "started" if self.file(exercise).exists() else "-"
 
     def current(self) -> Exercise:
-        """The one at work: the first begun and not done, else the first not begun."""
-        for wanted in ("begun", "-"):
+        """The current exercise: the first that is started and not done, else the first not started."""
+        for wanted in ("started", "-"):
             for exercise in self.exercises.values():
                 if self.state(exercise) == wanted:
                     return exercise
         return list(self.exercises.values())[-1]
 
     def start(self, exercise: Exercise) -> Path:
-        """The student's file, made if it is not there."""
+        """The student's file, written if it does not exist."""
         path = self.file(exercise)
         if not path.exists() and not path.is_symlink():
             self.folder.mkdir(exist_ok=True)
@@ -91,7 +93,7 @@ class Homework:
         return path
 
     def reset(self, exercise: Exercise) -> Path | None:
-        """The blank again -> where the old file is kept now; None where there was none"""
+        """Write a fresh file -> where the old one is kept; None if there was none"""
         path = self.file(exercise)
         kept = None
         if path.exists() or path.is_symlink():
@@ -103,15 +105,15 @@ class Homework:
 
 
 def origin(exercise: Exercise) -> Path:
-    """The source that the exercise is cut from."""
+    """The module's source file."""
     path = Path(f"{exercise.module.replace('.', '/')}.py")
     if not path.is_file():
-        raise ValueError(f"{path.absolute()}: no such module here; run this in a clone of the project")
+        raise ValueError(f"{path.absolute()}: module not found; run this in a clone of the project")
     return path
 
 
 def first_line(exercise: Exercise, path: Path) -> int:
-    """Where in the student's file there is something to write, or the body begins; else 1."""
+    """The line to edit in the student's file: where the body is missing, else where it starts; else 1."""
     try:
         text = path.read_text("utf-8")
         blank = [number for number, line in enumerate(text.splitlines(), 1) if exercise.mark in line]
@@ -121,13 +123,13 @@ def first_line(exercise: Exercise, path: Path) -> int:
 
 
 class Checker:
-    """Checks answers in processes of their own, forked from one that has torch loaded already."""
+    """Checks each answer in its own process, forked from a server that has already loaded torch."""
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "exercises.grader.check"],
+            [sys.executable, "-P", "-X", "faulthandler", "-c", SERVER, os.getcwd()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment, start_new_session=True,
         )  # fmt: skip
 
@@ -144,10 +146,10 @@ class Checker:
         """The report on an answer.
 
         Args:
-            every: run the project's tests whatever the probe says, and to the end.
+            every: run all of the project's tests, even if the probe's outputs are wrong.
 
         Raises:
-            ValueError: the file is none that could be checked, in a line.
+            ValueError: the file cannot be checked; the message is one line.
         """
         began = time.monotonic()
         path = path.absolute()
@@ -166,7 +168,7 @@ class Checker:
             self.server.stdin.write(json.dumps(job).encode() + b"\n")
         begun = self.answer(120)
         if not begun:
-            raise RuntimeError("torch and pytest were not loaded within 120 s")
+            raise RuntimeError("importing torch and pytest took longer than 120 s")
         child = begun["pid"]
         end = self.answer(exercise.seconds)
         for number, patience in ((signal.SIGABRT, 3), (signal.SIGKILL, 10)):
@@ -187,23 +189,23 @@ class Checker:
         return {**found, "output": said, "seconds": round(time.monotonic() - began, 2)}
 
     def answer(self, seconds: float) -> dict[str, Any]:
-        """The server's next line; nothing where it does not come in time."""
+        """The server's next line, parsed; {} if it does not arrive in time."""
         assert self.server.stdout is not None
         ready, _, _ = select.select([self.server.stdout], [], [], seconds)
         line = self.server.stdout.readline() if ready else b""
         if ready and not line:
             raise RuntimeError(
-                "the process that checks has ended; is torch or pytest missing? pip install -e '.[dev]'"
+                "the checking process ended; if torch or pytest is missing: pip install -e '.[dev]'"
             )
         return json.loads(line) if line else {}
 
 
 def ended(path: Path, said: str, end: dict[str, Any], seconds: int) -> dict[str, Any]:
-    """Why a check has no report, and at which of the student's lines, if faulthandler said it."""
+    """Why a check has no report, and the student's line that faulthandler printed, if any."""
     lines = re.findall(rf'File "{re.escape(str(path))}", line (\d+)', said)
     line = int(lines[0]) if lines else None  # the innermost frame comes first
     if "late" in end:
-        return {"type": "", "says": f"still at work after {seconds} s", "line": line}
+        return {"type": "", "says": f"not finished after {seconds} s", "line": line}
     if end["status"] < 0:
-        return {"type": "", "says": f"ended by {signal.Signals(-end['status']).name}", "line": line}
-    return {"type": "", "says": f"ended without a result, exit status {end['status']}", "line": line}
+        return {"type": "", "says": f"killed by {signal.Signals(-end['status']).name}", "line": line}
+    return {"type": "", "says": f"ended without a report, exit status {end['status']}", "line": line}

@@ -1,8 +1,8 @@
-"""Lay students' functions over the package's own, before it is imported.
+"""Replace functions of the package by a student's, before the package is imported.
 
-The module is compiled from the installed source, with one function's node from the student's file: classes
-are made once, and every import of them anywhere is right. Tracebacks name the student's file and line, and
-nothing is ever written into the package.
+The module is compiled from its own source with one function's syntax tree taken from the student's file. Each
+class exists only once, so every import sees the student's version. Tracebacks name the student's file and
+line. Nothing is written into the package.
 """
 
 import ast
@@ -19,29 +19,29 @@ from .source import Function, find, parse, read
 
 
 class Piece(NamedTuple):
-    """A function that is taken from a student's file."""
+    """A function to take from a student's file."""
 
     module: str
-    name: str  # within the module, with dots
+    name: str  # dotted name within the module
     path: Path
 
 
 def merge(tree: ast.Module, student: str, name: str, path: Path) -> set[str]:
-    """Put the student's function into the installed source's tree -> all names that are now the student's.
+    """Put the student's function into the module's tree -> the names that now come from the student.
 
-    Helpers and imports of the student that the module lacks come along.
+    The student's own helpers and imports are added if the module does not define those names.
 
     Raises:
-        ValueError: the student's file does not parse, lacks the function, or has it with other parameters.
+        ValueError: the student's file does not parse, lacks the function, or changes its parameters.
     """
     theirs = parse(student, path)
     body, ours = find(tree, name)  # type: ignore[misc]
     found = find(theirs, name)
     if found is None:
-        raise ValueError(f"{path}: has no {name}; the function's name, and its class's, must stay")
+        raise ValueError(f"{path}: {name} not found; keep the names of the function and its class")
     new = found[1]
     if head(new) != head(ours) or type(new) is not type(ours):
-        raise ValueError(f"{path}:{new.lineno}: {name}({head(new)}): must stay {name}({head(ours)})")
+        raise ValueError(f"{path}:{new.lineno}: {name}({head(new)}): keep the signature {name}({head(ours)})")
     new.decorator_list = ours.decorator_list
     for decorator in new.decorator_list:
         for node in ast.walk(decorator):
@@ -58,7 +58,7 @@ def merge(tree: ast.Module, student: str, name: str, path: Path) -> set[str]:
 
 
 def head(node: Function) -> str:
-    """The parameters of a function, with their defaults and without annotations."""
+    """A function's parameters with their defaults, without annotations."""
     arguments = copy.deepcopy(node.args)
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
@@ -67,7 +67,7 @@ def head(node: Function) -> str:
 
 
 def names(node: ast.stmt) -> list[str]:
-    """What a statement at the top of a module gives a name to."""
+    """The names that a module-level statement defines."""
     if isinstance(node, Function | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -80,7 +80,7 @@ def names(node: ast.stmt) -> list[str]:
 
 
 def compiled(installed: str, origin: str, pieces: Sequence[Piece]) -> types.CodeType:
-    """The code of a module with students' functions in it, each said to be from its student's file."""
+    """A module's code with students' functions in it, each attributed to the student's file."""
     tree = ast.parse(installed)
     owner = {}
     for piece in pieces:
@@ -90,7 +90,7 @@ def compiled(installed: str, origin: str, pieces: Sequence[Piece]) -> types.Code
 
 
 def owned(code: types.CodeType, owner: dict[str, str]) -> types.CodeType:
-    """The same code, in which each function of these names is from its own file, with all that it holds."""
+    """The same code, with the functions named in `owner` attributed to their files."""
     if code.co_qualname in owner:
         return from_file(code, owner[code.co_qualname])
     inner = tuple(owned(c, owner) if isinstance(c, types.CodeType) else c for c in code.co_consts)
@@ -98,7 +98,7 @@ def owned(code: types.CodeType, owner: dict[str, str]) -> types.CodeType:
 
 
 def from_file(code: types.CodeType, path: str) -> types.CodeType:
-    """The same code, said to be from a file, with all functions in it."""
+    """The same code and all functions inside it, attributed to this file."""
     inner = tuple(
         from_file(part, path) if isinstance(part, types.CodeType) else part for part in code.co_consts
     )
@@ -106,7 +106,7 @@ def from_file(code: types.CodeType, path: str) -> types.CodeType:
 
 
 class Loader(importlib.machinery.SourceFileLoader):
-    """Loads a module from its source with pieces of students laid over it."""
+    """Loads a module from its source with students' functions in it."""
 
     def __init__(self, name: str, origin: str, pieces: Sequence[Piece]):
         super().__init__(name, origin)
@@ -117,7 +117,7 @@ class Loader(importlib.machinery.SourceFileLoader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that pieces are laid over."""
+    """Finds the modules that are to be patched."""
 
     def __init__(self, pieces: Sequence[Piece]):
         self.pieces = pieces
@@ -131,15 +131,19 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def install(pieces: Sequence[Piece]) -> None:
-    """From now on these modules are imported with the pieces in them."""
+    """Make later imports of these modules use the students' functions.
+
+    Raises:
+        ImportError: one of the modules is already imported.
+    """
     early = {piece.module for piece in pieces} & set(sys.modules)
     if early:
-        raise ImportError(f"{', '.join(sorted(early))} is imported already")
+        raise ImportError(f"{', '.join(sorted(early))} is already imported")
     sys.meta_path.insert(0, Finder(pieces))
 
 
 def remove(module: str) -> None:
-    """Forget the pieces, and all modules that may hold them: this one, and what uses it."""
+    """Undo `install`, and drop from sys.modules this module and those that may have imported it."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Finder)]
     for name in list(sys.modules):
         if name == module or name.partition(".")[0] in ("moe", "mla"):

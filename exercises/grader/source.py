@@ -1,4 +1,4 @@
-"""A function in the text of a module: where its body is, and the text with another one."""
+"""Find a function's body in the source of a module, and replace it."""
 
 import ast
 import io
@@ -10,38 +10,38 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def parse(source: str, path: Path) -> ast.Module:
-    """A student's file, parsed.
+    """Parse a student's file.
 
     Raises:
-        ValueError: it is no Python, in a line of its own.
+        ValueError: the file is not valid Python; the message is one line.
     """
     try:
         return ast.parse(source, str(path))
     except SyntaxError as error:
-        line = (error.text or "").strip()
+        line = (error.text or "").strip()[:200]
         raise ValueError(f"{path}:{error.lineno or 1}: {error.msg}" + (f": {line}" if line else "")) from None
-    except (ValueError, RecursionError, MemoryError) as error:  # a null byte; brackets without end
-        raise ValueError(f"{path}: is no Python that can be read: {error or type(error).__name__}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a null byte, deeply nested brackets
+        raise ValueError(f"{path}: not valid Python: {error or type(error).__name__}") from None
 
 
 def read(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        ValueError: it is a link, no file, or no UTF-8.
+        ValueError: it is a symbolic link, not a file, or not UTF-8.
     """
     if path.is_symlink():
-        raise ValueError(f"{path}: a link; a file of its own is needed")
+        raise ValueError(f"{path}: is a symbolic link; hand in a regular file")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: no text (UTF-8)") from None
+        raise ValueError(f"{path}: is not UTF-8 text") from None
 
 
 def find(tree: ast.Module, name: str) -> tuple[list[ast.stmt], Function] | None:
-    """A function by its name with dots, the last of the name -> the statements among which it is, and it"""
+    """A function by its dotted name, the last definition if there are several -> the list it is in, and it"""
     body: list[ast.stmt] = tree.body
     *classes, last = name.split(".")
     for part in classes:
@@ -54,38 +54,38 @@ def find(tree: ast.Module, name: str) -> tuple[list[ast.stmt], Function] | None:
 
 
 def body_lines(source: str, name: str, first: str = "") -> tuple[int, int]:
-    """Which lines of a source are a function's body, but for its docstring -> from, to; counted from 0
+    """The lines of a function's body, without its docstring -> (start, stop), counted from 0
 
     Args:
-        first: how the line begins that the body is counted from, where what stands before it is given.
+        first: start at the line of the body that begins with this text.
 
     Raises:
-        ValueError: there is no such function or line, or a cut there would take something else along.
+        ValueError: the function or line does not exist, or its lines hold other code too.
     """
     tree = ast.parse(source)
     found = find(tree, name)
     if found is None:
-        raise ValueError(f"no function {name} here")
+        raise ValueError(f"no function {name} in this module")
     node = found[1]
     lines = source.splitlines()
     statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
     if not statements:
-        raise ValueError(f"{name} has no body to write")
+        raise ValueError(f"{name} has a docstring but no body")
     if statements is not node.body:
         start = node.body[0].end_lineno or 0
     else:
         start = end_of_logical_line(source, node.lineno)
     if statements[0].lineno <= start:
-        raise ValueError(f"{name} has code on the last line of its docstring or of its head; give it its own")
+        raise ValueError(f"{name}: its body must start on a new line, below the signature and the docstring")
     indent = statements[0].col_offset
     if first:
         begins = " " * indent + first
         at = [number for number in range(start, node.end_lineno or 0) if lines[number].startswith(begins)]
         if len(at) != 1:
-            raise ValueError(f"{name}: {len(at)} lines of its body begin with {first!r}; one must")
+            raise ValueError(f"{name}: {len(at)} lines of its body begin with {first!r}; exactly one must")
         start = at[0]
     stop = node.end_lineno or start
-    for number in range(stop, len(lines)):  # comments behind the last statement, which the tree does not know
+    for number in range(stop, len(lines)):  # comments after the last statement are not in the tree
         text = lines[number]
         if text.strip() and not (text.lstrip().startswith("#") and len(text) - len(text.lstrip()) >= indent):
             break
@@ -95,7 +95,7 @@ def body_lines(source: str, name: str, first: str = "") -> tuple[int, int]:
 
 
 def end_of_logical_line(source: str, line: int) -> int:
-    """The last line, counted from 1, of what begins on this one: a head may go over several."""
+    """The last line, counted from 1, of the statement header that starts on `line`; it may span several."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NEWLINE and token.end[0] >= line:
             return token.end[0]
@@ -103,7 +103,7 @@ def end_of_logical_line(source: str, line: int) -> int:
 
 
 def replaced(source: str, name: str, body: str, first: str = "") -> str:
-    """The source with another body of a function, every other byte as it was; the body without its indent."""
+    """The source with `body`, given unindented, as the function's body; all other bytes stay the same."""
     start, stop = body_lines(source, name, first)
     lines = source.splitlines(keepends=True)
     given = next(line for line in lines[start:stop] if line.strip())

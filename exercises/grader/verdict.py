@@ -1,4 +1,4 @@
-"""What the report of a check means: is it right, how many points, what is said of it."""
+"""Interpret the report of a check: is the answer correct, how many points, and the text for the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -8,22 +8,20 @@ from .homework import first_line
 
 
 def is_done(report: dict[str, Any]) -> bool:
-    """Is every check of a report passed, and every test?"""
+    """Whether all checks and all tests passed."""
     return (
         bool(report["checks"]) and all(row["passed"] for row in report["checks"]) and report["tests"]["good"]
     )
 
 
 def points(report: dict[str, Any]) -> tuple[int, int]:
-    """Checks passed, of how many; the project's tests count as one."""
-    tests = report["tests"]
-    return sum(row["passed"] for row in report["checks"]) + bool(tests and tests["good"]), len(
-        report["checks"]
-    ) + 1
+    """Checks passed, and how many there are; the project's tests count as one check."""
+    rows, tests = report["checks"], report["tests"]
+    return sum(row["passed"] for row in rows) + bool(tests and tests["good"]), len(rows) + 1
 
 
 def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
-    """A report, for the terminal."""
+    """The report as text for the terminal."""
     passed, total = points(report)
     where = f"{path}:{first_line(exercise, path)}"
     lines = [f"{exercise.name:16}{passed} of {total}   {where:36}{exercise.equation}"]
@@ -32,7 +30,7 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
         at = f"{path}:{raised['line']}: " if raised["line"] else ""
         blank = raised["says"] == f"exercise {exercise.name}"
         kind = f"{raised['type']}: " if raised["type"] else ""
-        lines.append(f"  {at}{'still to be written' if blank else kind + raised['says']}")
+        lines.append(f"  {at}{'not written yet' if blank else kind + raised['says']}")
     else:
         for stage in STAGES[:-1]:
             wrong = [row for row in report["checks"] if row["stage"] == stage and not row["passed"]]
@@ -42,12 +40,12 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
     for sentence in report["mistakes"]:
         lines.append(f"     -> {sentence}")
     if tests is None:
-        lines.append(f"  {STAGES[-1]:16}not run before the rest is right")
+        lines.append(f"  {STAGES[-1]:16}run once the checks above pass")
     else:
         count = f"{tests['passed']} of {tests['total']}"
         lines.append(f"  {STAGES[-1]:16}" + ("ok, " if tests["good"] else "") + count)
         for failed in tests["failed"][:1]:
-            lines.append(f"     first: {failed['test'].rpartition('::')[2]}: {failed['says']}")
+            lines.append(f"     first failure: {failed['test'].rpartition('::')[2]}: {failed['says']}")
     printed = report["output"].strip().splitlines() if not tests else []
     lines += [f"  | {line}" for line in printed[-8:] if not (raised and line.startswith(("Fatal", "  File")))]
     if is_done(report):
@@ -56,9 +54,9 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
 
 
 def why(report: dict[str, Any]) -> str:
-    """The first thing that is wrong in a report."""
+    """The first problem in a report."""
     if report["raised"]:
         return f"{report['raised']['type']} {report['raised']['says']}"
     wrong = [f"{row['name']} {row['says']}" for row in report["checks"] if not row["passed"]]
     failed = [f"{row['test']}: {row['says']}" for row in (report["tests"] or {}).get("failed", [])]
-    return (wrong + failed or ["nothing is wrong with it"])[0]
+    return (wrong + failed or ["all checks and tests pass"])[0]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the autograder's image: the clone and its environment.
+# Builds the autograder image: a clone of the project and its environment.
 set -euo pipefail
 apt-get update -qq && apt-get install -y -qq python3-venv git make
-git clone "${REPOSITORY:?the address of the clone}" /autograder/clone
+git clone "${REPOSITORY:?set it to the address of your clone}" /autograder/clone
 make -C /autograder/clone .venv/dev

@@ -1,8 +1,8 @@
-"""Latent attention that sees a window: each token itself and the `window - 1` before it.
+"""Latent attention over a sliding window: each token sees itself and the `window - 1` tokens before it.
 
-Mistral 7B (arXiv 2310.06825) does so with grouped-query attention. After two layers a token knows of two
-windows. Who sees whom is all that changes here: the cache still keeps every entry, so that it saves no memory
-yet. A ring of `window` entries would be the next project.
+Mistral 7B (arXiv 2310.06825) does this with grouped-query attention. After two layers, information travels up
+to two windows. Only the mask changes here: the cache still keeps every entry, so it saves no memory yet. A
+ring buffer of `window` entries would be the next project. It overrides forward, so it decodes without pages.
 """
 
 import torch
@@ -12,7 +12,7 @@ from mla import LatentCache, MultiheadLatentAttention
 
 
 class SlidingWindowMLA(MultiheadLatentAttention):
-    """x (batch, time, dim) -> y (batch, time, dim); arguments as `MultiheadLatentAttention`'s, and window"""
+    """x (batch, time, dim) -> y (batch, time, dim); arguments of `MultiheadLatentAttention`, and window"""
 
     def __init__(
         self,
@@ -32,7 +32,9 @@ class SlidingWindowMLA(MultiheadLatentAttention):
 
     def forward(self, x: Tensor, cache: LatentCache | None = None, positions=None, mask=None) -> Tensor:
         start = torch.tensor([0] * len(x) if cache is None else cache.lengths, device=x.device)
-        query = start.unsqueeze(1) + torch.arange(x.shape[1], device=x.device)  # (batch, time), places of x
+        query = start.unsqueeze(1) + torch.arange(
+            x.shape[1], device=x.device
+        )  # (batch, time), positions of x
         key = torch.arange(int(query.max()) + 1, device=x.device)
         near = key > query.unsqueeze(2) - self.window  # (batch, time, total), on top of causality
         if mask is not None:

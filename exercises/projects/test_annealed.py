@@ -1,9 +1,9 @@
-"""What annealed promises."""
+"""Tests of annealed."""
 
 import torch
 
 from exercises.projects.annealed import AnnealedRouter
-from exercises.projects.laws import check_router
+from exercises.projects.checks import check_router
 from moe import SoftmaxRouter
 
 
@@ -11,7 +11,7 @@ def test_it_is_a_router():
     check_router(AnnealedRouter(dim=12, num_experts=10, top_k=3), dim=12, num_experts=10, top_k=3)
 
 
-def test_at_first_the_experts_are_draws_without_putting_back():
+def test_the_first_choices_are_samples_without_replacement():
     torch.manual_seed(0)
     router = AnnealedRouter(dim=12, num_experts=5, top_k=2)
     x, draws = torch.randn(12), 50_000
@@ -20,12 +20,12 @@ def test_at_first_the_experts_are_draws_without_putting_back():
     for first in range(5):
         for second in range(first + 1, 5):
             a, b = likely[first], likely[second]
-            expected = float(a * b / (1 - a) + b * a / (1 - b))  # one after the other, in either order
+            expected = float(a * b / (1 - a) + b * a / (1 - b))  # first a then b, or first b then a
             found = ((pairs == first).any(1) & (pairs == second).any(1)).double().mean().item()
             assert abs(found - expected) < 5 * (expected * (1 - expected) / draws) ** 0.5
 
 
-def test_weights_are_those_of_the_chosen_without_noise():
+def test_weights_are_the_normalized_scores_without_noise():
     router, x = AnnealedRouter(dim=12, num_experts=10, top_k=3), torch.randn(40, 12)
     routing = router(x)
     chosen = routing.scores.gather(-1, routing.experts)
@@ -33,7 +33,7 @@ def test_weights_are_those_of_the_chosen_without_noise():
     torch.testing.assert_close(routing.scores, routing.logits.softmax(-1))
 
 
-def test_it_cools_with_passes_of_training_alone_and_a_copy_goes_on():
+def test_only_training_passes_lower_the_temperature_and_a_checkpoint_keeps_it():
     plain = SoftmaxRouter(dim=12, num_experts=10, top_k=3, normalize=True)
     router = AnnealedRouter(dim=12, num_experts=10, top_k=3, passes=4)
     router.weight = plain.weight

@@ -1,9 +1,9 @@
-"""What cosine promises."""
+"""Tests of cosine."""
 
 import torch
 
+from exercises.projects.checks import check_router
 from exercises.projects.cosine import CosineRouter
-from exercises.projects.laws import check_router
 
 
 def test_it_is_a_router():

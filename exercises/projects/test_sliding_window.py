@@ -1,9 +1,9 @@
-"""What sliding_window promises."""
+"""Tests of sliding_window."""
 
 import pytest
 import torch
 
-from exercises.projects.laws import check_attention, in_pieces
+from exercises.projects.checks import check_attention, in_pieces
 from exercises.projects.sliding_window import SlidingWindowMLA
 from mla import MultiheadLatentAttention
 
@@ -15,7 +15,7 @@ def test_it_is_an_attention():
 
 
 @pytest.mark.parametrize("window", [1, 2, 6, 23])
-def test_it_is_latent_attention_over_the_last_tokens_alone(window):
+def test_it_equals_latent_attention_over_the_last_tokens(window):
     attention = SlidingWindowMLA(20, 3, **SIZES, window=window).double()
     whole = MultiheadLatentAttention(20, 3, **SIZES).double()
     whole.load_state_dict(attention.state_dict())
@@ -27,7 +27,7 @@ def test_it_is_latent_attention_over_the_last_tokens_alone(window):
         torch.testing.assert_close(y[:, place], whole(seen, positions=positions)[:, -1])
 
 
-def test_texts_of_different_lengths_have_windows_of_their_own():
+def test_each_row_of_a_batch_has_its_own_window():
     attention = SlidingWindowMLA(20, 3, **SIZES, window=4).eval()
     x = torch.randn(2, 11, 20)
     cache = attention.new_cache(2, 20)
@@ -40,7 +40,7 @@ def test_texts_of_different_lengths_have_windows_of_their_own():
         torch.testing.assert_close(y[:1], attention(x[:1])[:, 8:])
 
 
-def test_what_a_mask_closes_stays_closed():
+def test_a_mask_is_applied_on_top_of_the_window():
     attention, x = SlidingWindowMLA(20, 3, **SIZES, window=4), torch.randn(2, 9, 20)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 6] = False

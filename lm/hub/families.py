@@ -141,10 +141,12 @@ class Family:
 
     @property
     def is_mla(self) -> bool:
+        """Whether its models have multi-head latent attention."""
         return self.ours["attention.kind"] == "mla"
 
     @property
     def has_experts(self) -> bool:
+        """Whether its models have MoE layers."""
         return any(name.ours == "moe.num_experts" for name in self.names)
 
 
@@ -167,14 +169,17 @@ def head_dim(raw: Table) -> int:
 
 
 def is_mla(config: ModelConfig) -> bool:
+    """Whether a model has multi-head latent attention."""
     return config.attention.kind == "mla"
 
 
 def has_experts(config: ModelConfig) -> bool:
+    """Whether a model has an MoE layer."""
     return config.num_dense_layers < config.num_layers
 
 
 def gqa_experts(config: ModelConfig) -> bool:
+    """Whether a model has grouped-query attention and an MoE layer."""
     return not is_mla(config) and has_experts(config)
 
 
@@ -194,6 +199,7 @@ def read_qwen2_moe(raw: Table) -> Table:
 
 
 def qwen_dense_layers(config: ModelConfig) -> Table:
+    """Qwen lists its dense layers."""
     return {"mlp_only_layers": list(range(config.num_dense_layers))}
 
 

@@ -1,4 +1,4 @@
-"""Wrong answers that no table knows of, made by mutating each function mechanically: nearly all must fail."""
+"""Wrong answers made by mutating each function mechanically: nearly all must fail, listed mistakes or not."""
 
 import ast
 import dataclasses
@@ -12,8 +12,8 @@ from exercises.grader import exercise, homework, source, verdict
 from tests.helpers import ROOT
 
 EXERCISES = exercise.load_all(ROOT / "exercises")
-LEFT_OUT = ("Bit", "Shift", "FloorDiv", "Mod", "Decorator", "Exception", "Variable")  # what is no likely slip
-SAME = (  # lines that say what ours say, in other words: answers that are right
+LEFT_OUT = ("Bit", "Shift", "FloorDiv", "Mod", "Decorator", "Exception", "Variable")  # unlikely mistakes
+SAME = (  # mutated lines that are equivalent to the original: correct answers
     "weights = weights / (weights.sum(-1, keepdim=True) - 1e-20)",
     *("if top_groups > num_groups:", "if top_groups >= num_groups:", "if top_groups is num_groups:"),
     "normalized = scores / (scores.sum(-1, keepdim=True) - 1e-20)",
@@ -28,11 +28,11 @@ SAME = (  # lines that say what ours say, in other words: answers that are right
     *(f"p = chosen / chosen.sum({axis}, keepdim=True)" for axis in ("1", "+1")),
     *(f"total += float((1 / p.norm(dim={axis})).double().sum())" for axis in ("1", "+1")),
 )
-SAMPLE = 12  # of an exercise; every one of them: python -m tests.exercises.test_mutants
+SAMPLE = 12  # mutants of each exercise; all of them: python -m tests.exercises.test_mutants
 
 
 def mutants(about, text):
-    """The module's text with each single change of the function's body that cosmic-ray knows."""
+    """The function's body with each single mutation that cosmic-ray knows."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
 
@@ -52,14 +52,14 @@ def mutants(about, text):
                 break
             changed = changed.decode() if isinstance(changed, bytes) else changed
             new = textwrap.dedent(changed.removeprefix(before))
-            says_the_same = any(line.partition("  #")[0].strip() in SAME for line in new.splitlines())
-            if changed.startswith(before) and new not in seen and not says_the_same:
+            equivalent = any(line.partition("  #")[0].strip() in SAME for line in new.splitlines())
+            if changed.startswith(before) and new not in seen and not equivalent:
                 seen.add(new)
                 yield new
 
 
 def survivors(about, bodies, checker, folder):
-    """The mutants that pass as right."""
+    """The mutants that pass all checks."""
     text = (ROOT / homework.origin(about)).read_text()
     for body in bodies:
         path = folder / about.file
@@ -67,7 +67,7 @@ def survivors(about, bodies, checker, folder):
         try:
             if verdict.is_done(checker.check(about, path)):
                 yield body
-        except ValueError:  # no Python any more
+        except ValueError:  # no longer valid Python
             pass
 
 

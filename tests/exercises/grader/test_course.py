@@ -1,6 +1,7 @@
-"""`lm exercise` as a student and a teacher use it."""
+"""`lm exercise`, as students and teachers use it."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ def at_home(monkeypatch):
 
 @pytest.fixture
 def lm_exercise(capsys, tmp_path):
-    """The command in a student's folder -> exit status, what it said, what it complained of"""
+    """Run the command with a homework folder -> exit status, stdout, stderr"""
 
     def run(command, *arguments, folder=tmp_path / "homework"):
         where = ("--homework", str(folder)) if command not in ("grade", "new", "self-test", "run") else ()
@@ -36,7 +37,7 @@ def lm_exercise(capsys, tmp_path):
 
 
 def solve(folder, name):
-    """The package's own module as the answer."""
+    """Hand in the package's own module."""
     path = folder / ABOUT[name].file
     path.parent.mkdir(exist_ok=True)
     module = ABOUT[name].module.replace(".", "/")
@@ -44,7 +45,7 @@ def solve(folder, name):
     return path
 
 
-def test_a_student_begins_fails_asks_passes_and_looks_back(lm_exercise, tmp_path):
+def test_a_student_starts_fails_asks_for_hints_and_passes(lm_exercise, tmp_path):
     folder = tmp_path / "homework"
     code, said, _ = lm_exercise("list")
     assert code == 0 and f"0 of {len(ABOUT)} done" in said and len(said.splitlines()) == len(ABOUT) + 2
@@ -53,15 +54,15 @@ def test_a_student_begins_fails_asks_passes_and_looks_back(lm_exercise, tmp_path
     blank = path.read_text()
     line = 1 + blank.splitlines().index("    # exercise rms-norm: the body goes here")
     assert code == 0 and f"{path}:{line}  write the body of rms_norm" in said
-    code, said, _ = lm_exercise("check")  # the one at work
-    assert code == 1 and f"{path}:{line + 1}: still to be written" in said and "0 of 8" in said
+    code, said, _ = lm_exercise("check")  # the current one
+    assert code == 1 and f"{path}:{line + 1}: not written yet" in said and "0 of 8" in said
     code, said, _ = lm_exercise("hint")
     assert code == 0 and "hint 1 of 3" in said and "2. " not in said
     lm_exercise("hint", "rms_norm")
     stub = "".join(blank.splitlines(keepends=True)[line - 1 : line + 1])
     path.write_text(blank.replace(stub, "    return x * weight, x.square().sum(-1, keepdim=True)\n"))
     code, said, _ = lm_exercise("check", "rms-norm")
-    assert code == 1 and "not run before the rest is right" in said
+    assert code == 1 and "run once the checks above pass" in said
     about = ABOUT["rms-norm"]
     path.write_text(about.with_mistakes((ROOT / "mla/norm.py").read_text(), [2]))
     code, said, _ = lm_exercise("check", "rms-norm")
@@ -76,40 +77,43 @@ def test_a_student_begins_fails_asks_passes_and_looks_back(lm_exercise, tmp_path
     assert "done" in row and "2 hints, solution seen" in row and f"1 of {len(ABOUT)} done" in said
 
 
-def test_nothing_of_the_students_is_overwritten(lm_exercise, tmp_path):
+def test_a_students_file_is_never_overwritten(lm_exercise, tmp_path):
     path = tmp_path / "homework" / "rope.py"
     lm_exercise("start", "rope")
     path.write_text("mine")
     code, said, _ = lm_exercise("start", "rope")
-    assert code == 0 and "is there already and stays as it is" in said and path.read_text() == "mine"
+    assert code == 0 and "exists and is left unchanged" in said and path.read_text() == "mine"
     for number in (1, 2):
         code, said, _ = lm_exercise("reset", "rope")
-        assert code == 0 and f"the old file is {path.with_suffix(f'.bak{number}')}" in said
+        assert code == 0 and f"your old file: {path.with_suffix(f'.bak{number}')}" in said
         path.write_text(f"mine {number}")
     assert [path.with_suffix(f".bak{n}").read_text() for n in (1, 2)] == ["mine", "mine 1"]
     path.unlink()
     path.symlink_to(__file__)
     code, said, _ = lm_exercise("start", "rope")
-    assert "stays as it is" in said and path.is_symlink()
+    assert "is left unchanged" in said and path.is_symlink()
 
 
 @pytest.mark.parametrize(
     "command, said",
     [
-        (["check", "ropes"], "no exercise 'ropes' (did you mean 'rope'?); there are rms-norm"),
-        (["hint", "nothing"], "no exercise 'nothing'; there are"),
-        (["check", "rope"], "rope.py: not begun; lm exercise start rope begins it"),
-        (["check", "--all"], "nothing begun; lm exercise start NAME begins an exercise"),
-        (["chekc"], "no command 'chekc' (did you mean 'check'?); there are list"),
-        (["grade", "no/such/folder"], "no/such/folder: no folder of submissions"),
-        (["run", "experiment", "faster"], "experiment: trains in processes that do not take your functions"),
-        (["new", "moe.balance"], "target 'moe.balance': module:function of this project is needed"),
-        (["new", "moe.balanse:z_loss"], "target 'moe.balanse:z_loss': module:function of this project"),
-        (["new", "moe.balance:zz"], "no function zz here"),
-        (["new", "moe.balance:z_loss", "--name", "rope"], "name 'rope': there is such an exercise"),
+        (["check", "ropes"], "no exercise 'ropes' (did you mean 'rope'?); the exercises are rms-norm"),
+        (["hint", "nothing"], "no exercise 'nothing'; the exercises are"),
+        (["check", "rope"], "rope.py: not started yet; start it: lm exercise start rope"),
+        (["check", "--all"], "no exercise started yet; start one: lm exercise start NAME"),
+        (["chekc"], "no command 'chekc' (did you mean 'check'?); the commands are list"),
+        (["grade", "no/such/folder"], "no/such/folder: no such folder"),
+        (["run", "experiment", "faster"], "experiment: its training processes use the original functions"),
+        (["new", "moe.balance"], "target 'moe.balance': expected module:function of this project"),
+        (
+            ["new", "moe.balanse:z_loss"],
+            "target 'moe.balanse:z_loss': expected module:function",
+        ),
+        (["new", "moe.balance:zz"], "no function zz in this module"),
+        (["new", "moe.balance:z_loss", "--name", "rope"], "name 'rope': already taken"),
     ],
 )
-def test_wrong_use_is_a_line_and_exit_status_2(lm_exercise, command, said):
+def test_wrong_use_is_one_line_and_exit_status_2(lm_exercise, command, said):
     code, out, complaint = lm_exercise(*command)
     assert code == 2 and out == "" and complaint.startswith("lm exercise: ") and complaint.count("\n") == 1
     assert said in complaint
@@ -119,16 +123,16 @@ def test_wrong_use_is_a_line_and_exit_status_2(lm_exercise, command, said):
     "content, said",
     [
         (b"def rms_norm(x:\n", "rms_norm.py:1: '(' was never closed"),
-        (b"x = 1\n", "rms_norm.py: has no rms_norm; the function's name, and its class's, must stay"),
+        (b"x = 1\n", "rms_norm.py: rms_norm not found; keep the names of the function and its class"),
         (
             b"def rms_norm(x):\n    return x\n",
-            "rms_norm.py:1: rms_norm(x): must stay rms_norm(x, weight, eps)",
+            "rms_norm.py:1: rms_norm(x): keep the signature rms_norm(x, weight, eps)",
         ),
-        (b"\x00\xff\xfe", "rms_norm.py: no text (UTF-8)"),
+        (b"\x00\xff\xfe", "rms_norm.py: is not UTF-8 text"),
         (b"import nothing_like_it\n\n\ndef rms_norm(x, weight, eps):\n    return x, x\n", "No module named"),
     ],
 )
-def test_an_answer_that_is_none_is_a_line(lm_exercise, tmp_path, content, said):
+def test_an_unusable_answer_is_reported_in_one_line(lm_exercise, tmp_path, content, said):
     path = tmp_path / "homework" / "rms_norm.py"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -139,16 +143,21 @@ def test_an_answer_that_is_none_is_a_line(lm_exercise, tmp_path, content, said):
 
 def test_outside_a_clone_every_command_says_so(lm_exercise, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for command in (["list"], ["check", "rope"], ["self-test"], ["grade", "."], ["run", "info", "nano"]):
+    commands = (["list"], ["check", "rope"], ["self-test"], ["grade", "."], ["run", "info", "nano"])
+    for command in commands:
         code, _, complaint = lm_exercise(*command)
-        assert code == 2 and "no exercises here; run this in a clone of the project" in complaint
+        assert code == 2 and complaint.endswith("run this in a clone of the project\n")
+    (tmp_path / "exercises" / "grader").mkdir(parents=True)  # the commands, without the exercises
+    for command in commands:
+        code, _, complaint = lm_exercise(*command)
+        assert code == 2 and "exercises: no exercises found; run this in a clone" in complaint
 
 
-def test_notes_that_cannot_be_read_are_named(lm_exercise, tmp_path):
+def test_an_unreadable_progress_file_is_named(lm_exercise, tmp_path):
     (tmp_path / "homework").mkdir()
     (tmp_path / "homework" / ".progress.json").write_text("{")
     code, _, complaint = lm_exercise("list")
-    assert code == 2 and ".progress.json: cannot be read; delete it to begin counting anew" in complaint
+    assert code == 2 and ".progress.json: cannot be read; delete it to reset the progress" in complaint
 
 
 def test_a_folder_of_submissions_is_graded(lm_exercise, tmp_path):
@@ -174,12 +183,12 @@ def test_a_folder_of_submissions_is_graded(lm_exercise, tmp_path):
         found.append(json.loads((tmp_path / "out" / "grades.json").read_text()))
     ann, bob, cyd, dee, eve = found[0]["rows"]
     assert (ann["score"], ann["hints"], ann["solution"]) == (10, 2, True)
-    assert ann["flags"] == ["the same as the package's"] and ann["tests_passed"] == ann["tests"] > 5
+    assert ann["flags"] == ["identical to the package's"] and ann["tests_passed"] == ann["tests"] > 5
     assert 0 < bob["score"] < 10 and bob["mistakes"] == [about.mistakes[0][2]] and bob["flags"] == []
     assert bob["checks"] == ann["checks"] == ann["checks_passed"] > bob["checks_passed"]
     assert cyd["score"] == 0 and cyd["says"] == "rms_norm.py:1: '(' was never closed: def rms_norm("
     assert dee["score"] == 0 and dee["flags"] == ["imports json, os", "calls open"]
-    assert (eve["score"], eve["says"]) == (0, "not handed in")
+    assert (eve["score"], eve["says"]) == (0, "not submitted")
     for rows in found:
         for row in rows["rows"]:
             row.pop("seconds")
@@ -188,63 +197,63 @@ def test_a_folder_of_submissions_is_graded(lm_exercise, tmp_path):
         assert next(csv.DictReader(file))["score"] == "10.0"
 
 
-def test_one_submission_becomes_gradescopes_results(lm_exercise, tmp_path):
+def test_one_submission_is_written_for_gradescope(lm_exercise, tmp_path):
     solve(tmp_path / "hers", "gate-scale")
     out = tmp_path / "results.json"
     code, _, _ = lm_exercise("grade", tmp_path / "hers", "--only", "gate-scale", "--gradescope", out)
     [test] = json.loads(out.read_text())["tests"]
     assert code == 0 and test == {
-        "name": "gate-scale", "score": 10.0, "max_score": 10, "output": "all right", "visibility": "visible",
+        "name": "gate-scale", "score": 10.0, "max_score": 10, "visibility": "visible",
+        "output": "all checks and tests pass",
     }  # fmt: skip
     (tmp_path / "more" / "a").mkdir(parents=True)
     (tmp_path / "more" / "b").mkdir()
     code, _, complaint = lm_exercise("grade", tmp_path / "more", "--gradescope", tmp_path / "other.json")
-    assert code == 2 and "2 submissions; results.json of Gradescope is of one" in complaint
+    assert code == 2 and "2 submissions; --gradescope takes one" in complaint
     assert not (tmp_path / "other.json").exists()
 
 
-def test_an_exercise_of_ones_own_is_written_and_tested(tmp_path, monkeypatch, capsys):
-    for name in ("moe", "mla", "lm", "tests", "experiments"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "exercises").mkdir()
-    for path in (ROOT / "exercises").glob("00_*.py"):
-        (tmp_path / "exercises" / path.name).write_text(path.read_text())
-    monkeypatch.chdir(tmp_path)
+def test_a_new_exercise_is_a_template_that_loads(clone, capsys):
     assert cli.main(["exercise", "new", "moe.balance:z_loss"]) == 0
-    made = tmp_path / "exercises" / "01_z_loss.py"
-    assert "fill it in, then lm exercise self-test z-loss" in capsys.readouterr().out
+    made = clone / "exercises" / f"{len(ABOUT):02}_z_loss.py"
+    assert "fill it in, then run lm exercise self-test z-loss" in capsys.readouterr().out
     about = exercise.load(made)
     assert about.target == "moe.balance:z_loss" and about.tests == ("tests/moe/test_balance.py",)
     assert cli.main(["exercise", "new", "moe.balance:z_loss"]) == 2
 
 
-def test_lm_runs_with_what_the_student_wrote(tmp_path):
-    folder = tmp_path / "homework"
-    path = solve(folder, "flops")
+def test_lm_runs_with_the_students_functions(clone, lm):
+    path = solve(clone / "homework", "flops")
     path.write_text(ABOUT["flops"].with_body(path.read_text(), "return 12345"))
-    code = """
-import sys
-from pathlib import Path
-from lm import cli, homework
-homework.FOLDER = Path(sys.argv[1])
-homework.Homework.__init__.__defaults__ = (homework.FOLDER,)
-student = homework.Homework()
-student.note(student.named("flops"), done=True)
-sys.exit(cli.main(["exercise", "run", "--", "info", "nano"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True)
+    (path.parent / ".progress.json").write_text('{"flops": {"done": true}}')
+    done = lm("exercise", "run", "--", "info", "nano")
     assert done.returncode == 0, done.stderr
-    assert "yours: lm.count:training_flops_per_token" in done.stderr and "12,345" in done.stdout
+    assert "using your lm.count:training_flops_per_token" in done.stderr and "12,345" in done.stdout
 
 
-def test_without_a_terminal_all_are_listed(tmp_path):
+def test_a_file_in_the_working_folder_never_shadows_a_standard_module(clone, lm):
+    """Every command runs where the student works, next to whatever files are there."""
+    for name in filter(importlib.util.find_spec, sys.stdlib_module_names):  # others are of other systems
+        (clone / f"{name}.py").write_text(f"raise SystemExit('imported {name}.py of the working folder')\n")
+    solve(clone / "homework", "rms-norm")
+    for command in (
+        ("exercise", "check", "rms-norm"),
+        ("exercise", "run", "info", "nano"),
+        ("exercise", "list"),
+        ("new", "router", "mine"),
+    ):
+        done = lm(*command)
+        assert done.returncode == 0 and not done.stderr.count("working folder"), done.stdout + done.stderr
+
+
+def test_without_a_terminal_the_exercises_are_listed(tmp_path):
     command = [sys.executable, "-c", "import sys; from lm.cli import main; sys.exit(main(['exercise']))"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0 and f"of {len(ABOUT)} done" in done.stdout
     assert not os.path.exists(ROOT / "homework" / ".progress.json.new")
 
 
-def test_watching_checks_at_each_save_and_answers_keys(tmp_path):
+def test_watch_checks_at_every_save_and_answers_keys(tmp_path):
     import pty
     import select
     import time
@@ -267,7 +276,7 @@ def test_watching_checks_at_each_save_and_answers_keys(tmp_path):
                 said += os.read(me, 4096).decode()
         said = said.partition(text)[2]
 
-    until("still to be written")
+    until("not written yet")
     until("q quit")
     os.write(me, b"h")
     until("hint 1 of 3")
@@ -276,12 +285,12 @@ def test_watching_checks_at_each_save_and_answers_keys(tmp_path):
     path = solve(folder, "rms-norm")
     until("rms-norm is done")
     os.write(me, b"r")
-    until("still to be written")
+    until("not written yet")
     assert "the body goes here" in path.read_text()
     assert path.with_suffix(".bak1").read_text() == (ROOT / "mla" / "norm.py").read_text()
     os.write(me, b"s")
     until("mla/norm.py:")
     os.write(me, b"n")
-    until("still to be written")
+    until("not written yet")
     os.write(me, b"q")
     assert watching.wait(30) == 0
