@@ -13,10 +13,10 @@
 # %% [markdown]
 # # 04 Position: why must rotation stay out of the latent, and how does 4k become 128k?
 #
-# Attention alone does not know where a token stands. Rotary embedding tells it by turning queries and keys;
-# but a key that is turned can no longer be made from the latent by one fixed matrix, and absorption is lost.
-# DeepSeek's answer is a few dims for position beside the latent. And since position is an angle there, a
-# longer context is a matter of slower turns.
+# Attention alone does not know the order of tokens. Rotary embedding (RoPE) adds it by rotating queries and
+# keys. But a rotated key can no longer be computed from the latent by one fixed matrix, so absorption is
+# lost. DeepSeek's answer is to keep a few dimensions for position beside the latent. And because position is
+# an angle there, a longer context becomes a matter of slower rotation.
 
 # %%
 import json
@@ -34,29 +34,29 @@ from lm.parts import build_rope
 from mla import Linear, MultiheadLatentAttention, RotaryEmbedding
 from mla.rope import frequencies
 
-sys.path.append(str(Path(lm.__file__).parents[1]))  # where experiments/ lies
+sys.path.append(str(Path(lm.__file__).parents[1]))  # the folder of experiments/
 from experiments import common, rope
 
-matplotlib.use("agg")  # a script shows no window; a notebook shows its pictures:
+matplotlib.use("agg")  # a script opens no window; a notebook shows its figures inline:
 # %matplotlib inline
 plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
-QUICK = "QUICK" in os.environ  # changes nothing: all of this takes seconds
+QUICK = "QUICK" in os.environ  # no effect here: everything takes seconds
 
 # %% [markdown]
 # ## Predict
-# V3 turns 64 dims, so 32 pairs; pair $i$ turns by $10000^{-2i/64}$ radians a token (RoFormer, arXiv
-# 2104.09864, eq. 15). Write down before you run:
+# V3 rotates 64 dimensions, that is 32 pairs; pair $i$ turns by $10000^{-2i/64}$ radians per token (RoFormer,
+# arXiv 2104.09864, eq. 15). Write down before you run:
 #
-# 1. How many full turns does the fastest pair make in 4,096 tokens, how many the slowest?
-# 2. With every pair 40 times slower, how far apart do two neighbouring words look: as before, or nearly the
-#    same?
-# 3. Turn a vector, then multiply by a matrix; or multiply, then turn. Does it matter?
+# 1. How many full turns does the fastest pair make in 4,096 tokens, and how many the slowest?
+# 2. With every pair 40 times slower, how different do two neighbouring tokens look: as different as before,
+#    or nearly the same?
+# 3. Rotate a vector, then multiply by a matrix; or multiply, then rotate. Does the order matter?
 #
-# ## 1. A score knows the distance alone
-# One query and one key, turned to every position from 0 to 255: all scores of one distance are alike, those
-# of two distances are not.
+# ## 1. A score depends on the distance alone
+# Take one query and one key, and rotate both to every position from 0 to 255. All scores at the same distance
+# are equal; scores at different distances are not.
 
 # %%
 plain = RotaryEmbedding(64, theta=10_000.0)
@@ -64,16 +64,16 @@ both = torch.randn(2, 1, 64, dtype=torch.float64).expand(2, 256, 64)  # one quer
 query, key = plain(both, torch.arange(256))
 scores = query @ key.T
 spread = max(float(scores.diagonal(-d).max() - scores.diagonal(-d).min()) for d in range(255))
-print(f"within a distance scores differ by {spread:.0e} at most, over all distances by {scores.std():.1f}")
+print(f"scores differ by {spread:.0e} at most within a distance, by {scores.std():.1f} (std) over all")
 assert spread < 1e-3 * scores.std()
 
 # %% [markdown]
-# (What is left within a distance are angles rounded to fp32.)
+# (What remains within one distance comes from angles rounded to fp32.)
 #
-# ## 2. Why not turn everything?
-# Absorption needs $q^\top (W^{UK} c) = (W^{UK\top} q)^\top c$. With the key turned after it was expanded,
-# $R_n W^{UK} c$, the turn of the position stands between query and matrix. It could only be moved if turning
-# and multiplying could change places. One head of a layer whose latent is as wide as a head, so that both
+# ## 2. Why not rotate everything?
+# Absorption needs $q^\top (W^{UK} c) = (W^{UK\top} q)^\top c$. If the key is rotated after it was expanded,
+# $R_n W^{UK} c$, the rotation of its position stands between query and matrix. It could be moved out only if
+# rotation and matrix commuted. Here is one head of a layer whose latent is as wide as a head, so that both
 # orders exist:
 
 # %%
@@ -83,16 +83,16 @@ latent = torch.randn(1, 1, 64)
 off = {}
 for position in (0, 1, 10, 100):
     at = torch.tensor([position])
-    turned_last, turned_first = plain(latent @ w_key.T, at), plain(latent, at) @ w_key.T
-    off[position] = float((turned_first - turned_last).norm() / turned_last.norm())
+    rotated_last, rotated_first = plain(latent @ w_key.T, at), plain(latent, at) @ w_key.T
+    off[position] = float((rotated_first - rotated_last).norm() / rotated_last.norm())
     print(f"position {position:3}: the two orders differ by {off[position]:.0%} of the vector's length")
 assert off[0] == 0 and off[1] > 0.1 and min(off[10], off[100]) > 0.8
 
 # %% [markdown]
-# At position 0 nothing turns; from then on the order matters, soon almost as much as if the vectors had
-# nothing to do with each other. Does that break attention? [experiments/rope.py](../experiments/rope.py) has
-# an MLA that turns all dims, and measures how far its absorbed form is from its expanded one. Here it runs on
-# models fresh from the generator:
+# At position 0 nothing rotates. From then on the order matters, and soon the two results are as far apart as
+# unrelated vectors, which would differ by about 140 %. Does that break attention?
+# [experiments/rope.py](../experiments/rope.py) has an MLA that rotates all dimensions, and measures how far
+# its absorbed form is from its expanded one. Here it runs on freshly initialized models:
 
 # %%
 error, kept = {}, {}
@@ -103,15 +103,15 @@ for name, kind in rope.KINDS.items():
     model.initialize(torch.Generator().manual_seed(0))
     error[name] = rope.absorbed_is_off(model, config)["absorbed_is_off"]
     kept = rope.numbers_kept(config)
-    print(f"{name:22}absorbed is off by {error[name]:.0e}; {kept[name]} numbers to keep")
+    print(f"{name:22}absorbed is off by {error[name]:.0e}; {kept[name]} numbers to cache")
 few, none, every = rope.KINDS
 assert error[few] < 1e-5 and error[none] < 1e-5 and error[every] > 0.01
 assert kept[every] == 176 and kept[few] == 32
 
 # %% [markdown]
-# With all dims turned the absorbed form computes something else, and the cache must hold every head's turned
-# key and its value, 176 numbers for 32. Do a few turned dims suffice? The same file has trained all three,
-# over three seeds:
+# With all dimensions rotated, the absorbed form computes something else, and the cache must hold every head's
+# rotated key and its value: 176 numbers instead of 32. Are a few rotated dimensions enough? The same
+# experiment trained all three, over three seeds:
 
 # %%
 results = Path(lm.__file__).parents[1] / "experiments" / "results" / "rope.json"
@@ -121,11 +121,12 @@ print("\n".join(f"{name:22}held-out loss {value:.3f}" for name, value in loss.it
 assert loss[none] - loss[few] > 0.2 and abs(loss[few] - loss[every]) < 0.05
 
 # %% [markdown]
-# Without position the model is far worse; with 16 of 48 dims it is where the one with all 48 is. In V3 64 of
-# 192 turn, and one turned key serves all heads: equations 3 and 8 (arXiv 2412.19437), `rotate` in the code.
+# Without position the model is far worse. With 16 of 48 dimensions rotated it matches the one with all 48. In
+# V3, 64 of 192 rotate, and one rotated key serves all heads: equations 3 and 8 (arXiv 2412.19437), `rotate`
+# in the code.
 #
 # ## 3. From 4k to 128k
-# V3 was trained on 4,096 tokens, and then a little on 32k and 128k, with its turns slowed for a context 40
+# V3 was trained on 4,096 tokens, and then briefly on 32k and 128k, with its rotation slowed for a context 40
 # times as long (section 4.3). Slowed how? YaRN (arXiv 2309.00071, section 3.2) asks of each pair how many
 # turns it makes in 4,096 tokens.
 
@@ -147,7 +148,7 @@ assert 651 < turns[0] < 653 and turns[-1] < 0.1
 
 # %%
 as_before, slowed = share > 0.999, share < 1 / 39.9
-print(f"{int(as_before.sum())} pairs turn as before, {int(slowed.sum())} 40 times slower, 12 between")
+print(f"{int(as_before.sum())} pairs turn as before, {int(slowed.sum())} turn 40 times slower, 12 between")
 assert as_before.sum() == 11 and slowed.sum() == 9
 assert turns[as_before].min() > yarn.beta_fast and turns[slowed].max() < yarn.beta_slow
 end = {name: rate * 163_840 for name, rate in turn.items()}  # angles at the end of the longer context
@@ -155,14 +156,14 @@ assert (end["YaRN"][slowed] <= turn["plain"][slowed] * 4096 * 1.00001).all()
 assert (end["plain"][slowed] > turn["plain"][slowed] * 4096 * 39).all()
 
 # %% [markdown]
-# Pairs that make more than 32 turns in 4,096 tokens have shown every angle in training: they stay. Those that
-# make less than one have not: at position 163,840 they would stand at angles 40 times as large as any ever
-# seen. Slowed, they end where they ended in training. A ramp lies between. "Linear" (arXiv 2306.15595) slows
-# all pairs, the fast ones too.
+# Pairs that make more than 32 turns in 4,096 tokens have gone through every angle in training; they stay as
+# they are. Pairs that make less than one turn have not: at position 163,840 they would reach angles 40 times
+# as large as any seen in training. Slowed down, they end where they ended in training. Between the two lies a
+# ramp. "Linear" (arXiv 2306.15595) slows all pairs, the fast ones too.
 #
-# ## 4. What becomes of neighbours?
-# The score of a vector with itself, some tokens away, averaged over pairs:
-# $\frac{1}{32} \sum_i \cos(d\,\omega_i)$.
+# ## 4. What happens to neighbours?
+# Here is the score of a vector with itself at a given distance, averaged over pairs: $\frac{1}{32} \sum_i
+# \cos(d\,\omega_i)$.
 
 # %%
 ways = {"plain": plain, "YaRN": longer, "linear": RotaryEmbedding(64, 10_000.0, scaling=Linear(40.0))}
@@ -175,11 +176,11 @@ assert torch.allclose(score["linear"][0:4000:40], score["plain"][:100], atol=1e-
 assert score["linear"][1] > 0.999
 
 # %% [markdown]
-# Linear interpolation makes a neighbour look like the token itself: what was one step is now a fortieth. With
-# YaRN the scores up to 16 tokens away stay within 0.01 of what they were. V3 also multiplies the softmax
-# scale of all scores by $(0.1 \ln 40 + 1)^2 = 1.87$.
+# Linear interpolation makes a neighbour look like the token itself: what was one step is now a fortieth of a
+# step. With YaRN the scores up to 16 tokens away stay within 0.01 of what they were. V3 also multiplies the
+# softmax scale of all scores by $(0.1 \ln 40 + 1)^2 = 1.87$.
 #
-# The picture: on the left how often each pair turns, on the right the score (far away as the mean over
+# The picture shows on the left how often each pair turns, and on the right the score (averaged over
 # neighbouring distances). YaRN's fast pairs turn as in the plain embedding; its slow ones get no further than
 # in training.
 
@@ -205,20 +206,20 @@ for turns_of, name in ((yarn.beta_fast, "32 turns"), (yarn.beta_slow, "1 turn"))
     left.text(31.5, 1.1 * turns_of, name, ha="right", fontsize=8, color="0.4")
 left.axvspan(10, 23, color="tab:blue", alpha=0.08)
 left.text(16.5, 0.06, "ramp", ha="center", color="tab:blue")
-left.set(yscale="log", xlabel="pair of dims, fast to slow", ylabel="turns in the text")
+left.set(yscale="log", xlabel="pair of dimensions, fast to slow", ylabel="full turns over the context")
 for name, colour in (("plain", "tab:orange"), ("linear", "tab:green"), ("YaRN", "tab:blue")):
     right.plot(edges[:-1], means[name], "o-", ms=3, color=colour)
 right.text(100, 0.9, "linear", color="tab:green")
 right.text(9000, 0.4, "YaRN", color="tab:blue")
 right.text(25, 0.35, "plain", color="tab:orange")
 right.axvline(4096, color="0.5", lw=0.8, ls="--")
-right.text(4500, 0.9, "longest text\nin training", fontsize=8, color="0.4")
-right.set(xscale="log", xlabel="distance, tokens", ylabel="score of a vector with itself")
+right.text(4500, 0.9, "longest context\nin training", fontsize=8, color="0.4")
+right.set(xscale="log", xlabel="distance (tokens)", ylabel="score of a vector with itself")
 right.grid(alpha=0.3)
 
 # %% [markdown]
-# **Your turn.** `lm exercise start yarn`: which pairs are slowed, and how much
+# **Your turn.** `lm exercise start yarn`: which pairs are slowed, and by how much
 # ([exercises/13_yarn.py](../exercises/13_yarn.py)).
 #
-# **To read.** DeepSeek-V2 (arXiv 2405.04434) section 2.1.3, DeepSeek-V3 (arXiv 2412.19437) section 4.3, YaRN
-# (arXiv 2309.00071) section 3, with [mla/rope.py](../mla/rope.py).
+# **Further reading.** DeepSeek-V2 (arXiv 2405.04434) section 2.1.3, DeepSeek-V3 (arXiv 2412.19437) section
+# 4.3, YaRN (arXiv 2309.00071) section 3, with [mla/rope.py](../mla/rope.py).

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # 06 Experts: who chooses the expert, and what do experts learn?
 #
-# DeepSeek-V3 has 256 experts in a layer, and each token meets 8 of them. Nobody tells an expert what to
-# learn, and nobody tells a token where to go: a matrix of the layer decides, and it is trained with the
-# rest. Here you route a few tokens by hand, then train a small model on verse, Python source and sums, look
-# at who takes what, and shut experts to see who needed them.
+# DeepSeek-V3 has 256 experts in a layer, and each token goes to 8 of them. Nobody tells an expert what to
+# learn, or a token where to go: a matrix in the layer decides, and it is trained with the rest. Here you
+# route a few tokens by hand, then train a small model on verse, Python source and sums, look at which expert
+# takes which text, and disable experts to see who needs them.
 
 # %%
 import os
@@ -29,7 +29,7 @@ import torch
 import lm
 import moe
 
-sys.path.insert(0, str(Path(lm.__file__).parents[1]))  # experiments/ lies beside the package
+sys.path.append(str(Path(lm.__file__).parents[1]))  # the folder of experiments/
 from experiments import common, specialization
 from experiments.common import plt
 from lm import data
@@ -38,24 +38,25 @@ from moe import metrics
 
 # %matplotlib inline
 plt.rcParams["figure.dpi"] = 90
-QUICK = "QUICK" in os.environ  # fewer steps on a shorter text, for tests
+QUICK = "QUICK" in os.environ  # fewer steps, shorter text
 STEPS, BYTES = (40, 300_000) if QUICK else (300, 1_200_000)
 
 # %% [markdown]
 # ## 1. A router by hand
 #
-# Each expert $i$ has a row $e_i$ of the router. Its affinity to a token $u_t$ is a sigmoid (V3 eq. 15); the
-# $K_r$ largest, after a bias $b_i$ is added, are chosen (eq. 16); the weights $g_{i,t}$ are the chosen
-# affinities over their sum (eq. 13, 14):
+# Each expert $i$ has a row $e_i$ of the router. Its affinity to a token $u_t$ is a sigmoid (V3 eq. 15). The
+# $K_r$ largest, after adding a bias $b_i$, are chosen (eq. 16). The weights $g_{i,t}$ are the chosen
+# affinities divided by their sum (eq. 13, 14):
 #
 # $$s_{i,t} = \sigma(u_t^\top e_i), \qquad
 # g'_{i,t} = \begin{cases} s_{i,t}, & s_{i,t} + b_i \text{ among the } K_r \text{ largest} \\
 # 0, & \text{else} \end{cases}, \qquad
 # g_{i,t} = \frac{g'_{i,t}}{\sum_j g'_{j,t}}$$
 #
-# Three tokens, four experts, two for each token. The rows are made so that the affinities are easy numbers.
+# Take three tokens and four experts, two for each token. The rows are chosen so that the affinities are round
+# numbers.
 #
-# **Predict.** Token 0 has the affinities 0.9, 0.6, 0.5, 0.1. Which two experts does it meet, and with what
+# **Predict.** Token 0 has the affinities 0.9, 0.6, 0.5, 0.1. Which two experts does it go to, and with what
 # weights? Then expert 3 gets the bias $b_3 = 9$: which two now, and with what weights? Write four numbers
 # down.
 
@@ -76,23 +77,23 @@ assert torch.allclose(routing.weights[0], torch.tensor([0.9, 0.6]) / 1.5)
 router.bias[3] = 9.0
 biased = router(tokens)
 print("experts:", biased.experts[0].tolist(), "weights:", [round(w, 3) for w in biased.weights[0].tolist()])
-assert (biased.experts == 3).any(-1).all()  # every token goes to expert 3 ...
-assert torch.equal(biased.scores, routing.scores)  # ... whose affinities are what they were ...
+assert (biased.experts == 3).any(-1).all()  # every token goes to expert 3,
+assert torch.equal(biased.scores, routing.scores)  # but the affinities have not changed,
 assert biased.experts[0].tolist() == [3, 0]
-assert torch.allclose(biased.weights[0], torch.tensor([0.1, 0.9]))  # ... and so is what it counts
+assert torch.allclose(biased.weights[0], torch.tensor([0.1, 0.9]))  # and they alone set the weights
 
 # %% [markdown]
-# The bias chooses, the affinity weighs. Expert 3 has every token now, and counts little for one that does
-# not suit it. That is how V3 keeps experts busy without bending what they say (notebook 07).
+# The bias selects, the affinity weights. Every token now goes to expert 3, but it counts little for a token
+# that does not suit it. This is how V3 keeps experts busy without distorting the gate weights (notebook 07).
 #
 # ## 2. Three texts, 63 experts
 #
-# The model is the preset `mini`: two layers, in each of them 63 experts of which a byte meets 3, and a
-# shared one. A third of its text is Shakespeare, a third the standard library of the Python that runs this,
-# a third sums. The texts follow each other in blocks, and nothing marks where one begins.
+# The model is the preset `mini`: two layers, each with one shared expert and 63 routed experts, of which each
+# byte uses 3. A third of its text is Shakespeare, a third the standard library of the Python that runs this
+# notebook, and a third sums. The texts alternate in blocks, and nothing marks where one begins.
 #
-# **Predict.** An expert without any preference takes 3 / 63 = 4.8 % of every text's bytes. How many per
-# cent of the sums does their favourite expert take after a short training? And of verse?
+# **Predict.** An expert without any preference takes 3 / 63 = 4.8 % of every text's bytes. What percentage of
+# the sums does their favourite expert take after a short training? And of verse?
 
 # %%
 scratch = tempfile.TemporaryDirectory()
@@ -104,11 +105,11 @@ mixed = common.changed(lm.Config.preset("mini"), data={"path": str(paths["mixed"
 config = common.with_steps(mixed, STEPS, seed=0)
 row = common.trained(config, folder, None)
 trained = lm.load(folder / common.key(config))
-print(f"{row['steps']} steps, {row['tokens']:,} bytes: held-out loss {row['held_out_loss']:.2f} nats a byte")
+print(f"{STEPS} steps, {row['tokens']:,} bytes: held-out loss {row['held_out_loss']:.2f} nats per byte")
 
 # %% [markdown]
-# `metrics.domain_specialization` gives, of the bytes of a text, the share that each expert takes (OLMoE,
-# arXiv 2409.02060 section 5.3). The same is asked of a model before any training.
+# `metrics.domain_specialization` gives the share of a text's bytes that each expert takes (OLMoE, arXiv
+# 2409.02060 section 5.3). We measure the same on a model before any training.
 
 # %%
 texts = {name: data.Windows(data.open_text(paths[name]), 128) for name in specialization.DOMAINS}
@@ -118,7 +119,7 @@ domain = torch.arange(3).repeat_interleave(128).unsqueeze(1).repeat(1, 128)
 
 @torch.no_grad()
 def use(model):
-    """(layers, texts, experts): of each text's bytes, the share that goes to each expert."""
+    """The share of each text's bytes that goes to each expert -> (layers, texts, experts)"""
     model.eval()
     return torch.stack([metrics.domain_specialization(r, domain, 3) for r in model(batch).routings])
 
@@ -130,19 +131,19 @@ before, after = use(untrained)[-1], use(trained)[-1]
 even = config.model.moe.top_k / config.model.moe.num_experts
 for name, shares in zip(texts, after):
     print(f"{name:7} favourite: expert {int(shares.argmax()):2}, {shares.max():.1%} (even: {even:.1%})")
-assert torch.allclose(after.sum(-1), torch.tensor(3.0).double())  # three experts a byte
+assert torch.allclose(after.sum(-1), torch.tensor(3.0).double())  # three experts per byte
 assert (after.amax(-1) > 2 * even).all()
 
 # %% [markdown]
-# Each text has a favourite expert that takes more than twice an even share of it.
+# Each text has a favourite expert, which takes more than twice an even share of it.
 #
-# How much of that was learned? Compare an expert's share of the text that it takes most of with its mean
-# share of the three: 1 means no preference, 3 means that text alone.
+# How much of that was learned? Compare an expert's share of the text it takes most of with its mean share of
+# the three texts: 1 means no preference, 3 means that text alone.
 
 
 # %%
 def preference(shares):
-    """An expert's share of its favourite text over its mean share, busy experts counted more."""
+    """An expert's largest share of a text over its mean share, averaged over experts by load."""
     return float(shares.amax(0).sum() / shares.mean(0).sum())
 
 
@@ -150,29 +151,29 @@ print(f"last layer, before training: {preference(before):.2f}, after {STEPS} ste
 assert 1.5 < preference(before) < preference(after) < 3
 
 # %% [markdown]
-# Much of the preference is there before the first step. Sums have other bytes than verse, other bytes have
-# other embeddings, and a router of random rows sends them to other experts. So a heat map alone does not
-# show that experts *learned* a text; training sharpens what the bytes begin. A better question is what the
-# model loses when an expert is gone.
+# Much of the preference is there before the first step. Sums have different bytes from verse, different bytes
+# have different embeddings, and a router with random rows sends them to different experts. So a heat map
+# alone does not show that experts *learned* a text; training sharpens what the bytes begin. A better question
+# is what the model loses without an expert.
 #
-# ## 3. Shut the favourites
+# ## 3. Disable the favourites
 #
-# A bias of minus infinity closes an expert, since the bias chooses. For each text, in both layers, we close
-# the 12 experts whose share of that text is furthest above their share of the other two; a byte then gets
-# the best of those that are left.
+# A bias of minus infinity disables an expert, since the bias decides the selection. For each text, in both
+# layers, we disable the 12 experts whose share of that text is furthest above their share of the other two;
+# each byte then gets the best of the remaining ones.
 #
-# **Predict.** By how much does the loss of verse rise without verse's favourites, in nats a byte? And
+# **Predict.** By how much does the loss of verse rise without verse's favourites, in nats per byte? And
 # without those of the sums?
 
 
 # %%
 def losses():
-    """The held-out loss of each text, nats a byte."""
+    """The held-out loss of each text, in nats per byte."""
     return torch.tensor([evaluate(trained, text, 16384, torch.float32, 32) for text in texts.values()])
 
 
 def favourites(number):
-    """(layers, 12): the experts whose share of a text is furthest above that of the other two."""
+    """The experts whose share of a text is furthest above that of the other two -> (layers, 12)"""
     others = [other for other in range(3) if other != number]
     shares = use(trained)
     return (shares[:, number] - shares[:, others].amax(1)).topk(12).indices
@@ -180,31 +181,31 @@ def favourites(number):
 
 # %%
 whole, kept = losses(), [router.bias.clone() for router in trained.routers()]
-closed = [favourites(number) for number in range(3)]
-rise = torch.zeros(3, 3)  # closed favourites of, loss of
+chosen = [favourites(number) for number in range(3)]
+rise = torch.zeros(3, 3)  # row: whose favourites are disabled; column: whose loss
 for number in range(3):
-    for router, experts in zip(trained.routers(), closed[number]):
+    for router, experts in zip(trained.routers(), chosen[number]):
         router.bias[experts] = -torch.inf
     rise[number] = losses() - whole
     for router, bias in zip(trained.routers(), kept):
         router.bias.copy_(bias)
 print("loss with all experts", dict(zip(texts, [round(x, 2) for x in whole.tolist()])))
-print("rise without the favourites of (row), in the loss of (column):", rise.numpy().round(3), sep="\n")
+print("rise without the favourites of (row) in the loss of (column):", rise.numpy().round(3), sep="\n")
 assert torch.equal(rise.argmax(0), torch.arange(3))  # each text loses most without its own favourites
-assert torch.equal(rise.argmax(1), torch.arange(3))  # and they are missed most by their own text
-assert rise[:2, 2].max() < rise[2, 2] / 10  # sums need no one else's
-assert torch.allclose(losses(), whole)  # all are open again
+assert torch.equal(rise.argmax(1), torch.arange(3))  # and its own text misses them most
+assert rise[:2, 2].max() < rise[2, 2] / 10  # sums need no other text's favourites
+assert torch.allclose(losses(), whole)  # all experts are enabled again
 
 # %% [markdown]
-# Each text loses most without its own favourites; the others notice it less, the sums hardly at all. That
-# is specialisation that the loss can feel. The full experiment also disables each token's *best* experts,
-# over three seeds and beside a GShard: `lm experiment specialization`. What was claimed there did not come
-# out as published; [docs/claims.md](../docs/claims.md) says why.
+# Each text loses most without its own favourites; the others notice it less, the sums hardly at all. This is
+# specialization that the loss can feel. The full experiment also disables each token's *best* experts, over
+# three seeds and next to a GShard: `lm experiment specialization`. The published claim did not hold there;
+# [docs/claims.md](../docs/claims.md) says why.
 
 
 # %%
 def draw_use(axis):
-    """Texts and experts, the experts in the order of the text that they prefer."""
+    """Heat map of texts and experts, the experts sorted by the text they prefer."""
     order = (after.argmax(0) - after.amax(0) / after.sum(0).clamp(min=1e-9) / 2).argsort()
     image = axis.imshow(100 * after[:, order], aspect="auto", cmap="magma_r", vmin=0)
     axis.set_yticks(range(3), list(texts))
@@ -219,21 +220,21 @@ def draw_use(axis):
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(2.6, 1))
 figure.colorbar(draw_use(axes[0]), ax=axes[0], label="% of the text's bytes", pad=0.02)
-axes[0].set_title("Last layer: who takes what (63 experts, one a column)", loc="left", fontsize=11)
+axes[0].set_title("Last layer: which expert takes what (one column per expert)", loc="left", fontsize=11)
 axes[1].imshow(rise, cmap="Reds", vmin=0, vmax=1.6 * rise.max())
 for number, column in torch.cartesian_prod(torch.arange(3), torch.arange(3)).tolist():
     axes[1].text(column, number, f"{rise[number, column]:+.3f}", ha="center", va="center")
 axes[1].set_xticks(range(3), list(texts))
 axes[1].set_yticks(range(3), list(texts))
 axes[1].set_xlabel("loss of")
-axes[1].set_ylabel("favourites closed of")
-axes[1].set_title("Loss rises by, nats a byte", loc="left", fontsize=11)
+axes[1].set_ylabel("disabled favourites of")
+axes[1].set_title("Rise in loss (nats per byte)", loc="left", fontsize=11)
 figure.tight_layout()
 
 # %% [markdown]
-# **Your turn**: write the router yourself, `lm exercise start router`
-# ([exercises/03_router.py](../exercises/03_router.py)). The most common wrong answer is to weigh by the
+# **Your turn.** `lm exercise start router`: write the router yourself
+# ([exercises/03_router.py](../exercises/03_router.py)). The most common wrong answer is to weight by the
 # biased score.
 #
-# **To read**: DeepSeek-V3, arXiv 2412.19437 section 2.1.2, beside [moe/router.py](../moe/router.py); OLMoE,
-# arXiv 2409.02060 section 5.3, beside [moe/metrics.py](../moe/metrics.py).
+# **Further reading.** DeepSeek-V3 (arXiv 2412.19437) section 2.1.2, with [moe/router.py](../moe/router.py),
+# and OLMoE (arXiv 2409.02060) section 5.3, with [moe/metrics.py](../moe/metrics.py).

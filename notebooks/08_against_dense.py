@@ -13,10 +13,10 @@
 # %% [markdown]
 # # 08 Against dense: does it train faster with fewer parameters?
 #
-# "DeepSeek trains faster with fewer parameters" was in every newspaper. Fewer than what, and faster by
-# which clock? The sentence is true or false depending on what one counts: parameters stored or parameters
-# at work, steps, floating-point operations or seconds. Here you count all of them, train one pair of models
-# yourself, and read the rest off trainings of three seeds.
+# "DeepSeek trains faster with fewer parameters" was in every newspaper. Fewer than what, and faster by which
+# clock? The sentence is true or false depending on what one counts: parameters stored or parameters in use,
+# steps, floating-point operations or seconds. Here you count all of them, train one pair of models yourself,
+# and read the rest off trainings with three seeds.
 
 # %%
 import json
@@ -27,28 +27,28 @@ from pathlib import Path
 
 import lm
 
-sys.path.insert(0, str(Path(lm.__file__).parents[1]))  # experiments/ lies beside the package
+sys.path.append(str(Path(lm.__file__).parents[1]))  # the folder of experiments/
 from experiments import common, faster
 from experiments.common import plt
 from lm import count, data
 
 # %matplotlib inline
 plt.rcParams["figure.dpi"] = 90
-QUICK = "QUICK" in os.environ  # 30 steps in place of 600, a short held-out text: for tests
+QUICK = "QUICK" in os.environ  # 30 steps instead of 600, a short held-out text
 STEPS = 30 if QUICK else 600
 
 # %% [markdown]
 # ## 1. What is counted
 #
-# A token that meets $K_r$ routed experts and the shared one meets a feed-forward of their widths together.
-# A dense model of that width does the same work on a token; `faster.dense` makes it. A second rival is
-# dense and has as many parameters as the MoE stores.
+# A token uses $K_r$ routed experts and the shared one: a feed-forward layer as wide as these together. A
+# dense model of that width does the same work per token; `faster.dense` builds it. A second rival is dense
+# and has as many parameters as the MoE stores.
 #
-# Training costs 6 operations for each weight that a product meets, 2 forward and 4 backward, and attention
-# over what came before: that is what `lm.count.training_flops_per_token` adds up.
+# Training costs 6 operations for each weight in a matrix product, 2 forward and 4 backward, plus attention
+# over the earlier tokens: `lm.count.training_flops_per_token` adds this up.
 #
 # **Predict.** The MoE stores eight times the parameters of its dense rival. How many times the operations
-# does it need for a token?
+# does it need per token?
 
 # %%
 moe = lm.Config.preset("mini")
@@ -59,11 +59,11 @@ configs = {
     "dense, as many parameters": faster.dense(moe, whole),
 }
 flops = {}
-print(f"{'':26}parameters  at work  FLOPs a token")
+print(f"{'':26}parameters   in use  FLOPs per token")
 for name, config in configs.items():
     sizes = common.sizes(config.model)
     flops[name] = count.training_flops_per_token(config.model, config.train.context)
-    print(f"{name:26}{sizes['parameters']:10,}{sizes['active']:9,}{flops[name]:15,}")
+    print(f"{name:26}{sizes['parameters']:10,}{sizes['active']:9,}{flops[name]:17,}")
 
 # %%
 total, active = (
@@ -76,16 +76,16 @@ assert active["MoE"] - active["dense"] == count.parameters_by_part(moe.model)["r
 assert abs(total["MoE"] / total["dense, as many parameters"] - 1) < 0.02
 
 # %% [markdown]
-# Eight times the parameters for less than a tenth more work: the router's own. So "fewer parameters" means
-# *at work*. Against a dense model of as many parameters the MoE works with less than a seventh of them;
-# against one of equal work it has many more, and they must lie in memory.
+# Eight times the parameters for less than a tenth more work, and that tenth is the router's. So "fewer
+# parameters" means parameters *in use*. Against a dense model of as many parameters, the MoE uses less than a
+# seventh of them; against one of equal work it has many more, and they must all be in memory.
 #
 # ## 2. One seed, live
 #
-# Both see the same text in the same order. A step's time is the quickest of several, both models taking
-# turns, so that a busy machine is busy for both.
+# Both models see the same text in the same order. The time of a step is the fastest of several, with the two
+# models taking turns, so that a busy machine slows both.
 #
-# **Predict.** After 600 steps, which loss is lower, and by how many nats a byte? And how many times as long
+# **Predict.** After 600 steps, which loss is lower, and by how many nats per byte? And how many times as long
 # does a step of the MoE take?
 
 # %%
@@ -104,25 +104,24 @@ live = {
     for name, config in pair.items()
 }
 for name, row in live.items():
-    print(f"{name:6} {row['held_out_loss']:.3f} nats a byte after {row['flops']:.2e} FLOPs")
+    print(f"{name:6} {row['held_out_loss']:.3f} nats per byte after {row['flops']:.2e} FLOPs")
 print(f"on this machine a step of the MoE takes {seconds['MoE'] / seconds['dense']:.2f} times as long")
 if not QUICK:
     assert live["MoE"]["held_out_loss"] < live["dense"]["held_out_loss"]
 
 # %% [markdown]
-# Step for step the MoE is ahead after 600 steps. But its step may take longer than its operations say: many
-# small products, sorting and gathering keep a processor busy without being counted. Whether it is ahead *by
-# the clock* depends on which gap is larger.
+# Step for step the MoE is ahead after 600 steps. But its step may take longer than its operation count
+# suggests: many small products, sorting and gathering take time without being counted. Whether it is ahead
+# *by the clock* depends on which gap is larger.
 #
 # ## 3. Three seeds, five budgets
 #
-# `lm experiment faster` trained each model for several budgets of steps, each with its own rise and fall of
-# the learning rate, with three seeds; seconds are steps times the quickest step of the machine that ran it.
-# The multiplier is read off horizontally: where does the MoE's curve come to the loss that the dense model
-# *ends* with, and what share of the dense model's FLOPs, or seconds, is that?
+# `lm experiment faster` trained each model for several step budgets, each with its own warm-up and decay of
+# the learning rate, with three seeds. Seconds are steps times the fastest step on the machine that ran it.
+# Read the ratio off horizontally: where does the MoE's curve reach the loss that the dense model *ends* with,
+# and what share of the dense model's FLOPs, or seconds, has it used by then?
 #
-# **Predict.** The share of FLOPs, the share of seconds; and an interval for each that holds the mean in 95
-# of 100 such experiments.
+# **Predict.** The share of FLOPs and the share of seconds, with a 95 % confidence interval for each.
 
 # %%
 results = Path(faster.__file__).parent / "results" / "faster.json"
@@ -134,29 +133,27 @@ for key, values in shares.items():
     low, high = common.interval(values)
     mean = common.mean(values)
     said[key] = f"{mean:.2f} ({low:.2f} to {high:.2f})"
-    print(
-        f"{faster.KEYS[key]:7} each seed {[round(x, 2) for x in values]}, mean {said[key]}: x {1 / mean:.1f}"
-    )
-    assert high < 1  # faster, with three seeds' certainty
+    print(f"{faster.KEYS[key]:7} by seed {[round(x, 2) for x in values]}, mean {said[key]}: x {1 / mean:.1f}")
+    assert high < 1  # faster: the whole interval lies below 1
 assert common.mean(shares["flops"]) < common.mean(shares["seconds"])
-assert faster.summary(trainings) == found["summary"]  # as docs/claims.md has them
+assert faster.summary(trainings) == found["summary"]  # the figures of docs/claims.md
 print(found["answer"][1])
 
 # %% [markdown]
-# Faster by both clocks, by less in seconds than in FLOPs, and the interval is wide: three seeds know the
-# direction, not the factor. Quote the interval with the number.
+# The MoE is faster by both measures, by less in seconds than in FLOPs, and the interval is wide: three seeds
+# know the direction, not the factor. Quote the interval with the number.
 #
 # ## 4. Where it is not true
 #
 # **Predict.** The dense model ends after 2,400 steps. Had you stopped both early, at 300, which would have
-# been quicker in seconds? Does a model of twice the width change that?
+# been faster in seconds? Does a model of twice the width change that?
 
 # %%
 pairs = {32: ("MoE", "dense"), 64: ("MoE, dim 64", "dense, dim 64")}
 frontier = {key: faster.frontier(trainings, pairs, key) for key in faster.KEYS}
 for width, by_steps in frontier["seconds"].items():
-    told = ", ".join(f"{steps:,}: {value['mean']:.2f}" for steps, value in by_steps.items())
-    print(f"width {width}, share of the dense model's seconds after its steps: {told}")
+    line = ", ".join(f"{steps:,}: {value['mean']:.2f}" for steps, value in by_steps.items())
+    print(f"width {width}, share of the dense model's seconds by its number of steps: {line}")
     means = [value["mean"] for value in by_steps.values()]
     assert means[0] > 1 > means[-1] and means == sorted(means, reverse=True)
 
@@ -172,18 +169,18 @@ print("peak memory of a step, MB:", peaks)
 assert peaks["dense"] < peaks["MoE"] < peaks["dense, as many parameters"]
 
 # %% [markdown]
-# The MoE is *behind* in seconds where training is short, at both widths: its lead does not yet pay for its
-# longer steps. It is behind in memory, too, beside a dense model of equal work. And step for step, beside a
-# dense model of as many parameters, three seeds cannot tell them apart: what experts save is work, not
-# text. All of it was measured on toys on two cores; [docs/claims.md](../docs/claims.md) also has which of
-# the papers' rankings did not come out here.
+# The MoE is *behind* in seconds when training is short, at both widths: its lead does not yet pay for its
+# longer steps. It also needs more memory than a dense model of equal work. And step for step, three seeds
+# cannot distinguish it from a dense model of as many parameters: experts save work, not training text. All of
+# this was measured on toy models on two cores; [docs/claims.md](../docs/claims.md) also lists which of the
+# papers' rankings did not hold here.
 
 # %%
 losses = common.by_model(trainings)
 
 
 def draw_curves(axis, key):
-    """Loss over FLOPs or seconds: seeds as points, their mean as a line."""
+    """Loss over FLOPs or seconds: each seed as a point, their mean as a line."""
     for number, name in enumerate(configs):
         at = [values[0] for values in common.by_model(trainings, key)[name].values()]
         for x, values in zip(at, losses[name].values()):
@@ -194,18 +191,18 @@ def draw_curves(axis, key):
         axis.annotate(name.replace("as ", "as\n"), (at[-1], means[-1]), **away, color=f"C{number}")
     common.log_axis(axis)
     axis.set_xlim(right=axis.get_xlim()[1] * 2)
-    axis.set_ylabel("held-out loss, nats a byte")
+    axis.set_ylabel("held-out loss (nats per byte)")
     common.tidy(axis)
 
 
 # %%
 def draw_share(axis, key):
-    """From where the dense model ends to where the MoE has the same loss."""
+    """An arrow from where the dense model ends to where the MoE has the same loss."""
     goal = common.mean(common.last(trainings)["dense"])
     end = max(row[key] for row in trainings if row["model"] == "dense")
     start = end * common.mean(shares[key])
     axis.annotate("", (start, goal), (end, goal), arrowprops={"arrowstyle": "->", "lw": 1.5})
-    words = f"to the dense model's last loss:\n{said[key]} of its {faster.KEYS[key]}"
+    words = f"to the dense model's final loss:\n{said[key]} of its {faster.KEYS[key]}"
     axis.text(0.02, 0.04, words, transform=axis.transAxes)
 
 
@@ -216,15 +213,15 @@ for axis, (key, label) in zip(axes, faster.KEYS.items()):
     axis.set_xlabel(f"{label} of training" + (", 2 cores" if key == "seconds" else ""))
 for number, row in enumerate(live.values()):
     axes[0].plot(row["flops"], row["held_out_loss"], "o", mfc="none", ms=10, color=f"C{number}")
-axes[0].text(0.98, 0.95, "circles: the live run", transform=axes[0].transAxes, ha="right")
+axes[0].text(0.98, 0.95, "circles: the live runs", transform=axes[0].transAxes, ha="right")
 faster.draw_frontier(axes[2], frontier)
 axes[2].text(150, 0.3, "below 1 the MoE\nneeds less")
 common.tidy(axes[2])
 figure.tight_layout()
 
 # %% [markdown]
-# **Your turn**: count the work of a model yourself, `lm exercise start flops`
+# **Your turn.** `lm exercise start flops`: count the work of a model yourself
 # ([exercises/15_flops.py](../exercises/15_flops.py)).
 #
-# **To read**: DeepSeekMoE, arXiv 2401.06066 section 4.2 and table 1, beside [lm/count.py](../lm/count.py)
-# and [experiments/faster.py](../experiments/faster.py).
+# **Further reading.** DeepSeekMoE (arXiv 2401.06066) section 4.2 and table 1, with
+# [lm/count.py](../lm/count.py) and [experiments/faster.py](../experiments/faster.py).
