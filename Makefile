@@ -27,12 +27,12 @@ bench: .venv/dev
 	.venv/bin/python -m benchmarks.profile
 	.venv/bin/python docs/figures.py --pictures
 
-# hours; what is trained already is taken from runs/experiments
+# hours; trainings in runs/experiments are reused
 experiments: .venv/lm
 	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization expert_choice rope rivals projects; do .venv/bin/lm experiment $$name || exit 1; done
 	.venv/bin/python docs/claims.py
 
-# half an hour: every notebook run anew from its source
+# half an hour: executes every notebook from its source
 notebooks: .venv/dev
 	cd notebooks && for source in [0-9]*.py; do ../.venv/bin/jupytext --quiet --to ipynb --execute $$source || exit 1; done
 

@@ -176,3 +176,9 @@ def test_files_named_on_a_page_exist(page):
 @pytest.mark.parametrize("path", ["README.md", "docs/performance.md"])
 def test_figures_come_from_the_result_files(path):
     assert script("figures").page(path) == (ROOT / path).read_text()
+
+
+def test_the_readmes_tables_have_at_most_twelve_words_a_cell():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    cells = [re.sub(r"\]\([^)]*\)", "]", cell) for row in rows for cell in row.strip("|").split("|")]
+    assert len(cells) > 100 and not [cell for cell in cells if len(cell.split()) > 12]
