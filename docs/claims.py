@@ -35,10 +35,13 @@ def section(name: str) -> str:
     found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
     machine = f"{found['machine']['cores']} cores, {found['machine']['cpu_capability']}"
     made = f"{found['steps']:,} steps at most, {found['seeds']} seeds; {machine}; `lm experiment {name}`."
+    verdict = (
+        f"As claimed: {found['as_claimed']}" if found["as_claimed"] else f"No verdict: {found['no_verdict']}"
+    )
     parts = [
         f"## {question}",
         *claim,
-        f"**As claimed: {found['as_claimed']}.** " + " ".join(found["answer"]),
+        f"**{verdict}.** " + " ".join(found["answer"]),
         *why,
         table(found["table"]).strip(),
     ]
@@ -168,7 +171,9 @@ def readme() -> str:
     for name, (question, here, elsewhere) in brief().items():
         doc = ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text())) or ""
         anchor = re.sub(r"[^\w -]", "", doc.splitlines()[0].lower()).replace(" ", "-")
-        holds = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["as_claimed"]
+        holds = (
+            json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["as_claimed"] or "no verdict"
+        )
         rows.append([f"[{question}](docs/claims.md#{anchor})", holds, here, elsewhere])
     place = re.compile(r"(?<=<!-- claims -->\n).*?(?=<!-- end of claims -->)", re.S)
     text, places = place.subn(lambda _: table(rows), (ROOT / "README.md").read_text())

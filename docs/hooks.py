@@ -23,6 +23,33 @@ BLOCK = re.compile(r"^```math\n(.+?)\n```$", re.M | re.S)  # a display formula, 
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.S)
 
 
+LESSON = """!!! tip "Run this lesson"
+
+    ```
+    .venv/bin/pip install -c constraints.txt -e '.[lessons]'   # once, in the project's folder
+    .venv/bin/jupyter lab {name}.ipynb
+    ```
+
+    [Start here](../docs/index.md#open-a-lesson) says how to create `.venv`.
+    <a href="{stem}.ipynb" download>Download the notebook</a>
+
+"""
+
+
+def on_config(config: Any) -> Any:
+    """List the notebooks in the navigation."""
+    lessons = [path.stem for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+    section = next(section for section in config.nav if "Lessons" in section)
+    section["Lessons"] = [{lesson_title(stem): f"notebooks/{stem}.md"} for stem in lessons]
+    return config
+
+
+def lesson_title(stem: str) -> str:
+    """02_the_cache -> 02 The cache"""
+    number, _, words = stem.partition("_")
+    return f"{number} {words.replace('_', ' ').capitalize()}"
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages of other folders, a page for each source file, the notebooks, and pictures."""
     for name in TEXTS:
@@ -87,7 +114,7 @@ def formula(found: re.Match[str]) -> str:
     """LaTeX -> MathML, which browsers render without a script."""
     display = "block" if found[1] else "inline"
     made = latex2mathml.converter.convert(found[1] or found[2], display=display)
-    return f"\n\n<div>{made}</div>\n\n" if found[1] else f"<span>{made}</span>"
+    return f'\n\n<div class="formula">{made}</div>\n\n' if found[1] else f"<span>{made}</span>"
 
 
 def code_page(name: str) -> str:
@@ -109,6 +136,8 @@ def add_notebook(files: Any, config: Any, path: Path) -> None:
     name = path.relative_to(ROOT).with_suffix("").as_posix()
     resources = {"output_files_dir": posixpath.basename(name)}
     body, resources = MarkdownExporter().from_filename(str(path), resources)
+    title, _, rest = body.lstrip().partition("\n")
+    body = f"{title}\n\n{LESSON.format(name=name, stem=path.stem)}{rest}"
     files.append(File.generated(config, f"{name}.md", content=body))
     files.append(File.generated(config, f"{name}.ipynb", abs_src_path=str(path)))
     for picture, content in resources["outputs"].items():

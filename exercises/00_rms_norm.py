@@ -2,16 +2,25 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "mla.norm:rms_norm"
 TESTS = ("tests/mla/test_norm.py",)
+WHICH = "narrow or saved"
 EQUATION = "RMSNorm eq. 4"
 LEARN = "The norm divides by the root mean square, computed in fp32 even when the model runs in bf16."
 HINTS = (
     "LayerNorm subtracts the mean, divides by the standard deviation and adds a bias. Which two does RMSNorm drop?",
     "Take the mean of the squares over the last axis and add eps inside the root: one factor per row (..., 1). "
-    "Compute in fp32 or better, and cast the result back to x's dtype. Return the factor as well.",
-    "torch.promote_types, to, square, mean(-1, keepdim=True), rsqrt",
+    "Compute in fp32, and cast the result back to x's dtype. Return the factor as well, in fp32.",
+    "float, square, mean(-1, keepdim=True), rsqrt, type_as",
 )
+EXPECTS = {
+    "x": "(..., dim), fp32, bf16 or fp16; any number of leading axes",
+    "weight": "(dim,), fp32 or the dtype of x",
+    "eps": "a float",
+    "returns": "normed (..., dim) in the dtype of x, and the factor 1 / root mean square (..., 1) in fp32",
+}
 MISTAKES = (
     (
         "wide = x.to(torch.promote_types(x.dtype, torch.float32))",
@@ -49,6 +58,26 @@ MISTAKES = (
         "torch.rsqrt(wide.square().mean(-1, keepdim=True))",
         "eps is missing: a row of zeros would be divided by zero",
     ),
+    (
+        "(wide * scale * weight).to(x.dtype)",
+        "wide.mul_(scale).mul_(weight).to(x.dtype)",
+        "x is overwritten: for fp32 input `to` returns x itself; use * instead of *= and mul_",
+    ),
+    (
+        "wide * scale * weight",
+        "wide * scale.detach() * weight",
+        "the factor is detached: it depends on x too, so the gradient of x is wrong",
+    ),
+    (
+        ".to(x.dtype), scale",
+        ".to(x.dtype), scale.to(x.dtype)",
+        "the factor is rounded to the dtype of x: return it in fp32",
+    ),
+    (
+        "wide.square().mean",
+        "x.square().to(wide.dtype).mean",
+        "the squares are rounded to the dtype of x: cast x before squaring it",
+    ),
 )
 RIGHT = (
     """
@@ -69,21 +98,41 @@ RIGHT = (
     normed = wide * scale
     return (normed * weight).to(x.dtype), scale
     """,
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight).type_as(x), scale
+    """,
+    """
+    wide = x.float()
+    squares = torch.einsum("...d,...d->...", wide, wide).unsqueeze(-1) / x.shape[-1]
+    scale = 1 / (squares + eps).sqrt()
+    return torch.einsum("...d,...d,d->...d", wide, scale.expand(wide.shape), weight.float()).to(x.dtype), scale
+    """,
+    """
+    rows, scales = [], []
+    for row in x.reshape(-1, x.shape[-1]):
+        wide = row.float()
+        scales.append(torch.rsqrt(torch.stack([value * value for value in wide.split(1)]).mean() + eps))
+        rows.append((wide * scales[-1] * weight).to(x.dtype))
+    return torch.stack(rows).reshape(x.shape), torch.stack(scales).reshape(*x.shape[:-1], 1)
+    """,
 )
 
 
 def probe(module, generator):
     """Rows whose mean is far from zero, an eps large enough to matter, and bf16."""
     found = {}
-    x = (torch.randn(3, 5, 7, generator=generator, dtype=torch.float64) + 0.7) / 3
-    weight = torch.randn(7, generator=generator, dtype=torch.float64)
+    x = (torch.randn(3, 5, 7, generator=generator) + 0.7) / 3
+    weight = torch.randn(7, generator=generator)
     for tensor in (x, weight):
         tensor.requires_grad_()
     y, scale = module.rms_norm(x, weight, 0.01)
-    (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+    backward((y * torch.randn(y.shape, generator=generator)).sum())
     found |= {"y": y, "scale": scale, "gradient of x": x.grad, "gradient of the weight": weight.grad}
-    half = (torch.randn(2, 999, generator=generator) + 0.5).bfloat16()
-    y, scale = module.rms_norm(half, torch.ones(999), 1e-6)
-    found |= {"y of bf16": y, "scale of bf16": scale}
+    for name, dim in (("of bf16", 999), ("of bf16, short rows", 5)):
+        half = (torch.randn(4, dim, generator=generator) + 0.5).bfloat16()
+        y, scale = module.rms_norm(half, torch.randn(dim, generator=generator), 1e-6)
+        found |= {f"y {name}": y, f"scale {name}": scale}
     found["scale of zeros"] = module.rms_norm(torch.zeros(1, 3), torch.ones(3), 1e-2)[1]
     return found

@@ -13,6 +13,13 @@ HINTS = (
     "0, 2, 4, ... over dim. If there is a scaling, it slows them down afterwards.",
     "torch.arange(0, dim, 2, dtype, device), a power of theta, scaling.slow_down(turn, theta)",
 )
+EXPECTS = {
+    "dim": "an even int, the features of a head that rotate",
+    "theta": "a float, the base",
+    "scaling": "None, or an object whose slow_down(turn, theta) returns the scaled frequencies",
+    "device": "where the result must be",
+    "returns": "(dim/2,) fp32, radians per position, high to low",
+}
 MISTAKES = (
     (
         "torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim",
@@ -44,6 +51,26 @@ MISTAKES = (
         "torch.arange(0, dim, 1, dtype=torch.float32, device=device)",
         "one frequency per feature: two features form a pair and share one frequency",
     ),
+    (
+        "torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim",
+        "(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim).bfloat16().float()",
+        "the exponents are rounded to bf16: compute them in fp32",
+    ),
+    (
+        "return turn if scaling",
+        "turn = turn.bfloat16().float()\n        return turn if scaling",
+        "the frequencies are rounded to bf16: angles of late positions would be off by whole turns",
+    ),
+    (
+        "return turn if scaling",
+        "turn = turn.double()\n        return turn if scaling",
+        "the result is float64: return fp32",
+    ),
+    (
+        "dtype=torch.float32, device=device",
+        "dtype=torch.float32",
+        "the device is ignored: create the frequencies on it",
+    ),
 )
 RIGHT = (
     """
@@ -64,14 +91,34 @@ RIGHT = (
         return turn
     return scaling.slow_down(turn, theta)
     """,
+    """
+    turn = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32, device=device) * (-math.log(theta) / dim))
+    return turn if scaling is None else scaling.slow_down(turn, theta)
+    """,
+    """
+    speeds = [1.0]
+    for _ in range(dim // 2 - 1):
+        speeds.append(speeds[-1] * theta ** (-2 / dim))
+    turn = torch.tensor(speeds, dtype=torch.float64).to(device, torch.float32)
+    return turn if scaling is None else scaling.slow_down(turn, theta)
+    """,
+    """
+    ones = torch.full((dim // 2,), theta ** (-2 / dim), dtype=torch.float64, device=device)
+    ones[0] = 1.0
+    turn = ones.cumprod(0).float()
+    return scaling.slow_down(turn, theta) if scaling else turn
+    """,
 )
 
 
 def probe(module, generator):
-    """Two sizes, two bases, with and without a scaling."""
-    cpu = torch.device("cpu")
+    """Two sizes, two bases, with and without a scaling, and another device."""
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    turn = module.frequencies(14, 10000.0, None, cpu)
     return {
-        "of 14 features": module.frequencies(14, 10000.0, None, cpu),
+        "of 14 features": turn,
+        "of 14 features, relative": turn * 10000.0 ** (torch.arange(0, 14, 2) / 14),
         "of 6 features": module.frequencies(6, 300.0, None, cpu),
         "slowed down": module.frequencies(10, 500.0, module.Linear(3.0), cpu),
+        "it is on the given device": torch.tensor(module.frequencies(6, 300.0, None, meta).device == meta),
     }

@@ -2,17 +2,25 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "mla.rope:RotaryEmbedding.turn"
 TESTS = ("tests/mla/test_rope.py",)
-WHICH = "not transformers"
+WHICH = "not transformers and not permutation and not fp32_angles and not position_0 and not heads_share and not not_cos"
 EQUATION = "RoFormer eq. 15"
 LEARN = "Two features form a plane that rotates; which two depends on the checkpoint's layout, so you have to know it."
 HINTS = (
     "Rotate a vector (a, b) by an angle: what are its new coordinates? Which two features are (a, b)?",
     "even and odd (..., dim/2): features 2i and 2i + 1 if interleaved, else i and i + dim/2. Rotate each pair by its "
     "angle in fp32, put both features back where they were, and cast to x's dtype.",
-    "to(torch.promote_types(...)), unflatten, unbind, stack, flatten, or slices 0::2 and 1::2",
+    "float, unflatten, unbind, stack, flatten, or slices 0::2 and 1::2, type_as",
 )
+EXPECTS = {
+    "x": "(..., dim), fp32, bf16 or fp16",
+    "cos, sin": "(..., dim/2) fp32 each; their leading axes broadcast against those of x",
+    "self.interleaved": "True: features 2i and 2i + 1 are a pair; False: i and i + dim/2",
+    "returns": "the rotated x, the same shape and dtype",
+}
 MISTAKES = (
     (
         "if self.interleaved else",
@@ -48,6 +56,26 @@ MISTAKES = (
         ".to(x.dtype)",
         "",
         "the result stays in fp32: cast it back to the dtype of x",
+    ),
+    (
+        "return turned.flatten(-2).to(x.dtype)",
+        "return x.copy_(turned.flatten(-2))",
+        "x is overwritten: return a new tensor",
+    ),
+    (
+        "wide = x.to(torch.promote_types(x.dtype, torch.float32))",
+        "wide = x.to(torch.promote_types(x.dtype, torch.float32)).detach()",
+        "x is detached: no gradient reaches it",
+    ),
+    (
+        "wide = x.to(torch.promote_types(x.dtype, torch.float32))",
+        "wide = x.to(torch.bfloat16)",
+        "x is rounded to bf16 first: keep fp32 as it is",
+    ),
+    (
+        ".to(x.dtype)",
+        ".double()",
+        "the result is float64: cast it back to the dtype of x",
     ),
 )
 RIGHT = (
@@ -85,6 +113,35 @@ RIGHT = (
     y[..., second] = a * sin + b * cos
     return y.to(x.dtype)
     """,
+    """
+    wide = x.float()
+    if self.interleaved:
+        z = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    else:
+        z = torch.complex(*wide.chunk(2, dim=-1))
+    z = z * torch.complex(cos, sin)
+    if self.interleaved:
+        return torch.view_as_real(z).flatten(-2).type_as(x)
+    return torch.cat((z.real, z.imag), dim=-1).type_as(x)
+    """,
+    """
+    rotation = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)  # (..., pairs, 2, 2)
+    wide = x.float()
+    if self.interleaved:
+        pairs = wide.reshape(*x.shape[:-1], -1, 2)
+        return torch.einsum("...pij,...pj->...pi", rotation, pairs).flatten(-2).to(x.dtype)
+    pairs = wide.reshape(*x.shape[:-1], 2, -1)
+    return torch.einsum("...pij,...jp->...ip", rotation, pairs).flatten(-2).to(x.dtype)
+    """,
+    """
+    wide, half = x.float(), x.shape[-1] // 2
+    columns = [None] * (2 * half)
+    for i in range(half):
+        a, b = (2 * i, 2 * i + 1) if self.interleaved else (i, i + half)
+        columns[a] = wide[..., a] * cos[..., i] - wide[..., b] * sin[..., i]
+        columns[b] = wide[..., a] * sin[..., i] + wide[..., b] * cos[..., i]
+    return torch.stack(columns, dim=-1).to(x.dtype)
+    """,
 )
 
 
@@ -93,12 +150,12 @@ def probe(module, generator):
     found = {}
     for interleaved in (True, False):
         rope = module.RotaryEmbedding(10, 50.0, interleaved)
-        x = torch.randn(3, 5, 2, 10, generator=generator, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(3, 5, 2, 10, generator=generator, requires_grad=True)
         positions = torch.tensor([3, 4, 7, 11, 12])
         y = rope(x, positions)
         name = "interleaved" if interleaved else "in halves"
         found[f"y, {name}"] = y
-        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+        backward((y * torch.randn(y.shape, generator=generator)).sum())
         found[f"gradient of x, {name}"] = x.grad
         half = torch.randn(1, 5, 10, generator=generator).bfloat16()
         found[f"y of bf16, {name}"] = rope(half, positions + 700)

@@ -2,9 +2,11 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "moe.router:SigmoidRouter.forward"
 TESTS = ("tests/moe/test_router.py",)
-WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming"
+WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming and not autocast and not gradients_of_the_logits"
 EQUATION = "DeepSeek-V3 eq. 13-16"
 LEARN = "The selection bias affects which experts are chosen; their weights come from the scores without it."
 HINTS = (
@@ -13,6 +15,15 @@ HINTS = (
     "weights. The weights of the chosen experts (..., top_k) are divided by their own sum, then scaled.",
     "router_logits, sigmoid, keep_best_groups, topk(...).indices, gather, sum(keepdim=True), Routing",
 )
+EXPECTS = {
+    "x": "(..., dim), fp32 or bf16; any number of leading axes",
+    "self.weight, self.bias": "(experts, dim), and (experts,) in fp32, added to the scores to choose by",
+    "self.top_k": "experts of a token",
+    "self.num_groups, self.top_groups, self.group_best": "arguments of keep_best_groups",
+    "self.normalize": "True: divide the chosen weights by their sum",
+    "self.routed_scaling_factor": "a float, multiplied last",
+    "returns": "Routing(experts (..., top_k) int64, weights (..., top_k), scores (..., experts), logits (..., experts)), fp32 for bf16 x",
+}
 MISTAKES = (
     (
         "weights = scores.gather(-1, experts)",
@@ -64,6 +75,31 @@ MISTAKES = (
         "choice.topk(self.top_k, largest=False).indices",
         "the experts with the lowest scores are chosen",
     ),
+    (
+        "weights = scores.gather(-1, experts)",
+        "weights = (scores + self.bias).gather(-1, experts) - self.bias[experts]",
+        "the weights are biased scores minus the bias: small scores lose their digits; gather the plain scores",
+    ),
+    (
+        "weights = scores.gather(",
+        "weights = scores.detach().gather(",
+        "the scores are detached: no gradient reaches the router through the weights",
+    ),
+    (
+        "scores = sigmoid(logits)",
+        "scores = sigmoid(logits.bfloat16()).float()",
+        "the sigmoid runs in bf16: near ties flip; keep the logits in fp32",
+    ),
+    (
+        "weights * self.routed_scaling_factor",
+        "(weights * self.routed_scaling_factor).to(x.dtype)",
+        "the weights are rounded to the dtype of x: they stay in fp32",
+    ),
+    (
+        "keep_best_groups(scores + self.bias,",
+        "keep_best_groups(scores.add_(self.bias),",
+        "the bias is added to the scores in place: the weights and the returned scores are biased too",
+    ),
 )
 RIGHT = (
     """
@@ -96,11 +132,48 @@ RIGHT = (
         weights = weights / scores.gather(-1, experts).sum(-1, keepdim=True)
     return Routing(experts, weights, scores, logits)
     """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = logits.sigmoid()
+    choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
+    experts = choice.topk(self.top_k).indices
+    chosen = torch.nn.functional.one_hot(experts, scores.shape[-1]).to(scores.dtype)
+    weights = torch.einsum("...e,...ke->...k", scores, chosen)
+    if self.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = sigmoid(logits)
+    choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
+    experts = []
+    for _ in range(self.top_k):
+        experts.append(choice.argmax(-1, keepdim=True))
+        choice = choice.scatter(-1, experts[-1], float("-inf"))
+    experts = torch.cat(experts, dim=-1)
+    weights = scores.gather(-1, experts)
+    if self.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = sigmoid(logits)
+    biased = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
+    chosen = [row.topk(self.top_k).indices for row in biased.flatten(0, -2)]
+    paid = [row[best] for row, best in zip(scores.flatten(0, -2), chosen)]
+    if self.normalize:
+        paid = [row / (row.sum() + 1e-20) for row in paid]
+    shape = (*x.shape[:-1], self.top_k)
+    weights = torch.stack(paid).reshape(shape) * self.routed_scaling_factor
+    return Routing(torch.stack(chosen).reshape(shape), weights, scores, logits)
+    """,
 )
 
 
 def probe(module, generator):
-    """Uneven biases, with and without a group limit, a scale; weights sorted by expert."""
+    """Uneven biases, with and without a group limit, a scale, scores far below the biases, bf16."""
     found = {}
     for kind, options in {
         "grouped": {"num_groups": 3, "top_groups": 2, "routed_scaling_factor": 2.5},
@@ -116,6 +189,14 @@ def probe(module, generator):
         weights = routing.weights.gather(-1, order)
         found |= {f"{kind}: experts": experts, f"{kind}: weights": weights}
         found |= {f"{kind}: scores": routing.scores, f"{kind}: logits": routing.logits}
-        (weights * torch.randn(weights.shape, generator=generator)).sum().backward()
+        backward((weights * torch.randn(weights.shape, generator=generator)).sum())
         found |= {f"gradient of x, {kind}": x.grad, f"gradient of the weight, {kind}": router.weight.grad}
-    return found
+    router = module.SigmoidRouter(7, 12, 3)
+    with torch.no_grad():
+        router.weight.copy_(-1.5 - torch.rand(12, 7, generator=generator) / 4)
+        router.bias.copy_(torch.randn(12, generator=generator) + 2)
+    x = (1 + torch.rand(4, 7, generator=generator) / 4).bfloat16()
+    routing = router(x)  # scores near 1e-6, biases near 2
+    experts, order = routing.experts.sort(-1)
+    found |= {"tiny scores: experts": experts, "tiny scores: weights": routing.weights.gather(-1, order)}
+    return found | {"tiny scores: scores": routing.scores}

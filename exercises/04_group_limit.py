@@ -2,6 +2,8 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "moe.router:keep_best_groups"
 TESTS = ("tests/moe/test_router.py",)
 WHICH = "group and not last_bit"
@@ -13,6 +15,13 @@ HINTS = (
     "Exclude all groups but the top_groups best, and return to the shape (..., experts).",
     "unflatten, topk(...).values.sum, topk(...).indices, scatter, masked_fill, flatten",
 )
+EXPECTS = {
+    "choice": "(..., experts), fp32: scores plus bias, of either sign",
+    "num_groups": "divides experts; a group is experts / num_groups consecutive experts",
+    "top_groups": "the groups to keep, 1..num_groups",
+    "group_best": "a group's score is the sum of this many of its best scores",
+    "returns": "(..., experts), the dtype of choice: -inf in the other groups, choice elsewhere",
+}
 MISTAKES = (
     (
         'float("-inf")',
@@ -44,6 +53,31 @@ MISTAKES = (
         "group_scores.topk(top_groups, largest=False)",
         "the worst groups are kept: keep the best ones",
     ),
+    (
+        "grouped.masked_fill(",
+        "grouped.masked_fill_(",
+        "choice is overwritten: the caller still needs it; use masked_fill without the underscore",
+    ),
+    (
+        "group_scores = grouped.",
+        "group_scores = grouped.bfloat16().",
+        "the groups are compared in bf16: close scores become ties; keep fp32",
+    ),
+    (
+        'float("-inf")).flatten(-2)',
+        'float("-inf")).flatten(-2).half()',
+        "the result is fp16: keep the dtype of choice",
+    ),
+    (
+        "return grouped.masked_fill(",
+        "return grouped.detach().masked_fill(",
+        "the scores are detached: no gradient passes through the kept ones",
+    ),
+    (
+        'float("-inf")',
+        "-1.0",
+        "excluded groups get -1: a biased score can be lower than that; use minus infinity",
+    ),
 )
 RIGHT = (
     """
@@ -68,16 +102,44 @@ RIGHT = (
     shut = torch.zeros_like(scores).masked_fill(scores < least, -torch.inf)
     return (grouped + shut.unsqueeze(-1)).flatten(-2)
     """,
+    """
+    size = choice.shape[-1] // num_groups
+    rows = []
+    for row in choice.reshape(-1, choice.shape[-1]):
+        parts = list(row.split(size))
+        scores = torch.stack([part.topk(group_best).values.sum() for part in parts])
+        kept = set(scores.topk(top_groups).indices.tolist())
+        rows.append(torch.cat([p if g in kept else torch.full_like(p, -torch.inf) for g, p in enumerate(parts)]))
+    return torch.stack(rows).reshape(choice.shape)
+    """,
+    """
+    grouped = choice.unflatten(-1, (num_groups, -1))
+    best = torch.einsum("...gk->...g", grouped.topk(group_best, dim=-1).values)
+    hot = torch.nn.functional.one_hot(best.topk(top_groups, dim=-1).indices, num_groups)
+    kept = torch.einsum("...kg->...g", hot).bool().repeat_interleave(choice.shape[-1] // num_groups, dim=-1)
+    return choice.masked_fill(~kept, float("-inf"))
+    """,
+    """
+    scores = torch.cat([part.topk(group_best).values.sum(-1, keepdim=True) for part in choice.chunk(num_groups, -1)], -1)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for _ in range(top_groups):
+        best = scores.masked_fill(kept, -torch.inf).argmax(-1, keepdim=True)
+        kept = kept.scatter(-1, best, True)
+    open_ = kept[..., None].expand(*kept.shape, choice.shape[-1] // num_groups).reshape(choice.shape)
+    return torch.where(open_, choice, -torch.inf)
+    """,
 )
 
 
 def probe(module, generator):
-    """Scores on both sides of zero, groups scored by one and by two experts, and no group excluded."""
+    """Scores on both sides of zero and close ones, groups scored by one and two experts, none excluded."""
     choice = torch.randn(3, 5, 12, generator=generator, requires_grad=True)
     limited = module.keep_best_groups(choice, 4, 2, 2)
-    (limited * torch.randn(12, generator=generator)).where(limited.isfinite(), 0).sum().backward()
+    backward((limited * torch.randn(12, generator=generator)).where(limited.isfinite(), 0).sum())
     found = {"best by two": limited, "gradient of the scores": choice.grad}
     choice = torch.randn(2, 7, 15, generator=generator) - 1.5
     found["best by one"] = module.keep_best_groups(choice, 5, 1, 1)
+    close = 3 + torch.randn(2, 7, 12, generator=generator) / 1000  # bf16 has steps of 0.016 there
+    found["close scores"] = module.keep_best_groups(close, 4, 2, 2)
     found["none closed"] = module.keep_best_groups(choice, 3, 3, 2)
     return found

@@ -2,9 +2,11 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "moe.balance:load_and_share"
 TESTS = ("tests/moe/test_balance.py",)
-WHICH = "loss and not capacity and not dropped and not autocast"
+WHICH = "loss and not capacity and not dropped and not autocast and not without_tokens"
 BEGIN = "scores = scores.where("
 EQUATION = "DeepSeek-V3 eq. 17-20"
 LEARN = "f counts choices and has no gradient; the gradient reaches the router through P, the mean normalised score."
@@ -15,6 +17,11 @@ HINTS = (
     "Scores of padding can be NaN: set them to 0 before you divide.",
     "where, one_hot(...).sum(2), sum(1), relative_load, sum(-1, keepdim=True), clamp(min=1)",
 )
+EXPECTS = {
+    "routing": "Routing; given above as experts (batch, time, top_k), -1 for an empty slot, and scores (batch, time, experts) fp32",
+    "mask": "None: every token is real; or bool (batch, time); given above as real (batch, time)",
+    "returns": "load (batch, experts) without gradient, share (batch, experts) with it, real (batch, time)",
+}
 MISTAKES = (
     (
         "load = relative_load(count)",
@@ -56,6 +63,26 @@ MISTAKES = (
         "share = normalized.detach().sum(1) / total",
         "P carries no gradient: this loss could not change the router",
     ),
+    (
+        "scores = scores.where(real.unsqueeze(-1), 0)",
+        "scores = scores.masked_fill_(~real.unsqueeze(-1), 0)",
+        "the scores are overwritten: they belong to the routing; use where or masked_fill",
+    ),
+    (
+        "normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)",
+        "normalized = (scores.bfloat16() / (scores.bfloat16().sum(-1, keepdim=True) + 1e-20)).float()",
+        "the scores are normalised in bf16: keep fp32",
+    ),
+    (
+        "chosen.sum(1).to(scores.dtype)",
+        "chosen.sum(1).bfloat16().to(scores.dtype)",
+        "the counts are rounded to bf16, which cannot represent 257: convert them to fp32",
+    ),
+    (
+        "load = relative_load(count)",
+        "load = relative_load(count).double()",
+        "the load is float64: keep the dtype of the scores",
+    ),
 )
 RIGHT = (
     """
@@ -87,11 +114,39 @@ RIGHT = (
     share = p.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
     return load, share, real
     """,
+    """
+    scores = scores.where(real.unsqueeze(-1), 0)
+    load, share = [], []
+    for row, picks, kept in zip(scores, experts, real):
+        ids = picks[kept]
+        count = torch.bincount(ids[ids >= 0], minlength=num_experts).to(scores.dtype)
+        load.append(relative_load(count))
+        share.append((row / (row.sum(-1, keepdim=True) + 1e-20)).sum(0) / kept.sum().clamp(min=1))
+    return torch.stack(load), torch.stack(share), real
+    """,
+    """
+    scores = scores.where(real.unsqueeze(-1), 0)
+    one = torch.nn.functional.one_hot(experts + 1, num_experts + 1)[..., 1:].to(scores.dtype)
+    load = relative_load(torch.einsum("btke,bt->be", one, real.to(scores.dtype)))
+    inverse = 1 / (scores.sum(-1) + 1e-20)
+    share = torch.einsum("bte,bt,b->be", scores, inverse, 1 / real.sum(1).clamp(min=1).to(scores.dtype))
+    return load, share, real
+    """,
+    """
+    scores = scores.where(real.unsqueeze(-1), 0)
+    columns = [((experts == e).sum(-1) * real).sum(1) for e in range(num_experts)]
+    load = relative_load(torch.stack(columns, dim=1).to(scores.dtype))
+    total = 0
+    for time in range(scores.shape[1]):
+        now = scores[:, time]
+        total = total + now / (now.sum(-1, keepdim=True) + 1e-20)
+    return load, total / real.sum(-1, keepdim=True).clamp(min=1), real
+    """,
 )
 
 
 def probe(module, generator):
-    """Uneven loads, an expert that is never chosen, lengths down to 1 and 0, NaN in the padding."""
+    """Uneven loads, an expert that is never chosen, lengths down to 1 and 0, NaN in the padding, a long one."""
     logits = torch.randn(4, 11, 7, generator=generator)
     logits[..., 2] += 1.5
     logits[..., 5] -= 9
@@ -103,7 +158,11 @@ def probe(module, generator):
     routing = module.Routing(experts, spoilt.gather(-1, experts), spoilt, logits)
     load, share, real = module.load_and_share(routing, mask)
     loss = module.sequence_loss(routing, mask)
-    loss.backward()
+    backward(loss)
     whole = module.Routing(experts, scores.gather(-1, experts), scores.detach(), logits)
     found = {"load": load, "share": share, "real": real, "loss": loss, "gradient of the logits": logits.grad}
-    return found | {"loss without padding": module.sequence_loss(whole)}
+    found["loss without padding"] = module.sequence_loss(whole)
+    scores = torch.rand(2, 700, 7, generator=generator) + torch.linspace(0, 0.5, 7)
+    experts = scores.topk(3).indices  # loads above 256, the last whole number before bf16 has gaps
+    long = module.Routing(experts, scores.gather(-1, experts), scores, scores)
+    return found | {"load of 700 tokens": module.load_and_share(long, None)[0]}

@@ -13,8 +13,15 @@ HINTS = (
     "An expert is overloaded compared with what? Does it matter by how much?",
     "One step per expert: minus its load's relative distance from the mean, or only the sign of it unless "
     "proportional. If centred, subtract the mean of all steps. Change the bias, a buffer of the router, in place.",
-    "violations(... .to(device, torch.float64)), sign, mean, add_ with alpha",
+    "violations, to(bias.device), sign, mean, add_ with alpha",
 )
+EXPECTS = {
+    "router": "a module; given above as its buffer bias (experts,), fp32",
+    "tokens_per_expert": "(experts,), whole numbers in any dtype, on any device; up to millions",
+    "rate": "a float, at least 0",
+    "centred, proportional": "bools, see the docstring",
+    "returns": "None; the buffer is changed in place",
+}
 MISTAKES = (
     (
         "step = -violations(",
@@ -32,8 +39,8 @@ MISTAKES = (
         "proportional=True is ignored",
     ),
     (
-        "-violations(tokens_per_expert.to(bias.device, torch.float64))",
-        "-(tokens_per_expert - tokens_per_expert.sum()).to(torch.float64)",
+        "-violations(tokens_per_expert.to(bias.device), bias.dtype)",
+        "-(tokens_per_expert - tokens_per_expert.sum()).to(bias.dtype)",
         "the load is compared with the total: every expert is below it, so every bias would rise",
     ),
     (
@@ -56,6 +63,26 @@ MISTAKES = (
         "if centred:",
         "if True:",
         "the steps are always centred: only do so if centred=True",
+    ),
+    (
+        "-violations(tokens_per_expert.to(bias.device), bias.dtype)",
+        "-violations(tokens_per_expert.to(bias.device, torch.bfloat16), bias.dtype)",
+        "the counts are rounded to bf16, which cannot represent 257: convert them to fp32 or wider",
+    ),
+    (
+        "-violations(tokens_per_expert.to(bias.device), bias.dtype)",
+        "-violations(tokens_per_expert.sub_(tokens_per_expert.min()), bias.dtype)",
+        "tokens_per_expert is changed in place: the caller still logs it",
+    ),
+    (
+        "bias.add_(step.to(bias.dtype), alpha=rate)",
+        "bias.add_(step.to(torch.bfloat16).to(bias.dtype), alpha=rate)",
+        "the step is rounded to bf16: keep the dtype of the bias",
+    ),
+    (
+        "bias.add_(step.to(bias.dtype), alpha=rate)",
+        "bias.copy_((bias + rate * step).bfloat16())",
+        "the bias is rounded to bf16: steps of 0.001 are lost in it",
     ),
 )
 RIGHT = (
@@ -82,6 +109,34 @@ RIGHT = (
     step = away if proportional else away.sign()
     bias.sub_(((step.mean() if centred else 0) - step).to(bias.dtype), alpha=rate)
     """,
+    """
+    load = tokens_per_expert.to(bias.device).tolist()
+    mean = sum(load) / len(load)
+    gaps = [(mean - count) / mean if mean else 0.0 for count in load]
+    if not proportional:
+        gaps = [float((gap > 0) - (gap < 0)) for gap in gaps]
+    if centred:
+        gaps = [gap - sum(gaps) / len(gaps) for gap in gaps]
+    bias.add_(torch.tensor(gaps, dtype=bias.dtype, device=bias.device), alpha=rate)
+    """,
+    """
+    load = tokens_per_expert.to(bias.device, torch.float64)
+    centre = torch.eye(len(load), dtype=load.dtype, device=load.device) - 1 / len(load)
+    step = -torch.einsum("ij,j->i", centre, load) / load.mean().clamp(min=1e-9)
+    if not proportional:
+        step = -violations(tokens_per_expert.to(bias.device)).sign().double()
+    if centred:
+        step = torch.einsum("ij,j->i", centre, step)
+    bias += (rate * step).to(bias.dtype)
+    """,
+    """
+    gap = violations(tokens_per_expert.to(bias.device), bias.dtype)
+    for expert in range(len(bias)):
+        step = gap[expert] if proportional else torch.sign(gap[expert])
+        if centred:
+            step = step - (gap if proportional else gap.sign()).mean()
+        bias[expert] -= rate * step
+    """,
 )
 
 
@@ -101,10 +156,12 @@ def probe(module, generator):
         "by sign": {},
         "centred": {"centred": True},
         "proportional": {"proportional": True},
+        "large counts": {},
     }.items():
+        tokens = counts + 70_000 * (name == "large counts")
         bias = torch.randn(7, generator=generator)
         router = Router(bias.clone())
         held = router.bias
-        module.update_bias_(router, counts, 0.03, **options)
+        module.update_bias_(router, tokens, 0.03, **options)
         found |= {f"change, {name}": router.bias - bias, f"the buffer itself, {name}": held}
     return found

@@ -13,6 +13,12 @@ HINTS = (
     "token of each row, 0 in padding rows. target (tokens, top_k): the row of each slot.",
     "new_zeros, empty_like, index_copy_ (or assigning by index), //, view_as, Order",
 )
+EXPECTS = {
+    "experts": "(tokens, top_k) int64, -1 for an empty slot",
+    "num_experts, multiple": "ints; used above",
+    "slots, order, rows, num_rows": "given above: (tokens x top_k,) each, and the number of rows with padding",
+    "returns": "Order(sizes as given above, source (num_rows,) int64, target (tokens, top_k) int64)",
+}
 MISTAKES = (
     (
         "order // top_k",
@@ -54,6 +60,26 @@ MISTAKES = (
         "target.view(top_k, -1).t()",
         "target is laid out choice by choice: slots lie token by token",
     ),
+    (
+        "target.view_as(experts)",
+        "experts.copy_(target.view_as(experts))",
+        "experts is overwritten: the caller still needs it",
+    ),
+    (
+        "target.view_as(experts)",
+        "target.view_as(experts).int()",
+        "target is int32: indices are int64",
+    ),
+    (
+        "order // top_k",
+        "(order.bfloat16() / top_k).long()",
+        "slots are divided in bf16, which cannot represent 257: use integer division",
+    ),
+    (
+        "order // top_k",
+        "order / top_k",
+        "slots are divided with true division, which returns floats: use //",
+    ),
 )
 RIGHT = (
     """
@@ -75,11 +101,32 @@ RIGHT = (
     source[target] = torch.arange(len(slots), device=slots.device) // top_k
     return Order(sizes=sizes, source=source, target=target.view(-1, top_k))
     """,
+    """
+    source, target = [0] * num_rows, [0] * len(slots)
+    for slot, row in zip(order.tolist(), rows.tolist()):
+        source[row], target[slot] = slot // top_k, row
+    source = torch.tensor(source, dtype=slots.dtype, device=slots.device)
+    target = torch.tensor(target, dtype=slots.dtype, device=slots.device)
+    return Order(sizes, source, target.view_as(experts))
+    """,
+    """
+    at = (rows[:, None] == torch.arange(num_rows, device=slots.device)).long()  # (slots, rows)
+    source = torch.einsum("sr,s->r", at, order // top_k)
+    back = (order[:, None] == torch.arange(len(slots), device=slots.device)).long()
+    target = torch.einsum("os,o->s", back, rows)
+    return Order(sizes, source, target.view_as(experts))
+    """,
+    """
+    tokens = torch.arange(len(experts), device=slots.device)[:, None].expand_as(experts).flatten()
+    source = torch.zeros(num_rows, dtype=slots.dtype, device=slots.device).scatter(0, rows, tokens.index_select(0, order))
+    target = torch.zeros_like(slots).index_put((order,), rows)
+    return Order(sizes, source, target.reshape(-1, top_k))
+    """,
 )
 
 
 def probe(module, generator):
-    """Uneven loads, an expert without tokens, empty slots, with and without padding."""
+    """Uneven loads, an expert without tokens, empty slots, with and without padding, many slots."""
     found = {}
     experts = torch.rand(11, 7, generator=generator).topk(3).indices
     experts = torch.where(experts == 4, 6, experts)
@@ -92,4 +139,5 @@ def probe(module, generator):
         name = "filled up" if multiple > 1 else "as they are"
         found |= {f"source, {name}": order.source, f"target, {name}": order.target}
         found |= {f"rows, {name}": rows, f"back, {name}": back}
-    return found
+    order = module.sort(torch.rand(140, 7, generator=generator).topk(3).indices, 7)
+    return found | {"source of 420 slots": order.source, "target of 420 slots": order.target}

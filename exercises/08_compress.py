@@ -2,6 +2,8 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "mla.attention:MultiheadLatentAttention.compress"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "cache or latent or (equation or compressions) and expanded"
@@ -13,6 +15,11 @@ HINTS = (
     "(batch, time, rope), one for all heads.",
     "self.kv_a, split([...], dim=-1), self.kv_norm",
 )
+EXPECTS = {
+    "x": "(batch, time, dim), the dtype of the weights: fp32, bf16 or float64",
+    "self.kv_a": "a linear layer, dim -> latent + rope; self.kv_norm: the norm of the latent",
+    "returns": "latent (batch, time, latent), k_rope (batch, time, rope), in the dtype of x",
+}
 MISTAKES = (
     (
         "return self.kv_norm(latent), k_rope",
@@ -42,6 +49,26 @@ MISTAKES = (
         "self.kv_norm(latent), k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)",
         "the rope key is repeated for each head: all heads share one, and it is stored once",
     ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent.detach()), k_rope",
+        "the latent is detached: no gradient reaches the projection through it",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent), k_rope.float()",
+        "the rope key is cast to fp32: keep the dtype of x",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent.bfloat16()).to(x.dtype), k_rope",
+        "the latent is rounded to bf16: keep the dtype of x",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent), k_rope.mul_(k_rope.square().mean(-1, keepdim=True).rsqrt())",
+        "the rope key is scaled in place: it stays as it is",
+    ),
 )
 RIGHT = (
     """
@@ -59,25 +86,45 @@ RIGHT = (
     k_rope = wide.narrow(-1, self.kv_lora_rank, self.qk_rope_head_dim)
     return self.kv_norm(wide.narrow(-1, 0, self.kv_lora_rank)), k_rope
     """,
+    """
+    both = torch.einsum("btd,cd->btc", x, self.kv_a.weight)
+    if self.kv_a.bias is not None:
+        both = both + self.kv_a.bias
+    latent, k_rope = both.tensor_split([self.kv_lora_rank], dim=-1)
+    return self.kv_norm(latent), k_rope
+    """,
+    """
+    steps = [self.kv_a(x[:, time]) for time in range(x.shape[1])]
+    latent = torch.stack([self.kv_norm(step[:, : self.kv_lora_rank]) for step in steps], dim=1)
+    return latent, torch.stack([step[:, self.kv_lora_rank :] for step in steps], dim=1)
+    """,
+    """
+    parts = []
+    for start, width in ((0, self.kv_lora_rank), (self.kv_lora_rank, self.qk_rope_head_dim)):
+        bias = None if self.kv_a.bias is None else self.kv_a.bias[start : start + width]
+        parts.append(torch.nn.functional.linear(x, self.kv_a.weight[start : start + width], bias))
+    return self.kv_norm(parts[0]), parts[1]
+    """,
 )
 
 
 def attention(module, generator):
     """A small attention whose sizes all differ and whose norm weights are not 1."""
-    made = module.MultiheadLatentAttention(11, 3, 7, 5, 2, 4, q_lora_rank=6).double()
+    made = module.MultiheadLatentAttention(11, 3, 7, 5, 2, 4, q_lora_rank=6)
     with torch.no_grad():
         for weight in made.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) / 2)
+            weight.copy_(torch.randn(weight.shape, generator=generator) / 2)
     return made
 
 
 def probe(module, generator):
-    """Both parts with their gradients, and the output of a whole call."""
+    """Both parts with their gradients, the output of a whole call, and the dtypes for bf16."""
     made = attention(module, generator)
-    x = torch.randn(3, 5, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 5, 11, generator=generator, requires_grad=True)
     latent, k_rope = made.compress(x)
     found = {"latent": latent, "rope key": k_rope}
-    loss = (latent * torch.randn(latent.shape, generator=generator, dtype=torch.float64)).sum()
-    (loss + k_rope.square().sum()).backward()
-    found |= {"gradient of x": x.grad, "gradient of the projection": made.kv_a.weight.grad}
-    return found | {"y": made(x)}
+    loss = (latent * torch.randn(latent.shape, generator=generator)).sum()
+    backward(loss + k_rope.square().sum())
+    found |= {"gradient of x": x.grad, "gradient of the projection": made.kv_a.weight.grad, "y": made(x)}
+    latent, k_rope = made.bfloat16().compress(x.detach().bfloat16())
+    return found | {"latent of bf16": latent[:0], "rope key of bf16": k_rope[:0]}

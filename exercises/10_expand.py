@@ -2,6 +2,8 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "mla.attention:MultiheadLatentAttention.expanded"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "expanded and not transformers"
@@ -13,6 +15,13 @@ HINTS = (
     "and key are the concatenation [nope, rope]; the softmax scale is self.scale.",
     "self.kv_b, unflatten or rearrange, split, unsqueeze, expand, cat, softmax_attention",
 )
+EXPECTS = {
+    "q_nope, q_rope": "(batch, time, heads, nope) and (batch, time, heads, rope), fp32, bf16 or float64",
+    "latent, k_rope": "(batch, total, latent), already normed, and (batch, total, rope), already rotated",
+    "visible": "None: causal, and total = time unless time is 1; or bool, (time, total) or (batch, time, total), True where a query may look",
+    "self.scale": "the softmax scale; softmax_attention(query, key, value, scale, visible) applies it and handles visible",
+    "returns": "(batch, time, heads, value), the dtype of the query",
+}
 MISTAKES = (
     (
         "k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)",
@@ -49,6 +58,31 @@ MISTAKES = (
         "kv = self.kv_b(self.kv_norm(latent))",
         "the latent is normed again: it is already normed",
     ),
+    (
+        "k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)",
+        "k_rope = k_rope.repeat_interleave(self.num_heads, dim=-1).unflatten(-1, (self.num_heads, -1))",
+        "the rope key is repeated in the wrong order: every head needs the whole key; repeat it along a new head axis",
+    ),
+    (
+        "kv = self.kv_b(latent)",
+        "kv = self.kv_b(latent.detach())",
+        "the latent is detached: no gradient reaches it through the keys and values",
+    ),
+    (
+        "kv = self.kv_b(latent)",
+        "kv = self.kv_b(latent).bfloat16().to(latent.dtype)",
+        "keys and values are rounded to bf16: keep the dtype of the latent",
+    ),
+    (
+        "self.scale, visible)",
+        "self.scale, visible if visible is None else visible.logical_not_().logical_not_() & visible.tril_())",
+        "visible is changed in place: the next layer gets it too",
+    ),
+    (
+        "self.scale, visible)",
+        "self.scale, visible).float()",
+        "the result is fp32: keep the dtype of the query",
+    ),
 )
 RIGHT = (
     """
@@ -79,23 +113,62 @@ RIGHT = (
         scores.masked_fill(~visible, float("-inf")))
     return torch.einsum("bhqk,bkhv->bqhv", weights.softmax(-1).to(value.dtype), value)
     """,
+    """
+    kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1))
+    heads = []
+    for head in range(self.num_heads):
+        k_nope, value = kv[:, :, head].split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key = torch.cat((k_nope, k_rope), dim=-1).unsqueeze(2)
+        query = torch.cat((q_nope[:, :, head], q_rope[:, :, head]), dim=-1).unsqueeze(2)
+        heads.append(softmax_attention(query, key, value.unsqueeze(2), self.scale, visible))
+    return torch.cat(heads, dim=2)
+    """,
+    """
+    kv = self.kv_b(latent).unflatten(-1, (self.num_heads, -1))
+    k_nope, value = kv.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+    key = torch.cat([k_nope, torch.stack([k_rope] * self.num_heads, dim=2)], dim=-1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", torch.cat([q_nope, q_rope], dim=-1), key) * self.scale
+    time, total = scores.shape[-2:]
+    if visible is None:
+        visible = torch.arange(total, device=key.device) <= torch.arange(total - time, total, device=key.device)[:, None]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(~(visible if visible.ndim == 2 else visible[:, None]), -torch.inf)
+    return torch.einsum("bhqk,bkhv->bqhv", scores.softmax(-1).to(value.dtype), value)
+    """,
+    """
+    rows = []
+    for b in range(len(latent)):
+        kv = self.kv_b(latent[b : b + 1]).unflatten(-1, (self.num_heads, -1))
+        k_nope, value = kv[..., : self.qk_nope_head_dim], kv[..., self.qk_nope_head_dim :]
+        key = torch.cat((k_nope, k_rope[b : b + 1, :, None].expand(-1, -1, self.num_heads, -1)), -1)
+        query = torch.cat((q_nope[b : b + 1], q_rope[b : b + 1]), -1)
+        mask = visible[b : b + 1] if visible is not None and visible.ndim == 3 else visible
+        rows.append(softmax_attention(query, key, value, self.scale, mask))
+    return torch.cat(rows)
+    """,
 )
 
 
 def probe(module, generator):
-    """Widths that all differ, with the causal mask alone and with another mask."""
-    made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4).double()
+    """Widths that all differ, with the causal mask alone and with other masks, float64, and the dtype for bf16."""
+    made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4)
     with torch.no_grad():
-        made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator, dtype=torch.float64))
-        made.kv_norm.weight.copy_(torch.rand(13, generator=generator, dtype=torch.float64))
+        made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator))
+        made.kv_norm.weight.copy_(torch.rand(13, generator=generator))
     parts = [
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        torch.randn(shape, generator=generator, requires_grad=True)
         for shape in ((2, 7, 3, 5), (2, 7, 3, 2), (2, 7, 13), (2, 7, 2))
     ]
     visible = (torch.rand(2, 7, 7, generator=generator) < 0.6) | torch.eye(7, dtype=torch.bool)
-    y = made.expanded(*parts, None)
-    masked = made.expanded(*parts, visible)
-    found = {"causal": y, "masked": masked}
-    ((y + masked) * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum().backward()
+    found = {
+        "causal": made.expanded(*parts, None),
+        "masked": made.expanded(*parts, visible),
+        "masked, one mask": made.expanded(*parts, visible[0].clone()),
+    }
+    weights = torch.randn(4, generator=generator)
+    backward(sum((y * weights).sum() for y in found.values()))
     names = ("q_nope", "q_rope", "the latent", "the rope key")
-    return found | {f"gradient of {name}": part.grad for name, part in zip(names, parts)}
+    found |= {f"gradient of {name}": part.grad for name, part in zip(names, parts)}
+    found["causal, float64"] = made.double().expanded(*(part.detach().double() for part in parts), None)
+    y = made.bfloat16().expanded(*(part.detach().bfloat16() for part in parts), None)
+    return found | {"causal, bf16": y[:0]}

@@ -2,6 +2,8 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "mla.attention:MultiheadLatentAttention.absorbed"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "(absorb or chunk or cache) and not transformers and not biases"
@@ -10,9 +12,16 @@ LEARN = "q (W c) = (q W) c: the key and value matrices move to the query and the
 HINTS = (
     "(q W) c = q (W c): which side is cheaper for one query and many keys?",
     "Each head maps its query from nope to latent, and its result from latent to value. The scores (batch, heads, "
-    "time, total) are [q_latent, q_rope] times the cache entries, in fp32; the values are the latents.",
+    "time, total) are [q_latent, q_rope] times the cache entries, in fp32 (float64 stays float64); the values are the latents.",
     "self.split_kv_b(), matmul or einsum twice, cat, masked_fill, softmax; a causal mask if visible is None",
 )
+EXPECTS = {
+    "q_nope, q_rope": "(batch, time, heads, nope) and (batch, time, heads, rope), fp32, bf16 or float64",
+    "entries": "(batch, total, latent + rope), the cache's entries, latent first, in the dtype of the query",
+    "visible": "None: causal, and total = time unless time is 1; or bool, (time, total) or (batch, time, total), True where a query may look",
+    "self.scale": "the softmax scale; self.split_kv_b() -> (heads, nope, latent), (heads, value, latent)",
+    "returns": "(batch, time, heads, value), the dtype of the entries; softmax in fp32, or float64 for float64",
+}
 MISTAKES = (
     (
         "* self.scale",
@@ -50,6 +59,41 @@ MISTAKES = (
         ".tril()",
         ".triu()",
         "the causal mask is reversed: queries see later tokens",
+    ),
+    (
+        ".to(torch.promote_types(scores.dtype, torch.float32))",
+        "",
+        "the softmax runs in the dtype of the query: in bf16 its weights have three digits; cast the scores to fp32",
+    ),
+    (
+        ".to(torch.promote_types(scores.dtype, torch.float32))",
+        ".bfloat16()",
+        "the scores are rounded to bf16: softmax in fp32, or float64 for float64",
+    ),
+    (
+        ".to(torch.promote_types(scores.dtype, torch.float32))",
+        ".float()",
+        "the softmax runs in fp32 for float64 too: cast to torch.promote_types(scores.dtype, torch.float32)",
+    ),
+    (
+        "~visible, float",
+        "visible.logical_not_(), float",
+        "visible is inverted in place: the next layer gets it too; use ~visible",
+    ),
+    (
+        "latent = entries[..., : self.kv_lora_rank]",
+        "latent = entries[..., : self.kv_lora_rank].detach()",
+        "the values are detached: no gradient reaches the entries through them",
+    ),
+    (
+        ".softmax(-1).to(entries.dtype)",
+        ".softmax(-1)",
+        "the weights stay in fp32: cast them to the dtype of the entries before the product",
+    ),
+    (
+        "torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)",
+        "torch.cat((q_latent, q_rope.repeat_interleave(2, 2)[:, :, :heads].transpose(1, 2)), dim=-1)",
+        "the rope queries of other heads are used: head h has its own",
     ),
 )
 RIGHT = (
@@ -100,23 +144,76 @@ RIGHT = (
         heads.append(scores.softmax(-1).to(entries.dtype) @ latent @ w_value[head].T)
     return torch.stack(heads, dim=2)
     """,
+    """
+    w_key, w_value = self.split_kv_b()
+    time, total = q_nope.shape[1], entries.shape[1]
+    dtype = torch.promote_types(entries.dtype, torch.float32)
+    if visible is None:
+        visible = torch.ones(time, total, dtype=torch.bool, device=entries.device).tril(total - time)
+    rows = []
+    for b in range(len(entries)):
+        query = torch.cat((torch.einsum("thn,hnl->thl", q_nope[b], w_key), q_rope[b]), dim=-1)
+        scores = torch.einsum("thc,sc->hts", query, entries[b]).to(dtype) * self.scale
+        shown = visible if visible.ndim == 2 else visible[b]
+        weights = scores.where(shown, -torch.inf).softmax(-1).to(entries.dtype)
+        context = torch.einsum("hts,sl->thl", weights, entries[b, :, : self.kv_lora_rank])
+        rows.append(torch.einsum("thl,hvl->thv", context, w_value))
+    return torch.stack(rows)
+    """,
+    """
+    w_key, w_value = self.split_kv_b()
+    query = torch.cat((torch.einsum("bthn,hnl->bthl", q_nope, w_key), q_rope), dim=-1)
+    scores = torch.einsum("bthc,bsc->bhts", query, entries)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
+    if visible is None and scores.shape[-2] > 1:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if visible is not None:
+        scores = scores + torch.zeros_like(scores).masked_fill(~(visible if visible.ndim == 2 else visible[:, None]), -torch.inf)
+    power = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = (power / power.sum(-1, keepdim=True)).to(entries.dtype)
+    return torch.einsum("bhts,bsl,hvl->bthv", weights, entries[..., : self.kv_lora_rank], w_value)
+    """,
+    """
+    w_key, w_value = self.split_kv_b()
+    time, out = q_nope.shape[1], []
+    for t in range(time):
+        if visible is None:
+            shown = torch.arange(entries.shape[1], device=entries.device) <= (t if time > 1 else entries.shape[1])
+        else:
+            shown = visible[t] if visible.ndim == 2 else visible[:, t].unsqueeze(1)
+        query = torch.cat(((q_nope[:, t].unsqueeze(2) @ w_key).squeeze(2), q_rope[:, t]), dim=-1)
+        scores = query @ entries.mT
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
+        weights = scores.masked_fill(~shown, -torch.inf).softmax(-1).to(entries.dtype)
+        context = weights @ entries[..., : self.kv_lora_rank]
+        out.append((context.unsqueeze(2) @ w_value.mT).squeeze(2))
+    return torch.stack(out, dim=1)
+    """,
 )
 
 
 def probe(module, generator):
-    """A latent wider than nope + rope, the causal mask, another mask, and one query over a longer past."""
-    made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4).double()
+    """A latent wider than nope + rope, the causal mask, other masks, one query over a past, float64, bf16."""
+    made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4)
     with torch.no_grad():
-        made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator, dtype=torch.float64))
+        made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator))
     parts = [
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        torch.randn(shape, generator=generator, requires_grad=True)
         for shape in ((2, 7, 3, 5), (2, 7, 3, 2), (2, 7, 15))
     ]
     visible = (torch.rand(2, 7, 7, generator=generator) < 0.6) | torch.eye(7, dtype=torch.bool)
-    found = {"causal": made.absorbed(*parts, None), "masked": made.absorbed(*parts, visible)}
     last = [part[:, -1:] for part in parts[:2]]
-    found["one query"] = made.absorbed(*last, parts[2], None)
-    weights = torch.randn(4, generator=generator, dtype=torch.float64)
-    sum((y * weights).sum() for y in found.values()).backward()
+    found = {
+        "causal": made.absorbed(*parts, None),
+        "masked": made.absorbed(*parts, visible),
+        "masked, one mask": made.absorbed(*parts, visible[1].clone()),
+        "two queries": made.absorbed(*(part[:, :2] for part in parts), None),
+        "one query": made.absorbed(*last, parts[2], None),
+    }
+    weights = torch.randn(4, generator=generator)
+    backward(sum((y * weights).sum() for y in found.values()))
     names = ("q_nope", "q_rope", "the entries")
-    return found | {f"gradient of {name}": part.grad for name, part in zip(names, parts)}
+    found |= {f"gradient of {name}": part.grad for name, part in zip(names, parts)}
+    found["causal, float64"] = made.double().absorbed(*(part.detach().double() for part in parts), None)
+    y = made.bfloat16().absorbed(*(part.detach().bfloat16() for part in parts), None)
+    return found | {"causal, bf16": y[:0]}

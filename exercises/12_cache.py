@@ -2,9 +2,11 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "mla.cache:Cache.write"
 TESTS = ("tests/mla/test_cache.py",)
-WHICH = "not paged and not Paged and not KVCacheEquals"
+WHICH = "not paged and not Paged and not KVCacheEquals and not allocated_once"
 BEGIN = "if torch.is_grad_enabled():"
 EQUATION = "DeepSeek-V2 section 2.1.2"
 LEARN = "New entries are appended to what each row already holds; the result is as long as the longest row."
@@ -15,6 +17,12 @@ HINTS = (
     "gradients enabled, backward still needs the old entries.",
     "clone, slice assignment, or indices from slots(start, time, device); self.lengths",
 )
+EXPECTS = {
+    "new": "(batch, time, width), the dtype of the entries; the caller may overwrite it afterwards",
+    "self.entries": "(batch, max_length, width); given above: batch, time, total, and start, each row's length",
+    "self.lengths": "a list of ints, one per row",
+    "returns": "(batch, total, width): all entries so far, without gradients also valid if it is a view",
+}
 MISTAKES = (
     (
         "self.lengths = [row + time for row in start]",
@@ -51,6 +59,31 @@ MISTAKES = (
         "if False:",
         "written in place with gradients enabled: backward of earlier calls needs the old entries",
     ),
+    (
+        "return self.entries[:, :total]",
+        "return self.entries[:, :total] if any(start) else new",
+        "the first call returns the caller's own tensor: it changes when the caller reuses its memory; copy it",
+    ),
+    (
+        "self.lengths = [row + time for row in start]",
+        "self.lengths = [row + time for row in start]\n        self.last = new.detach()",
+        "the cache keeps a view of the caller's tensor: copy the entries",
+    ),
+    (
+        "self.entries[:, start[0] : total] = new",
+        "self.entries[:, start[0] : total] = new.detach()",
+        "the new entries are detached: no gradient reaches earlier tokens",
+    ),
+    (
+        "self.entries[:, start[0] : total] = new",
+        "self.entries[:, start[0] : total] = new.bfloat16()",
+        "the entries are rounded to bf16: keep the dtype of the cache",
+    ),
+    (
+        "return self.entries[:, :total]",
+        "return self.entries[:, :total].double()",
+        "the result is float64: keep the dtype of the cache",
+    ),
 )
 RIGHT = (
     """
@@ -77,23 +110,53 @@ RIGHT = (
     self.entries, self.lengths = keep, [s + time for s in start]
     return keep[:, : max(self.lengths)]
     """,
+    """
+    rows = []
+    for row, begin in enumerate(start):
+        old = self.entries[row]
+        rows.append(torch.cat((old[:begin], new[row], old[begin + time :])))
+    self.entries, self.lengths = torch.stack(rows), [begin + time for begin in start]
+    return self.entries[:, :total]
+    """,
+    """
+    places = torch.tensor(start, device=new.device)[:, None] + torch.arange(time, device=new.device)
+    at = places[..., None] == torch.arange(max_length, device=new.device)  # (batch, time, max_length)
+    written = torch.einsum("btm,btw->bmw", at.to(new.dtype), new)
+    self.entries = torch.where(at.any(1).unsqueeze(-1), written, self.entries)
+    self.lengths = [row + time for row in start]
+    return self.entries[:, :total].clone()
+    """,
+    """
+    held = [list(row.unbind(0)) for row in self.entries.clone()]
+    for row, begin in enumerate(start):
+        for step in range(time):
+            held[row][begin + step] = new[row, step]
+    self.entries = torch.stack([torch.stack(row) for row in held])
+    self.lengths = [length + time for length in self.lengths]
+    return self.entries[:, :total]
+    """,
 )
 
 
 def probe(module, generator):
-    """Three calls, rows of different lengths, with and without gradients."""
+    """Three calls, rows of different lengths, with and without gradients; the caller reuses its memory."""
     found = {}
     new = [torch.randn(2, time, 3, generator=generator, requires_grad=True) for time in (2, 1, 3)]
     for name, enabled in (("with gradients", True), ("without", False)):
         cache = module.Cache(2, 9, 3, torch.float32)
+        parts = []
         with torch.set_grad_enabled(enabled):
-            first = cache.write(new[0])
-            second = cache.write(new[1])
-            cache.truncate(torch.tensor([3, 1]))
-            third = cache.write(new[2])
-        found |= {f"first, {name}": first, f"second, {name}": second, f"third, {name}": third}
+            for call, given in enumerate(new):
+                if call == 2:
+                    cache.truncate(torch.tensor([3, 1]))
+                given = given if enabled else given.detach().clone()
+                part = cache.write(given)
+                parts.append(part if enabled else part.clone())  # a view may change in later calls
+                if not enabled:
+                    given.fill_(float("nan"))
+        found |= {f"call {call}, {name}": part for call, part in enumerate(parts, 1)}
         found[f"lengths, {name}"] = cache.length
         if enabled:
-            sum((part.square() * (i + 1)).sum() for i, part in enumerate((first, second, third))).backward()
+            backward(sum((part.square() * (i + 1)).sum() for i, part in enumerate(parts)))
             found |= {f"gradient of call {i}": part.grad for i, part in enumerate(new, 1)}
     return found

@@ -13,6 +13,12 @@ HINTS = (
     "the floor of the pair with beta_fast turns to the ceil of the pair with beta_slow, both clamped to 0..dim - 1.",
     "self.pair_with(turns, dim, theta), math.floor, math.ceil, torch.arange, clamp(0, 1)",
 )
+EXPECTS = {
+    "turn": "(dim/2,) fp32, radians per position, high to low; it is cached by the caller: leave it unchanged",
+    "theta": "a float, the base of turn",
+    "self.factor, self.beta_fast, self.beta_slow": "floats",
+    "returns": "(dim/2,) fp32",
+}
 MISTAKES = (
     (
         "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
@@ -44,6 +50,26 @@ MISTAKES = (
         "dim = len(turn)",
         "dim is set to the number of pairs: a pair is two features",
     ),
+    (
+        "return turn / self.factor * (1 - kept) + turn * kept",
+        "return turn.copy_(turn / self.factor * (1 - kept) + turn * kept)",
+        "turn is overwritten: return a new tensor",
+    ),
+    (
+        "pairs = torch.arange(len(turn), dtype=torch.float32",
+        "pairs = torch.arange(len(turn), dtype=torch.float64",
+        "the result is float64: keep fp32",
+    ),
+    (
+        "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
+        "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1).bfloat16()",
+        "the ramp is rounded to bf16: compute it in fp32",
+    ),
+    (
+        "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)",
+        "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1).round()",
+        "the ramp is rounded to 0 and 1: pairs in between are slowed down partly",
+    ),
 )
 RIGHT = (
     """
@@ -72,6 +98,33 @@ RIGHT = (
     kept = torch.clip((high - index) / (high - low) if high > low else (index <= low).to(turn), 0, 1)
     return turn * (kept + (1 - kept) / self.factor)
     """,
+    """
+    dim, speeds = 2 * len(turn), turn.tolist()
+    low = max(math.floor(self.pair_with(self.beta_fast, dim, theta)), 0)
+    high = min(math.ceil(self.pair_with(self.beta_slow, dim, theta)), dim - 1)
+    slow = [min(max((i - low) / max(high - low, 0.001), 0), 1) for i in range(len(speeds))]
+    mixed = [speed * (1 - s) + speed / self.factor * s for speed, s in zip(speeds, slow)]
+    return torch.tensor(mixed, dtype=turn.dtype, device=turn.device)
+    """,
+    """
+    dim = 2 * len(turn)
+    low = max(math.floor(self.pair_with(self.beta_fast, dim, theta)), 0)
+    high = min(math.ceil(self.pair_with(self.beta_slow, dim, theta)), dim - 1)
+    slow = ((torch.arange(len(turn), device=turn.device) - low) / max(high - low, 0.001)).clamp(0, 1)
+    shares = torch.stack((1 - slow, slow), dim=1)
+    return torch.einsum("pk,pk->p", shares, torch.stack((turn, turn / self.factor), dim=1))
+    """,
+    """
+    dim = 2 * len(turn)
+    low = max(math.floor(self.pair_with(self.beta_fast, dim, theta)), 0)
+    high = min(math.ceil(self.pair_with(self.beta_slow, dim, theta)), dim - 1)
+    new = turn.clone()
+    for pair in range(len(turn)):
+        if pair > low:
+            slow = min((pair - low) / max(high - low, 0.001), 1)
+            new[pair] = turn[pair] * (1 - slow + slow / self.factor)
+    return new
+    """,
 )
 
 
@@ -81,8 +134,10 @@ def probe(module, generator):
     for name, dim, theta, yarn in (
         ("as in DeepSeek", 64, 10000.0, module.YaRN(40.0, 4096)),
         ("short context", 34, 500.0, module.YaRN(4.0, 128)),
+        ("ramp beyond the last pair", 22, 10.0, module.YaRN(4.0, 690)),
         ("other betas", 22, 10000.0, module.YaRN(7.0, 700, beta_fast=9.0, beta_slow=2.0)),
     ):
         turn = theta ** (-torch.arange(0, dim, 2) / dim)
-        found[name] = yarn.slow_down(turn, theta)
+        new = yarn.slow_down(turn, theta)
+        found |= {name: new, f"{name}, the slowest pairs": new[-4:] / turn[-4:]}
     return found

@@ -12,6 +12,12 @@ HINTS = (
     "top_k sigmoids over their sum; return the mean over all samples of 1 over the 2-norm of p.",
     "torch.randn(..., generator=generator), sigmoid, topk(...).values, sum(-1, keepdim=True), norm(dim=-1)",
 )
+EXPECTS = {
+    "num_experts, top_k": "ints, top_k of num_experts are chosen",
+    "samples": "int, any number of tokens, in rounds of at most CHUNK",
+    "seed": "int, of one generator for all rounds",
+    "returns": "a float",
+}
 MISTAKES = (
     (
         "logits.sigmoid().topk(top_k).values",
@@ -42,6 +48,26 @@ MISTAKES = (
         "return total / samples",
         "return total / samples / top_k",
         "divided by top_k: return the mean over the samples",
+    ),
+    (
+        "logits.sigmoid()",
+        "logits.bfloat16().sigmoid()",
+        "the sigmoids run in bf16: keep fp32",
+    ),
+    (
+        "float((1 / p.norm(dim=-1)).double().sum())",
+        "float((1 / p.norm(dim=-1)).bfloat16().sum())",
+        "the factors are summed in bf16: sum them in float64",
+    ),
+    (
+        "logits.sigmoid().topk",
+        "logits.sigmoid_().topk(1) and logits.sigmoid().topk",
+        "the logits are overwritten by their sigmoids, and the sigmoid is applied again",
+    ),
+    (
+        "(1 / p.norm(dim=-1)).double().sum()",
+        "1 / p.norm(dim=-1).double().mean() * len(p)",
+        "the mean norm is inverted: average the inverses, 1 over the norm of each token",
     ),
 )
 RIGHT = (
@@ -76,10 +102,40 @@ RIGHT = (
         left -= now
     return (total / samples).item()
     """,
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for start in range(0, samples, CHUNK):
+        logits = torch.randn(min(CHUNK, samples - start), num_experts, generator=generator)
+        for row in logits.sigmoid().topk(top_k).values.tolist():
+            total += sum(row) / sum(value * value for value in row) ** 0.5
+    return total / samples
+    """,
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    while sum(map(len, parts)) < samples:
+        count = min(CHUNK, samples - sum(map(len, parts)))
+        p = torch.sigmoid(torch.randn(count, num_experts, generator=generator)).topk(top_k).values.double()
+        p = p / torch.einsum("tk->t", p)[:, None]
+        parts.append(torch.einsum("tk,tk->t", p, p) ** -0.5)
+    return torch.cat(parts).mean().item()
+    """,
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn(min(CHUNK, samples - start), num_experts, generator=generator) for start in range(0, samples, CHUNK)]
+    sums = []
+    for logits in draws:
+        scores = torch.exp(-torch.nn.functional.softplus(-logits.double()))
+        best = scores.sort(-1).values[:, -top_k:]
+        sums.append(((best.sum(-1) ** 2 / (best**2).sum(-1)) ** 0.5).sum())
+    return float(torch.stack(sums).sum() / samples)
+    """,
 )
 
 
 def probe(module, generator):
     """Moonlight's 6 of 64, and sizes that no model uses."""
     cases = {"6 of 64": (64, 6, 3000, 0), "3 of 11": (11, 3, 1700, 5), "1 of 4": (4, 1, 500, 2)}
+    cases |= {"2 of 2": (2, 2, 900, 3), "in two rounds": (4, 3, 20_100, 4)}
     return {name: torch.tensor(module.gate_scale(*case), dtype=torch.float32) for name, case in cases.items()}

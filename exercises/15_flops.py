@@ -13,6 +13,11 @@ HINTS = (
     "Attention: a query sees (context + 1) / 2 keys on average, each per_key multiplications a layer, 2 operations each, times 3.",
     "active_parameters, vector_parameters, built_in_attention(config).per_key, config.tie_embeddings",
 )
+EXPECTS = {
+    "config": "a ModelConfig, with or without tied embeddings, biases and experts",
+    "context": "an int, the context length in tokens",
+    "returns": "an int, exact",
+}
 MISTAKES = (
     (
         "active_parameters(config)",
@@ -49,6 +54,26 @@ MISTAKES = (
         "",
         "norms and biases are counted: they are in no matrix product",
     ),
+    (
+        "return 6 * in_products + 3",
+        "return 1.0 * 6 * in_products + 3",
+        "the result is a float: return an int",
+    ),
+    (
+        "* (context + 1)",
+        "* 2 * ((context + 1) // 2)",
+        "the number of keys is rounded down: multiply first, (context + 1) / 2 need not be whole",
+    ),
+    (
+        "return 6 * in_products + 3 *",
+        "return int(torch.tensor(6.0 * in_products)) + 3 *",
+        "the weights are counted in fp32, which is exact up to 16 million only: use ints",
+    ),
+    (
+        "(context + 1)",
+        "context",
+        "a query is not counted with itself: it sees (context + 1) / 2 keys on average",
+    ),
 )
 RIGHT = (
     """
@@ -71,6 +96,27 @@ RIGHT = (
     met -= 0 if config.tie_embeddings else parts["embedding"]
     pairs = config.num_layers * built_in_attention(config).per_key
     return 6 * met + pairs * 3 * (1 + context)
+    """,
+    """
+    total = 0
+    for name, count in parameters_by_part(config, active=True).items():
+        total += 0 if name == "embedding" and not config.tie_embeddings else 6 * count
+    layers = [built_in_attention(config).per_key * (context + 1) for _ in range(config.num_layers)]
+    return total - 6 * vector_parameters(config) + 3 * sum(layers)
+    """,
+    """
+    in_products = active_parameters(config) - vector_parameters(config)
+    in_products -= config.vocab_size * config.dim if not config.tie_embeddings else 0
+    pairs = sum(range(1, context + 1))  # of query and key
+    attention = 2 * 3 * config.num_layers * built_in_attention(config).per_key * pairs
+    return 6 * in_products + attention // context
+    """,
+    """
+    lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    forward = [2 * active_parameters(config), -2 * lookup, -2 * vector_parameters(config)]
+    forward += [built_in_attention(config).per_key * (context + 1)] * config.num_layers
+    backward = [2 * part for part in forward]
+    return sum(forward + backward)
     """,
 )
 

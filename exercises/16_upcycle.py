@@ -13,6 +13,11 @@ HINTS = (
     "(shards, 2 width, dim). down.weight (dim, hidden) becomes (shards, dim, width).",
     "unflatten, transpose, flatten, or chunk, cat and stack",
 )
+EXPECTS = {
+    "mlp": "a SwiGLU: mlp.gate_up.weight (2 hidden, dim), gate first, and mlp.down.weight (dim, hidden)",
+    "num_shards": "an int that divides hidden; width = hidden / num_shards",
+    "returns": "gate_up (shards, 2 width, dim), down (shards, dim, width), in the dtype of the weights",
+}
 MISTAKES = (
     (
         "gate_up = mlp.gate_up.weight.unflatten(0, (2, num_shards, -1))",
@@ -44,6 +49,26 @@ MISTAKES = (
         "gate_up.transpose(0, 1).transpose(1, 2).flatten(1, 2)",
         "gate and up rows are interleaved: all gate rows come first",
     ),
+    (
+        "gate_up.transpose(0, 1).flatten(1, 2)",
+        "gate_up.transpose(0, 1).flatten(1, 2).bfloat16().to(gate_up.dtype)",
+        "the weights are rounded to bf16: keep every bit",
+    ),
+    (
+        "down.transpose(0, 1)",
+        "down.transpose(0, 1).float()",
+        "down is cast to fp32: keep the dtype of the weights",
+    ),
+    (
+        "down.transpose(0, 1)",
+        "down.detach().mul_(num_shards).transpose(0, 1)",
+        "the weights of the MLP are changed in place: it must stay as it is",
+    ),
+    (
+        "gate_up.transpose(0, 1).flatten(1, 2)",
+        "gate_up.transpose(0, 1).flatten(1, 2).half().to(gate_up.dtype)",
+        "the weights are rounded to fp16: keep every bit",
+    ),
 )
 RIGHT = (
     """
@@ -65,20 +90,42 @@ RIGHT = (
     both = torch.cat((rows, rows + hidden), dim=1)
     return mlp.gate_up.weight[both], mlp.down.weight[:, rows].transpose(0, 1)
     """,
+    """
+    gate, up = mlp.gate_up.weight.unflatten(0, (2, -1))
+    width = len(gate) // num_shards
+    halves = [(gate[i : i + width], up[i : i + width]) for i in range(0, len(gate), width)]
+    down = [mlp.down.weight[:, i : i + width] for i in range(0, len(gate), width)]
+    return torch.stack([torch.cat(half) for half in halves]), torch.stack(down)
+    """,
+    """
+    gate_up = torch.einsum("gswd->sgwd", mlp.gate_up.weight.unflatten(0, (2, num_shards, -1))).flatten(1, 2)
+    return gate_up, torch.einsum("dsw->sdw", mlp.down.weight.unflatten(1, (num_shards, -1)))
+    """,
+    """
+    rows = list(mlp.gate_up.weight)
+    columns = list(mlp.down.weight.T)
+    width = len(columns) // num_shards
+    gate_up, down = [], []
+    for shard in range(num_shards):
+        mine = range(shard * width, (shard + 1) * width)
+        gate_up.append(torch.stack([rows[i] for i in mine] + [rows[len(columns) + i] for i in mine]))
+        down.append(torch.stack([columns[i] for i in mine], dim=1))
+    return torch.stack(gate_up), torch.stack(down)
+    """,
 )
 
 
 def probe(module, generator):
     """The shards, and the sum of their outputs."""
-    mlp = module.SwiGLU(5, 12)
+    mlp = module.SwiGLU(5, 12).double()
     with torch.no_grad():
         for weight in mlp.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator))
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
     found = {}
     for shards in (3, 4):
         gate_up, down = module.shards_of(mlp, shards)
         found |= {f"gate_up, {shards} shards": gate_up, f"down, {shards} shards": down}
-    x = torch.randn(7, 5, generator=generator)
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     gates = [(part @ x.T).chunk(2) for part in gate_up]
     y = sum(d @ (torch.nn.functional.silu(gate) * up) for (gate, up), d in zip(gates, down))
     return found | {"sum of the shards": y.detach()}

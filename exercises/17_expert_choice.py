@@ -2,9 +2,11 @@
 
 import torch
 
+from exercises.grader.watch import backward
+
 TARGET = "moe.zoo:ExpertChoiceRouter.forward"
 TESTS = ("tests/moe/test_zoo.py",)
-WHICH = "expert_choice and not refused"
+WHICH = "expert_choice and not refused and not at_most_all"
 EQUATION = "Expert Choice (arXiv 2202.09368) eq. 1, 2"
 LEARN = "Every expert takes the same number of tokens: balance is perfect, but a token's experts depend on all other tokens."
 HINTS = (
@@ -13,6 +15,12 @@ HINTS = (
     "the room(...) tokens with its highest scores. experts (..., experts): slot e is e if e took the token, else -1.",
     "router_logits, softmax, reshape, room, topk(..., dim=0), scatter, where",
 )
+EXPECTS = {
+    "x": "(..., dim), fp32 or bf16; all tokens of the call compete",
+    "self.weight": "(experts, dim)",
+    "self.num_experts, self.capacity_factor": "arguments of room(tokens, num_experts, capacity_factor)",
+    "returns": "Routing(experts (..., experts) int64, weights, scores, logits, each (..., experts)), fp32 for bf16 x",
+}
 MISTAKES = (
     (
         "logits.softmax(-1)",
@@ -25,8 +33,8 @@ MISTAKES = (
         "each expert takes the tokens with its lowest scores",
     ),
     (
-        "taken = room(len(rows), self.num_experts, self.capacity_factor)",
-        "taken = min(len(rows), int(self.capacity_factor))",
+        "taken = room(",
+        "taken = (lambda tokens, experts, factor: min(tokens, int(factor)))(",
         "each expert takes capacity_factor tokens: it should take tokens x capacity_factor / num_experts (eq. 1)",
     ),
     (
@@ -48,6 +56,26 @@ MISTAKES = (
         "chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(0, best, True).view_as(scores)",
         "chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(2).indices, True)",
         "the tokens choose their experts: here the experts choose their tokens",
+    ),
+    (
+        "scores.where(chosen, 0)",
+        "scores.detach().where(chosen, 0)",
+        "the scores are detached: no gradient reaches the router through the weights",
+    ),
+    (
+        "logits.softmax(-1)",
+        "logits.bfloat16().softmax(-1).float()",
+        "the softmax runs in bf16: keep the logits in fp32",
+    ),
+    (
+        "scores.where(chosen, 0)",
+        "scores.where(chosen, 0).to(x.dtype)",
+        "the weights are rounded to the dtype of x: they stay in fp32",
+    ),
+    (
+        "scores.where(chosen, 0)",
+        "scores.mul_(chosen)",
+        "the scores are overwritten: the balance losses need those of all experts; use where",
     ),
 )
 RIGHT = (
@@ -82,6 +110,40 @@ RIGHT = (
     experts = experts.view(scores.shape)
     return Routing(experts, torch.where(experts >= 0, scores, 0.0), scores, logits)
     """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = logits.softmax(-1)
+    taken = room(scores[..., 0].numel(), self.num_experts, self.capacity_factor)
+    best = scores.reshape(-1, self.num_experts).topk(taken, dim=0).indices
+    hot = torch.nn.functional.one_hot(best, scores[..., 0].numel())  # (taken, experts, tokens)
+    chosen = torch.einsum("ket->te", hot).reshape(scores.shape).bool()
+    experts = torch.where(chosen, torch.arange(self.num_experts, device=x.device), -1)
+    return Routing(experts, scores * chosen, scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = (logits - logits.logsumexp(-1, keepdim=True)).exp()
+    columns = list(scores.reshape(-1, self.num_experts).unbind(-1))
+    taken = room(len(columns[0]), self.num_experts, self.capacity_factor)
+    experts, weights = [], []
+    for e, column in enumerate(columns):
+        mine = set(column.argsort(descending=True)[:taken].tolist())
+        kept = torch.tensor([token in mine for token in range(len(column))], device=x.device)
+        experts.append(torch.where(kept, e, -1))
+        weights.append(column * kept)
+    shape = scores.shape
+    return Routing(torch.stack(experts, -1).reshape(shape), torch.stack(weights, -1).reshape(shape), scores, logits)
+    """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = logits.softmax(dim=-1)
+    rows = scores.reshape(-1, self.num_experts)
+    taken = room(len(rows), self.num_experts, self.capacity_factor)
+    least = rows.sort(0, descending=True).values[taken - 1] if taken else rows.new_full((self.num_experts,), torch.inf)
+    chosen = (rows >= least).reshape(scores.shape)
+    return Routing(torch.where(chosen, torch.arange(self.num_experts, device=x.device), -1),
+                   scores.masked_fill(~chosen, 0), scores, logits)
+    """,
 )
 
 
@@ -96,6 +158,8 @@ def probe(module, generator):
         routing = router(x)
         found |= {f"experts, {name}": routing.experts, f"weights, {name}": routing.weights}
         found |= {f"scores, {name}": routing.scores}
-        (routing.weights * torch.randn(4, generator=generator)).sum().backward()
+        backward((routing.weights * torch.randn(4, generator=generator)).sum())
         found |= {f"gradient of x, {name}": x.grad, f"gradient of the weight, {name}": router.weight.grad}
+        routing = router(x.detach().bfloat16())
+        found |= {f"weights of bf16, {name}": routing.weights, f"scores of bf16, {name}": routing.scores}
     return found

@@ -23,7 +23,7 @@ import itertools
 from lm import data
 from lm.config import Config
 
-from . import common
+from . import command, common
 from .fineness import split
 
 PUBLISHED = {"Dense": 2.060, "Hash": 1.932, "Switch": 1.881, "GShard": 1.867, "DeepSeekMoE": 1.808}
@@ -57,7 +57,7 @@ def models(config: Config) -> dict[str, Config]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the five models and the control."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("architectures", __doc__, 600, arguments)
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
     losses = common.last(rows)

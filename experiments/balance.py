@@ -21,7 +21,7 @@ from lm.config import Config
 from lm.model import Transformer
 from moe import balance, metrics
 
-from . import common
+from . import command, common
 
 OFF = {"bias_update_rate": 0.0, "sequence_loss": 0.0}
 QUARTERS = {"accumulation": 4}  # the step in four passes: a pass has a different load than the step
@@ -71,7 +71,7 @@ def in_quarters(config: Config) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train with each method and measure the load."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("balance", __doc__, 600, arguments)
     base = common.base(given)
     few = ("none", AUXILIARY, "global-batch loss, 0.01, in quarters", SIGN, GAP)
     names = few if given.quick else tuple(METHODS)

@@ -22,7 +22,7 @@ from lm import count
 from lm.config import Config
 from lm.model import Transformer
 
-from . import common
+from . import command, common
 
 HEADS = 8
 GROUPS = {"MHA": 8, "GQA, 4 groups": 4, "GQA, 2 groups": 2, "MQA": 1}
@@ -129,12 +129,13 @@ def draw(losses: dict[str, list[float]], sizes: dict[str, int], given: argparse.
 
 def main(arguments: list[str] | None = None) -> None:
     """Train with each attention, measure its cache, time its decoding."""
-    given = common.options(__doc__, 2400, arguments)
+    given = command.options("cache", __doc__, 2400, arguments)
     configs = models(common.base(given))
     if given.quick:
         few = ("MHA", "GQA, 2 groups", "MQA", "MLA, rank 8", "MLA, rank 16")
         configs = {name: configs[name] for name in few}
     sizes = {name: bytes_per_token(config) for name, config in configs.items()}
+    print(f"decode times of {len(configs)} models", flush=True)
     seconds = decode_seconds(configs, *((64, 2) if given.quick else (CONTEXT, 20)))
     rows = common.train_all(configs, given)
     losses = common.last(rows)

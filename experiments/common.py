@@ -4,7 +4,6 @@ import argparse
 import concurrent.futures.process
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import inspect
 import io
@@ -12,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -22,64 +20,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import matplotlib.ticker
 import torch
 
-from lm import checkpoint, count, data, machine, train
+from lm import checkpoint, count, data, files, machine, train
 from lm import run as runs
 from lm.config import Config, ModelConfig
 from lm.model import Transformer
 from lm.parts import find_class
 
+from . import command
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
-RUNS = Path(__file__).parent.parent / "runs" / "experiments"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, degrees of freedom 1..9
-QUICK_STEPS = 8
 STOPPED: list[int] = []  # in a worker: the signal that stopped its training; it starts no other
+K, R = TypeVar("K"), TypeVar("R")
 Measure = Callable[[Transformer, Config], dict[str, Any]]
-
-
-def options(
-    description: str | None, steps: int, arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
-    """The options of an experiment -> .steps, .seeds, .jobs, .quick, .out, .runs"""
-    shown = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("lm experiment", description=description, formatter_class=shown)
-    parser.add_argument("--steps", type=int, default=steps, help=f"steps of the longest training; {steps}")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each model, 2 to 10; 3")
-    cores = os.cpu_count()
-    parser.add_argument("--jobs", type=int, default=cores, help=f"parallel trainings, one core each; {cores}")
-    parser.add_argument("--quick", action="store_true", help="a few steps of tiny models, as a test")
-    parser.add_argument("--out", type=Path, help="folder for the result and its picture; experiments/results")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=RUNS,
-        help="folder of the trainings, reused if their config is the same;\n"
-        "use another one after a change of code; runs/experiments",
-    )
-    given = parser.parse_args(arguments)
-    if given.quick:
-        given.steps, given.seeds = QUICK_STEPS, 2
-    if given.out is None:  # a quick run must not overwrite a result
-        given.out = given.runs / "quick" if given.quick else RESULTS
-    for name, least, most in (("steps", 8, 10**9), ("seeds", 2, 10), ("jobs", 1, 10**4)):
-        if not least <= getattr(given, name) <= most:
-            parser.error(f"--{name} {getattr(given, name)}: a whole number {least}..{most} is needed")
-    for name in ("out", "runs"):
-        folder = getattr(given, name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            parser.error(f"--{name} {folder}: cannot be written to: {error.strerror}")
-    return given
 
 
 def base(given: argparse.Namespace) -> Config:
@@ -141,22 +102,33 @@ def train_all(
         for name, config in configs.items()
         for share in (budgets or {}).get(name, (1,))
     ]
+    names: dict[str, str] = {}
+    different: dict[str, Config] = {}  # two names may share a training
+    for name, config in jobs:
+        names.setdefault(key(config), name)
+        different[key(config)] = config
+    print(f"{len(different)} trainings in {command.place(given.runs)}", flush=True)
     with processes(given.jobs) as pool:
-        found: dict[str, concurrent.futures.Future[dict[str, Any]]] = {}
-        for name, config in jobs:  # two names may share a training
-            if key(config) not in found:
-                found[key(config)] = pool.submit(trained, config, given.runs, measure)
-                found[key(config)].add_done_callback(functools.partial(tell, name))
-        rows = [{"model": name, **found[key(config)].result()} for name, config in jobs]
+        running = {
+            one: pool.submit(trained, config, given.runs, measure) for one, config in different.items()
+        }
+        found = wait(running, lambda one, row: finished(names[one], row))
+    rows = [{"model": name, **found[key(config)]} for name, config in jobs]
     return [{key: value for key, value in row.items() if key != "kept"} for row in rows]
 
 
-def tell(name: str, done: concurrent.futures.Future[dict[str, Any]]) -> None:
-    """Print a line for a finished training."""
-    if not done.cancelled() and not done.exception():
-        row = done.result()
-        said = f"{name}, {row['steps']} steps, seed {row['seed']}: loss {row['held_out_loss']:.4f}"
-        print(said + (f" (kept since {row['kept']})" if "kept" in row else ""), flush=True)
+def wait(running: Mapping[K, concurrent.futures.Future[R]], said: Callable[[K, R], str]) -> dict[K, R]:
+    """Wait for all calls, and print a line said(key, result) for each as it ends -> their results."""
+    keys = {future: key for key, future in running.items()}
+    for number, done in enumerate(concurrent.futures.as_completed(keys), 1):
+        print(f"[{number}/{len(keys)}] {said(keys[done], done.result())}", flush=True)
+    return {key: future.result() for key, future in running.items()}
+
+
+def finished(name: str, row: dict[str, Any]) -> str:
+    """The line for a finished training."""
+    said = f"{name}, {row['steps']} steps, seed {row['seed']}: loss {row['held_out_loss']:.4f}"
+    return said + (f" (kept since {row['kept']})" if "kept" in row else "")
 
 
 def key(config: Config) -> str:
@@ -173,7 +145,7 @@ def processes(jobs: int, calls: int | None = None) -> Iterator[concurrent.future
     They end with the block. On Ctrl-C, SIGTERM or a closed terminal they first finish their step and save.
     """
     spawn = multiprocessing.get_context("spawn")
-    ends = (signal.SIGTERM, signal.SIGHUP)
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: one
     before = [signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in ends]
     try:
         with concurrent.futures.ProcessPoolExecutor(
@@ -203,7 +175,8 @@ def stand_alone() -> None:
     """
     torch.set_num_threads(1)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     parent = os.getppid()
 
     def watch() -> None:
@@ -298,6 +271,8 @@ def peak_resident() -> int:
     status = Path("/proc/self/status")  # unlike getrusage, not inherited from the parent process
     if status.exists():
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -355,8 +330,13 @@ def last(rows: Iterable[dict[str, Any]], key: str = "held_out_loss") -> dict[str
     return {name: by_steps[max(by_steps)] for name, by_steps in by_model(rows, key).items()}
 
 
-def as_claimed(*claims: Sequence[float]) -> str:
-    """Claims, each a number per seed, above 0 if it holds -> "yes", "no" or "seeds differ\""""
+def as_claimed(*claims: Sequence[float]) -> str | None:
+    """Claims, each a number per seed, above 0 if it holds -> "yes", "no" or "seeds differ"
+
+    None, no verdict, without claims or if a claim has fewer than `command.SEEDS` numbers.
+    """
+    if min(map(len, claims), default=0) < command.SEEDS:
+        return None
     if all(value > 0 for claim in claims for value in claim):
         return "yes"
     return "no" if any(all(value <= 0 for value in claim) for claim in claims) else "seeds differ"
@@ -376,25 +356,29 @@ def size_cells(config: Config) -> list[str]:
 def write(
     name: str,
     given: argparse.Namespace,
-    claimed: str,
+    claimed: str | None,
     answer: Sequence[str],
     table: Sequence[Sequence[str]],
     rows: Sequence[dict[str, Any]],
     configs: Mapping[str, Config],
     **more: Any,
 ) -> None:
-    """Write a result with its machine, configs and trainings as NAME.json; print its answer.
+    """Write a result with its machine, configs and trainings as NAME.json; print it.
+
+    A run that is too short for a verdict prints its table instead of the answer.
 
     Args:
         claimed: from `as_claimed`.
         answer: the findings in sentences.
         table: rows of cells, the header first.
     """
+    no_verdict = given.no_verdict or ("" if claimed else "too few seeds reach the losses compared")
     how = {"machine": machine.describe(), "steps": given.steps, "seeds": given.seeds}
     differ = {name: differences(config) for name, config in configs.items()}
     found = {
         **how,
-        "as_claimed": claimed,
+        "as_claimed": None if no_verdict else claimed,
+        **({"no_verdict": no_verdict} if no_verdict else {}),
         "answer": answer,
         "table": table,
         **more,
@@ -402,9 +386,19 @@ def write(
     }
     head = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
     lines = ",\n  ".join(json.dumps(row) for row in rows)  # one training per line
-    text = f'{head},\n "trainings": [\n  {lines}\n ]\n}}\n'
-    (given.out / f"{name}.json").write_text(text, encoding="utf-8")
-    print(f"As claimed: {claimed}.", *answer, sep="\n")
+    path = given.out / f"{name}.json"
+    files.write_file(path, f'{head},\n "trainings": [\n  {lines}\n ]\n}}\n')
+    if given.no_verdict:
+        print(f"No verdict: {no_verdict}.", *aligned(table), sep="\n")
+    else:
+        print(f"As claimed: {claimed}." if claimed else f"No verdict: {no_verdict}.", *answer, sep="\n")
+    print(f"Result: {command.place(path)}")
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
 
 
 def differences(config: Config) -> dict[str, Any]:
@@ -446,5 +440,7 @@ def tidy(axis: Any) -> None:
 
 def save(figure: Any, name: str, given: argparse.Namespace) -> None:
     """Save a picture as NAME.png."""
-    figure.savefig(given.out / f"{name}.png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    path = given.out / f"{name}.png"
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+    print(f"Picture: {command.place(path)}")

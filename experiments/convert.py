@@ -28,7 +28,7 @@ from lm.model import Transformer
 from mla import to_mla
 from moe import upcycle
 
-from . import common
+from . import command, common
 
 MLA = {  # kv_lora_rank, qk_rope_head_dim (None: all), by a sample of inputs (True) or the weights alone
     "MLA, exact": (None, None, True),
@@ -128,11 +128,14 @@ def of(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Convert both models in every way."""
-    given = common.options(__doc__, 400, arguments)
+    given = command.options("convert", __doc__, 400, arguments)
     repair = max(4, given.steps // 4)
     jobs = [(preset, seed, given.steps, repair) for seed in range(given.seeds) for preset in LEFT]
+    print(f"{len(jobs)} models to train and convert", flush=True)
     with common.processes(given.jobs) as pool:
-        rows = [row for part in pool.map(measure, *zip(*jobs)) for row in part]
+        running = {job: pool.submit(measure, *job) for job in jobs}
+        parts = common.wait(running, lambda job, _: f"{job[0]}, seed {job[1]}: trained and converted")
+    rows = [row for part in parts.values() for row in part]
     names = [LEFT["toy-gqa"], *MLA, LEFT["toy-dense"], *MOE]
     table = [["", "parameters", "cache, bytes a token", "loss before", "after", "repaired"]]
     for name in names:

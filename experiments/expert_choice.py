@@ -17,7 +17,7 @@ from lm import loss
 from lm.config import Config
 from lm.model import Transformer
 
-from . import common
+from . import command, common
 
 WINDOWS = 16
 WAYS = ("many texts in a call", "one text in a call", "nothing of what follows")
@@ -44,7 +44,7 @@ def losses(model: Transformer, config: Config) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train with both routers and compute the loss in each way."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("expert_choice", __doc__, 600, arguments)
     config = common.base(given)
     choice = {"router": "expert_choice", "routed_scaling_factor": 1.0}
     configs = {

@@ -21,7 +21,7 @@ from typing import Any
 from lm import count
 from lm.config import Config
 
-from . import common
+from . import command, common
 from .fineness import split
 
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # shares of the steps
@@ -209,7 +209,7 @@ def draw_frontier(axis: Any, found: dict[str, dict[int, dict[int, dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, time, compare, draw."""
-    given = common.options(__doc__, 2400, arguments)
+    given = command.options("faster", __doc__, 2400, arguments)
     config = common.base(given)
     moe = config.model.moe
     width = active_width(config)
@@ -228,9 +228,13 @@ def main(arguments: list[str] | None = None) -> None:
             configs[name], shares[name] = one, of_dim
     for name, one in ({} if given.quick else varied(config)).items():
         configs[name], shares[name] = one, (VARIED,)
+    print(f"time and memory of {len(configs)} models", flush=True)
     seconds = common.step_seconds(configs, 2 if given.quick else 10)
     with common.processes(1, calls=1) as pool:
-        peaks = dict(zip(configs, pool.map(common.peak_bytes, configs.values())))
+        running = {name: pool.submit(common.peak_bytes, one) for name, one in configs.items()}
+        peaks = common.wait(
+            running, lambda name, peak: f"{name}: {1e3 * seconds[name]:.1f} ms a step, {peak / 1e6:.0f} MB"
+        )
     rows = common.train_all(configs, given, shares)
     for row in rows:
         row["seconds"] = round(row["steps"] * seconds[row["model"]], 2)

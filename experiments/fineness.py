@@ -23,7 +23,7 @@ from typing import Any
 
 from lm.config import Config
 
-from . import common
+from . import command, common
 from .gate_scale import gate_scale
 
 BY_LOSS = {"bias_update_rate": 0.0, "sequence_loss": 0.0, "switch_loss": 0.01}
@@ -60,7 +60,7 @@ def split(config: Config, num_experts: int, top_k: int, shared: int, hidden_dim:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train all models."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("fineness", __doc__, 600, arguments)
     configs = models(common.base(given))
     rows = common.train_all(configs, given)
     losses = common.last(rows)

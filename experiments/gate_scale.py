@@ -1,24 +1,23 @@
 """Where do the routed scaling factors of Moonlight, 2.446, and Kimi K2, 2.827, come from?
 
-lm experiment gate_scale  ->  experiments/results/gate_scale.json
+lm experiment gate_scale [--quick]  ->  experiments/results/gate_scale.json
 
 Claim (Moonlight, arXiv 2502.16982, appendix): the factor is the mean of 1/||p||_2 over Gaussian logits, p
 the normalised sigmoids of the top k. Independent expert outputs of equal size then add up to that size, as
 that of one dense MLP. Kimi K2's factor is the one for V3's 256 experts; its own 384 give 0.0004 more.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
 
-from lm import machine
+from lm import files, machine
 from lm.config import Config
 
-RESULTS = Path(__file__).parent / "results"
+from . import command
+
 CASES = (("moonlight", 64), ("kimi-k2", 384), ("kimi-k2", 256))  # preset, experts
-SAMPLES = 200_000
+SAMPLES, QUICK_SAMPLES = 200_000, 2_000
 CHUNK = 20_000  # samples held in memory at once
 SEED = 0
 
@@ -37,19 +36,23 @@ def gate_scale(num_experts: int, top_k: int, samples: int, seed: int) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Compute each model's factor and compare it with the published one."""
-    shown = argparse.RawTextHelpFormatter
-    argparse.ArgumentParser(
-        "lm experiment gate_scale", description=__doc__, formatter_class=shown
-    ).parse_args(arguments)
+    made = command.parser("gate_scale", __doc__)
+    given = made.parse_args(arguments)
+    command.check_folders(made, given)
+    samples = QUICK_SAMPLES if given.quick else SAMPLES
     rows = []
     for preset, num_experts in CASES:
         moe = Config.preset(preset).model.moe
         sizes = {"model": preset, "num_experts": num_experts, "top_k": moe.top_k}
-        computed = round(gate_scale(num_experts, moe.top_k, SAMPLES, SEED), 4)
+        computed = round(gate_scale(num_experts, moe.top_k, samples, SEED), 4)
         rows.append({**sizes, "computed": computed, "published": moe.routed_scaling_factor})
-    found = {"machine": machine.describe(), "samples": SAMPLES, "seed": SEED, "gate_scale": rows}
-    (RESULTS / "gate_scale.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    found = {"machine": machine.describe(), "samples": samples, "seed": SEED, "gate_scale": rows}
+    text, path = json.dumps(found, indent=1), given.out / "gate_scale.json"
+    files.write_file(path, text + "\n")
+    print(text)
+    if given.no_verdict:
+        print(f"No verdict: {given.no_verdict}.")
+    print(f"Result: {command.place(path)}")
 
 
 if __name__ == "__main__":

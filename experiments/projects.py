@@ -17,7 +17,7 @@ from lm.config import Config
 from lm.model import Transformer
 from lm.parts import try_parts
 
-from . import common
+from . import command, common
 from .architectures import models
 
 OURS, RANDOM = "DeepSeek-V3", "random router"
@@ -69,7 +69,7 @@ def projects(given: argparse.Namespace) -> dict[str, Config]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train all models and print them in order of loss."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("projects", __doc__, 600, arguments)
     own = projects(given)
     configs = built_in(common.base(given)) | own
     rows = common.train_all(configs, given)
@@ -83,9 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         table.append([name, f"{parameters:,}", worst, common.shown(losses[name], 4), above])
     answer = [f"From the lowest loss to the highest: {', '.join(order)}."]
     claimed = common.as_claimed(*(common.paired(rows, RANDOM, name) for name in own))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    if not given.no_verdict:  # else `write` prints it
+        print(*common.aligned(table), sep="\n")
     common.write("projects", given, claimed, answer, table, rows, configs)
     common.draw_losses("projects", given, losses)
 

@@ -17,14 +17,14 @@ import dataclasses
 from lm import count
 from lm.config import Config
 
-from . import common
+from . import command, common
 
 PRESETS = {"DeepSeek": "toy", "Llama": "toy-llama", "Mixtral": "toy-mixtral", "Qwen": "toy-qwen"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the four presets."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("rivals", __doc__, 600, arguments)
     text = common.base(given).data
     configs = {
         f"{style} style": dataclasses.replace(
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for style, preset in PRESETS.items()
     }
+    print(f"step times of {len(configs)} models", flush=True)
     seconds = common.step_seconds(configs, 2 if given.quick else 10)
     rows = common.train_all(configs, given)
     losses = common.last(rows)

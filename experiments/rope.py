@@ -17,7 +17,7 @@ from lm.model import Transformer
 from mla import MultiheadLatentAttention, RotaryEmbedding
 from mla.attention import softmax_attention
 
-from . import common
+from . import command, common
 
 
 class NothingTurns(MultiheadLatentAttention):
@@ -83,7 +83,7 @@ def numbers_kept(config: Config) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train with each kind and compare its absorbed form."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("rope", __doc__, 600, arguments)
     config = common.base(given)
     if not given.quick:
         config = common.changed(config, attention={"qk_nope_head_dim": 32, "qk_rope_head_dim": 16})

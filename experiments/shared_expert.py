@@ -16,7 +16,7 @@ from lm.config import Config
 from lm.evaluate import evaluate
 from lm.model import Transformer
 
-from . import common
+from . import command, common
 
 TOKENS = 65536  # held-out tokens per evaluation
 
@@ -58,7 +58,7 @@ def losses(model: Transformer, config: Config) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, then disable experts."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("shared_expert", __doc__, 600, arguments)
     configs = {"DeepSeekMoE": common.base(given)}
     rows = common.train_all(configs, given, measure=losses)
     values = {name: [row[name] for row in rows] for name in CHANGES}

@@ -33,7 +33,7 @@ from lm.evaluate import evaluate
 from lm.model import Transformer
 from moe import Routing, balance
 
-from . import common
+from . import command, common
 
 DOMAINS = ("verse", "Python", "sums")
 SHARES = (0, 1 / 32, 1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the experts, to disable
@@ -178,7 +178,7 @@ def risen(rows: list[dict[str, Any]], name: str, share: float, without_shared: b
 
 def main(arguments: list[str] | None = None) -> None:
     """Train on the mixture, measure the experts' shares, disable the best experts."""
-    given = common.options(__doc__, 600, arguments)
+    given = command.options("specialization", __doc__, 600, arguments)
     paths = texts(given.runs, 60_000 if given.quick else 1_200_000)
     config = common.changed(common.base(given), data={"path": str(paths["mixed"])})
     configs = models(config)

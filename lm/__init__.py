@@ -1,8 +1,9 @@
 """The toy transformer: `moe` and `mla` composed into a model that trains, generates, saves and loads.
 
 Modules in reading order: config, parts, model, loss, count, fp8; tokenizer, data, optim, evaluate, train,
-run, checkpoint, files, machine; terminal, cli. Four packages stand beside them: inference generates text,
-hub reads and writes Hugging Face folders, serve answers over HTTP, report makes HTML pages.
+run, checkpoint, files, machine, budget; console, needs, terminal, cli. Four packages stand beside them:
+inference generates text, hub reads and writes Hugging Face folders, serve answers over HTTP, report makes
+HTML pages.
 
 Names are resolved on first use, so `import lm` does not import torch.
 """

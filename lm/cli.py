@@ -1,9 +1,9 @@
 """The `lm` command. Imports torch only where a command needs it, so that --help and errors are fast."""
 
+import importlib
 import importlib.metadata
 import inspect
 import itertools
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
+from . import __version__, console, needs
+from .console import visible
 
-from .config import PRESETS, Config, nearest, preset_names
-from .parts import import_here
+try:
+    import tyro
+
+    from .config import PRESETS, Config, nearest, preset_names
+    from .parts import import_here
+except ModuleNotFoundError as error:
+    raise SystemExit(f"lm: {needs.reason(error)}") from None
 
 RECIPES = [name for name in preset_names() if "[train]" in (PRESETS / f"{name}.toml").read_text("utf-8")]
 PUBLISHED = [name for name in preset_names() if name not in RECIPES]
@@ -70,6 +76,7 @@ class Generate(Writing):
     num_samples: int = 1  # samples per prompt
 
     def start(self) -> int:
+        needs.check_output(max(1, len(self.prompt)) * self.num_samples, self.max_new_tokens)
         from . import terminal
 
         return terminal.generate(self)
@@ -82,6 +89,7 @@ class Chat(Writing):
     max_new_tokens: int = 200  # tokens per answer, at most
 
     def start(self) -> int:
+        needs.check_output(1, self.max_new_tokens)
         from . import terminal
 
         return terminal.chat(self)
@@ -89,7 +97,10 @@ class Chat(Writing):
 
 @dataclass
 class Serve(OfModel):
-    """Serve a model through an OpenAI-compatible API and a chat page."""
+    """Serve a model through an OpenAI-compatible API and a chat page.
+
+    Needs the extra "serve": pip install -c constraints.txt -e '.[lm,serve]'
+    """
 
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: every interface, reachable from the network
     port: int = 8000  # 0: any free port
@@ -99,12 +110,8 @@ class Serve(OfModel):
     compile: bool = False  # compile the decode step: half a minute at the first token, then faster
 
     def start(self) -> int:
-        try:
-            from .serve import app
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "pydantic", "uvicorn"):
-                raise
-            raise ValueError(f"needs {error.name}: pip install -c constraints.txt -e '.[lm,serve]'") from None
+        from .serve import app
+
         return app.serve(self)
 
 
@@ -130,7 +137,7 @@ class Report:
     def start(self) -> int:
         from .report import run
 
-        print(run.write(self.run, self.trust_code))
+        print(visible(run.write(self.run, self.trust_code)))
         return 0
 
 
@@ -144,7 +151,7 @@ class Explore:
     def start(self) -> int:
         from .report import explore
 
-        print(explore.write(self.run, self.trust_code))
+        print(visible(explore.write(self.run, self.trust_code)))
         return 0
 
 
@@ -163,8 +170,8 @@ class Info:
 
         from .report import info
 
-        if self.context < 1:
-            raise ValueError(f"context={self.context} must be at least 1")
+        if not 1 <= self.context < 2**31:
+            raise ValueError(f"context={self.context} must be at least 1 and less than 2^31")
         facts = info.summary(info.find_config(self.model), self.context, self.dtype)
         if self.plot is not None:
             info.draw(facts["parameters"], f"Parameters of {self.model}", self.plot)
@@ -184,7 +191,7 @@ class Import:
 
         folder.need(self.folder, folder.HUB)
         aside = hf.import_folder(self.folder, self.out)
-        print(f"{self.out}: written; open it with lm generate, chat, serve, eval or info")
+        print(f"{visible(self.out)}: written; open it with lm generate, chat, serve, eval or info")
         if aside:
             print(f"{len(aside)} multi-token prediction tensors are kept in mtp.safetensors")
         return 0
@@ -205,7 +212,7 @@ class Export:
         for path in config.model.own_parts().values():
             raise ValueError(f"{self.run}: {path} is custom code, which Hugging Face's format lacks")
         hf.to_hf(folder.load(self.run), self.out, tokenizer_from=self.run)
-        print(f"{self.out}: written; transformers can load it")
+        print(f"{visible(self.out)}: written; transformers can load it")
         return 0
 
 
@@ -243,28 +250,35 @@ COMMANDS: dict[str, Any] = {name: kind for group in GROUPS.values() for name, ki
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command -> exit status: 0, 1 (failed), 2 (invalid input) or 128 + the signal that stopped it."""
+    console.prepare()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"lm: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: console.complain(f"lm: warning: {message}")
     name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print(overview(), flush=True)
-        return 0 if arguments else 2
     try:
-        return command_of(name)(rest)
-    except ValueError as error:
+        try:
+            if name == "--version":
+                print(f"moe-mla {__version__}")
+                return 0
+            if name in ("-h", "--help"):
+                print(overview())
+                return 0 if arguments else 2
+            return command_of(name)(rest)
+        finally:
+            sys.stdout.flush()  # here, where an error can be reported, rather than at exit
+    except (ValueError, ModuleNotFoundError) as error:
         known = name in COMMANDS or name in added()
-        print(f"{f'lm {name}' if known else 'lm'}: {error}", file=sys.stderr)
+        said = str(error) if isinstance(error, ValueError) else needs.reason(error)
+        console.complain(f"{f'lm {name}' if known else 'lm'}: {said}")
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # the reader is gone: send what Python flushes at exit to /dev/null
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader is gone
         return 141
-    except (OSError, MemoryError, RuntimeError) as error:
-        reason = str(error) or type(error).__name__
-        print(f"lm {name}: {reason.splitlines()[0]}", file=sys.stderr)
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        console.complain(f"lm {name}: {needs.reason(error)}")
         return 1
+    finally:
+        console.discard(sys.stdout)
 
 
 def command_of(name: str) -> Callable[[list[str]], int]:
@@ -279,7 +293,7 @@ def command_of(name: str) -> Callable[[list[str]], int]:
     if isinstance(kind, InClone):
         return kind.start
     if kind is not None:
-        return lambda rest: parse(kind, name, rest).start()
+        return lambda rest: run_command(parse(kind, name, rest))
     more = added()
     if name in more:
         try:
@@ -288,6 +302,13 @@ def command_of(name: str) -> Callable[[list[str]], int]:
             raise ValueError(f"{more[name].value} cannot be loaded: {error}") from None
     known = [*COMMANDS, *more]
     raise ValueError(f"no command {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+
+
+def run_command(options: Any) -> int:
+    """Run a command with its parsed options."""
+    if not isinstance(options, Info):  # all others import torch
+        needs.check_address_space()
+    return options.start()
 
 
 def added() -> dict[str, importlib.metadata.EntryPoint]:
@@ -302,7 +323,7 @@ def overview() -> str:
     if more := added():
         groups["from other packages"] = {name: summary(entry) for name, entry in more.items()}
     width = max(len(name) for group in groups.values() for name in group)
-    lines = ["usage: lm COMMAND ... (lm COMMAND --help lists its options)"]
+    lines = ["usage: lm COMMAND ... (lm COMMAND --help lists its options; lm --version)"]
     for title, group in groups.items():
         lines += ["", title, *(f"  {name:{width}}  {text}" for name, text in group.items())]
     return "\n".join(lines)
@@ -316,7 +337,7 @@ def summary(kind: Any) -> str:
         try:
             kind = kind.load()
         except Exception as error:  # a broken package must not hide the other commands
-            return f"(cannot be loaded: {error})"
+            return f"(cannot be loaded: {visible(error)})"
     return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 
@@ -342,7 +363,9 @@ def run_train(arguments: list[str]) -> int:
         run = Path(out_dir) if out_dir else run_folder(preset, first_free(preset))
         base = Config.preset(preset)
     options = parse(Train, "train", arguments, Train(config=base))
-
+    needs.check_address_space()
+    if options.config.train.tensorboard:
+        importlib.import_module("torch.utils.tensorboard")  # missing: an error before anything is written
     from . import checkpoint, train
     from .report import run as report
     from .run import same_model
@@ -351,7 +374,7 @@ def run_train(arguments: list[str]) -> int:
         same_model(checkpoint.read_config(run, options.trust_code), options.config)
     status = train.train(options.config, run, resume)
     if status == 0:
-        print(f"report: {report.write(run, trust_code=True)}")
+        print(f"report: {visible(report.write(run, trust_code=True))}")
     return status
 
 

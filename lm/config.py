@@ -16,6 +16,24 @@ from typing import Any, ClassVar, Self
 import tomli_w
 
 PRESETS = Path(__file__).parent / "presets"
+FORMAT = 1  # of config.toml and state.json; raised when an older version could misread them
+
+
+class NewerFormat(ValueError):
+    """A file has a format that only a newer version of lm can read."""
+
+
+def check_format(table: dict[str, Any]) -> None:
+    """Remove the key "format" from a file's table; raise if the format is invalid or too new to read.
+
+    Files without the key were written before formats were numbered.
+    """
+    found = table.pop("format", FORMAT)
+    if type(found) is not int or found < 1:
+        raise ValueError(f"format: a whole number 1..{FORMAT}, got {found!r:.80}")
+    if found > FORMAT:
+        said = f"format {found!r:.80} is newer than {FORMAT}, the newest that this version of lm reads"
+        raise NewerFormat(f"{said}; update lm")
 
 
 def number(default: Any, least: float = 0, most: float = math.inf) -> Any:
@@ -186,7 +204,7 @@ class TrainConfig(Section):
     seed: int = number(0, 0, 2**63 - 1)
     log_every: int = number(10, 1)
     eval_every: int = number(100, 1)
-    eval_tokens: int = number(65536, 1)  # validation tokens per evaluation; the last one uses all
+    eval_tokens: int = number(65536, 1)  # validation tokens per evaluation; the last one uses all windows
     sample_every: int = number(250, 1)
     save_every: int = number(250, 1)
     keep: int = number(2, 1)  # newest checkpoints to keep
@@ -194,7 +212,7 @@ class TrainConfig(Section):
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; auto: a GPU if available
     compile: bool = False  # torch.compile the blocks: slow start, then faster; needs a C++ compiler
     recompute: bool = False  # recompute each block in the backward pass: slower, less memory
-    tensorboard: bool = False  # also write event files
+    tensorboard: bool = False  # also write event files; needs the extra tensorboard
 
     def __post_init__(self):
         super().__post_init__()
@@ -256,6 +274,7 @@ class Config(Section):
             reason = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
             raise ValueError(f"{path}: not a readable TOML file: {reason}") from None
         try:
+            check_format(table)
             return cls.from_dict(table)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -266,8 +285,8 @@ class Config(Section):
         return build(cls, table)
 
     def to_toml(self) -> str:
-        """All values, as TOML for `load`."""
-        return tomli_w.dumps(dataclasses.asdict(self))
+        """The format and all values, as TOML for `load`."""
+        return tomli_w.dumps({"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def preset_names() -> list[str]:

@@ -1,14 +1,28 @@
 """Parameters, FLOPs and cache sizes of a model, by arithmetic on its config: no weights are allocated."""
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 from .config import ModelConfig, nearest
 from .parts import ATTENTIONS, ROUTERS, AttentionCounts, RouterKind
 
+if TYPE_CHECKING:
+    from .model import Transformer
+
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}  # per number in a cache
+GQA_HEADS = 8  # key-value heads of Llama 3.1, Qwen2.5 and Mixtral
+NOT_COUNTED = "(not counted)"  # a router or attention that counts as 0
 
 
 def total_parameters(config: ModelConfig) -> int:
     """All weights, and the selection biases, which are buffers but are stored too."""
     return sum(parameters_by_part(config).values())
+
+
+def built_parameters(model: "Transformer") -> int:
+    """`total_parameters` of a built model, custom parts included: what a checkpoint stores."""
+    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() for tensor in stored.values())  # a tied head and embedding are one tensor
 
 
 def active_parameters(config: ModelConfig) -> int:
@@ -101,6 +115,33 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str = "bf16") -> int:
     return config.num_layers * a_layer
 
 
+def rival_cache_bytes(config: ModelConfig, dtype: str = "bf16") -> dict[str, int]:
+    """`cache_bytes_per_token` with MHA, GQA and MQA, with the same number of heads and the same value width.
+
+    GQA has 8 key-value heads, or the next smaller divisor of the number of heads. It is left out if there is
+    none between MHA and MQA, as with 3 heads, or if the model has this attention itself.
+    """
+    attention = config.attention
+    heads, built_in = attention.num_heads, attention.kind in ATTENTIONS
+    width = built_in_attention(config).value_dim if built_in else attention.v_head_dim
+    groups = [n for n in range(2, min(heads, GQA_HEADS + 1)) if heads % n == 0][-1:]
+    kv_heads = {"MHA": heads, **{f"GQA, {n} key-value heads": n for n in groups}, "MQA": 1}
+    own = attention.num_kv_heads if attention.kind == "gqa" else None
+    a_head = config.num_layers * 2 * width * BYTES[dtype]
+    return {name: a_head * n for name, n in kv_heads.items() if n != own or n in (1, heads)}
+
+
+def without_custom_parts(config: ModelConfig) -> ModelConfig:
+    """The config with its custom router and attention counting as 0."""
+    router = config.moe.router if config.moe.router in ROUTERS else NOT_COUNTED
+    kind = config.attention.kind if config.attention.kind in ATTENTIONS else NOT_COUNTED
+    return dataclasses.replace(
+        config,
+        moe=dataclasses.replace(config.moe, router=router),
+        attention=dataclasses.replace(config.attention, kind=kind),
+    )
+
+
 def parameters_by_part(config: ModelConfig, active: bool = False) -> dict[str, int]:
     """Parameters of each part of the model; active: only those that one token uses."""
     moe, layers, attention = config.moe, num_moe_layers(config), built_in_attention(config)
@@ -140,6 +181,8 @@ def built_in_router(config: ModelConfig) -> RouterKind:
     Raises:
         ValueError: a custom router.
     """
+    if config.moe.router == NOT_COUNTED:
+        return RouterKind("", gates=0)
     if config.moe.router not in ROUTERS:
         raise ValueError(
             f"model.moe.router {config.moe.router!r}: only built-in routers can be counted by arithmetic"
@@ -169,6 +212,8 @@ def built_in_attention(config: ModelConfig) -> AttentionCounts:
     Raises:
         ValueError: a custom attention.
     """
+    if config.attention.kind == NOT_COUNTED:
+        return AttentionCounts(0, 0, 0, 0, 0, 0, 0)
     kind = ATTENTIONS.get(config.attention.kind)
     if kind is None:
         said = "only built-in attention can be counted by arithmetic"

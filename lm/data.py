@@ -1,7 +1,9 @@
 """A text as a memory-mapped array of tokens, split into windows of context + 1."""
 
+import hashlib
 import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor
 from .config import DataConfig
 
 CORPUS = Path(__file__).parent / "corpus"
+HASHED = 2**32  # tokens; longer texts are hashed in part
 
 
 class Windows:
@@ -94,3 +97,15 @@ def load(config: DataConfig, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
                     f"the {name} text holds token {highest}; vocab_size={vocab_size} must be larger"
                 )
     return train, validation
+
+
+def fingerprint(tokens: np.ndarray) -> str:
+    """SHA-256 of a text in hexadecimal; of one beyond 4 GiB, its length and 4096 pieces spread over it."""
+    size = 2**20
+    starts: Iterable[int] = range(0, len(tokens), size)
+    if len(tokens) > HASHED:
+        starts = (index * (len(tokens) - size) // 4095 for index in range(4096))
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    for start in starts:
+        digest.update(tokens[start : start + size].tobytes())
+    return digest.hexdigest()

@@ -4,16 +4,23 @@ Writes go to a temporary neighbour, which is synced and renamed into place. Impo
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import torch
@@ -42,52 +49,118 @@ class Stored(NamedTuple):
 
 
 def commit(final: Path, write: Callable[[Path], None]) -> None:
-    """Create the folder `final` with what write(temporary) puts into it, completely or not at all."""
+    """Create the folder `final` with what write(temporary) puts into it, completely or not at all.
+
+    Raises:
+        ValueError: another process is writing the folder, or has written it meanwhile.
+    """
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        if final.exists():
-            shutil.rmtree(final)  # empty, or a damaged checkpoint of the same step
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with claimed(temporary, final):
+        try:
+            write(temporary)
+            (temporary / ".mode").touch()
+            mode = stat.S_IMODE((temporary / ".mode").stat().st_mode)
+            (temporary / ".mode").unlink()
+            for path in temporary.iterdir():
+                path.chmod(mode)  # safetensors ignores the umask
+                sync(path)
+            sync(temporary)
+            if os.name == "nt" and final.is_dir():
+                final.rmdir()  # Windows never renames onto a folder
+            temporary.rename(final)  # fails unless `final` is absent or an empty folder
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, SafetensorError):
+                raise OSError(f"{final}: cannot be written: {str(error).splitlines()[0]}") from None
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ValueError(f"{final}: was created by another process meanwhile; it is kept") from None
+            raise
     sync(final.parent)
+
+
+@contextlib.contextmanager
+def claimed(temporary: Path, final: Path) -> Iterator[None]:
+    """Create an empty folder that no other process uses; what a killed process left there is removed."""
+    if fcntl is None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield
+        return
+    temporary.mkdir(parents=True, exist_ok=True)
+    busy = f"{final}: another process is writing it; choose another folder"
+    try:
+        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:  # renamed or removed by its owner just now
+        raise ValueError(busy) from None
+    try:
+        if not lock(handle, temporary, wait=False):
+            raise ValueError(busy)
+        for path in temporary.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, path: Path, wait: bool) -> bool:
+    """Lock an open file or folder until it is closed -> whether it is ours, and still at `path`"""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_file(path: Path, text: str, new: bool = False) -> None:
     """Write or replace a small file atomically. With `new`, raise FileExistsError if it exists."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        sync(temporary)
-        if new:
-            os.link(temporary, path)  # unlike a rename, fails if the file exists
-            temporary.unlink()
-        else:
-            temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    while True:
+        with open(temporary, "a", encoding="utf-8", newline="") as file:
+            if not lock(file.fileno(), temporary, wait=True):
+                continue  # another process renamed it; start again with a new one
+            try:
+                file.truncate(0)
+                file.write(text)
+                file.flush()
+                sync(temporary)
+                if new:
+                    os.link(temporary, path)  # unlike a rename, fails if the file exists
+                    temporary.unlink()
+                elif fcntl is not None:
+                    temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        if fcntl is None and not new:
+            temporary.replace(path)  # Windows renames no open file
+        break
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def check_new(folder: Path) -> None:
-    """Raise ValueError if the path is a file or a folder that is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def check_new(folder: Path, source: Path | None = None) -> None:
+    """Raise ValueError unless a path is free or an empty folder, and outside the folder `source`."""
+    within = source is not None and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source))
+    if within:
+        raise ValueError(f"{folder}: is inside {source}, the source; choose another (nothing was written)")
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is not an empty folder; choose another (nothing was written)")
 
 
@@ -96,10 +169,29 @@ def sha256(path: Path) -> str:
     if not path.is_file():
         return ""
     try:
+        if path.suffix == ".safetensors":
+            read_header(path)  # of the wrong size: perhaps too large to hash
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, ValueError):
         return ""
+
+
+def read_text(path: Path, longest: int = LONGEST_HEADER) -> str:
+    """The UTF-8 text of a regular file from an untrusted source; never waits for a pipe or a device.
+
+    Raises:
+        ValueError: not a regular file, larger than `longest` bytes, or not UTF-8.
+        OSError: it cannot be opened or read.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        if found.st_size > longest:
+            raise ValueError(f"larger than {longest} bytes")
+        return file.read(longest).decode("utf-8")
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
@@ -127,9 +219,7 @@ def read_json(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Any]:
         return float(text)
 
     try:
-        if os.path.getsize(path) > longest:
-            raise ValueError(f"larger than {longest} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, longest)
         found = json.loads(text, object_pairs_hook=once, parse_float=finite, parse_constant=finite)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
@@ -151,7 +241,8 @@ def read_header(path: Path, longest: int = LONGEST_HEADER) -> dict[str, Stored]:
     import torch
 
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        reason = "is not a regular file" if os.path.lexists(path) else "there is no such file"
+        raise ValueError(f"{path}: {reason}")
     with guarded(path):
         with open(path, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")

@@ -1,6 +1,7 @@
 """The training losses: next-token cross-entropy in nats, and the balance losses of the routers."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import Routing, balance
+from moe.modes import autocast_dtype, transformed
 from moe.router import check_ids
 
 from .config import TrainConfig
@@ -53,7 +55,8 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Te
         check_mask(mask, targets)
         hidden = hidden.where(mask.unsqueeze(-1), 0)
     tokens_at_once = max(1, CHUNK // (4 * len(weight)))
-    if targets.numel() <= tokens_at_once or hidden.shape[:-1] != targets.shape:
+    few = targets.numel() <= tokens_at_once
+    if few or hidden.shape[:-1] != targets.shape or transformed():
         return cross_entropy(F.linear(hidden, weight), targets, mask)
     check_ids("target", targets, len(weight))
     counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
@@ -77,8 +80,7 @@ class Chunked(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor, size: int, wants: bool
     ) -> Tensor:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = autocast_dtype(hidden) or hidden.dtype
         rows, narrow = hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype)
         share = counted.flatten() / counted.sum().clamp(min=1).to(torch.promote_types(dtype, torch.float32))
         total = share.new_zeros(())
@@ -86,7 +88,7 @@ class Chunked(torch.autograd.Function):
         d_weight = torch.zeros_like(weight if wants else weight[:0], dtype=share.dtype)
         parts = (t.split(size) for t in (rows, targets.flatten(), share, d_rows))
         for row, target, part, d_row in zip(*parts, strict=True):
-            with torch.autocast(kind, enabled=False):
+            with autocast(hidden.device, dtype, enabled=False):
                 log_probs = F.linear(row, narrow).to(share.dtype).log_softmax(-1)  # (size, vocab)
                 at = target.unsqueeze(-1)
                 of_target = log_probs.gather(-1, at).squeeze(-1)
@@ -105,6 +107,12 @@ class Chunked(torch.autograd.Function):
             raise RuntimeError("chunked logits have no second derivative; use cross_entropy")
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_total, d_weight * d_total, None, None, None, None
+
+
+def autocast(device: torch.device, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[Any]:
+    """torch.autocast, which does not know every device, such as meta."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, dtype, enabled=enabled) if known else nullcontext()
 
 
 class Losses(NamedTuple):
@@ -132,7 +140,7 @@ def training_losses(
         dtype: of the matrix products.
         run: how to call a block, see `Transformer.trunk`.
     """
-    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(inputs.device, dtype, enabled=dtype != torch.float32):
         hidden, routings = model.trunk(inputs, run=run)
         named = {"cross_entropy": head_cross_entropy(model.norm(hidden), model.head.weight, targets)}
     here = [balance.tokens_per_expert(routing, dropped=True) for routing in routings]

@@ -74,7 +74,7 @@ def describe(device: torch.device | None = None) -> dict[str, str | int]:
     """The hardware and versions, to be stored with a measurement."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as info:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
         cpu = names[0] if names else cpu
     facts: dict[str, str | int] = {

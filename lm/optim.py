@@ -31,10 +31,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of step 1..steps.
 
-    Linear warmup over `warmup` steps, then constant, then cosine decay over the last share `decay`.
+    Linear warmup over `warmup` steps, then constant, then cosine decay over the last share `decay`; with
+    `decay` 0 there is no decay.
     """
     if step <= config.warmup:
         return config.learning_rate * step / config.warmup
+    if not config.decay:
+        return config.learning_rate
     fall = max(1, round((config.steps - config.warmup) * config.decay))
     progress = max(0.0, (step - (config.steps - fall)) / fall)  # 0 until the decay begins, 1 at the last step
     low = config.learning_rate * config.final_learning_rate

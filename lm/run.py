@@ -7,7 +7,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,16 @@ from tqdm import tqdm
 from . import checkpoint, files
 from .config import Config
 
+GRACE = 10  # seconds that a step may take after a signal; then it is abandoned
 SCALARS = ("loss", "val_loss", "learning_rate", "grad_norm", "max_violation")  # for TensorBoard
 
 
 class RunFailed(RuntimeError):
     """A run cannot continue, as with a non-finite loss or a full disk. The last checkpoint is intact."""
+
+
+class Abandoned(BaseException):
+    """A signal asked the run to stop, and its step takes too long to wait for."""
 
 
 class Run:
@@ -32,6 +39,7 @@ class Run:
     Attributes:
         signal: the number of the signal that asked it to stop after this step; 0 if none did.
         saved: the step of the last checkpoint.
+        can_abandon: whether the running step has changed nothing yet.
     """
 
     def __init__(self, folder: Path, steps: int, keep: int, tensorboard: bool = False):
@@ -41,6 +49,7 @@ class Run:
         self.tensorboard = tensorboard
         self.signal = 0
         self.saved = 0
+        self.can_abandon = False
         self.board: Any = None
 
     @contextlib.contextmanager
@@ -85,22 +94,21 @@ class Run:
                     self.board.add_scalar(key, row[key], row["step"])
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar. If stdout is closed, stop after this step and save."""
-        try:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.signal = signal.SIGPIPE
+        """Print a line above the progress bar. If stdout is a broken pipe, stop after this step and save."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        if getattr(sys.stdout, "broken", False) and not self.signal:
+            self.signal = 13  # SIGPIPE, which Windows lacks
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write a checkpoint, after syncing the log to disk.
 
         Raises:
-            RunFailed: a weight is not finite, or writing failed; the previous checkpoint is intact.
+            RunFailed: a weight or moment is not finite, or writing failed; the last checkpoint is intact.
         """
-        largest = max(float(parameter.detach().abs().max()) for parameter in model.parameters())
-        self.check_finite(state["step"], largest_weight=largest)
+        self.check_finite(state["step"], largest_weight=largest(model.parameters()))
+        moments = (moment for moments in optimizer.state.values() for moment in moments.values())
+        self.check_finite(state["step"], largest_moment=largest(moments))
         try:
             os.fsync(self.metrics.fileno())
             checkpoint.save_checkpoint(self.folder, model, optimizer, state, self.keep)
@@ -109,38 +117,78 @@ class Run:
             raise RunFailed(f"step {state['step']}: checkpoint not written ({error}); {kept}") from None
         self.saved = state["step"]
 
-    def check_finite(self, step: int, **values: float) -> None:
-        """Raise RunFailed if a value is NaN or infinite."""
+    def check_finite(self, step: int, of_weights: bool = False, **values: float) -> None:
+        """Raise RunFailed if a value is NaN or infinite.
+
+        Args:
+            of_weights: the values follow from the weights before this step. A checkpoint of these weights
+                is marked, since every attempt to resume from it would fail here.
+        """
         if not all(map(math.isfinite, values.values())):
+            if of_weights and self.saved == step - 1 > 0:
+                with contextlib.suppress(OSError, ValueError):
+                    checkpoint.mark_diverged(self.folder / "checkpoints" / checkpoint.name_of(self.saved))
             listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
             raise RunFailed(f"step {step}: {listed}; {self.last_checkpoint()}")
 
     def last_checkpoint(self) -> str:
         """The part of an error message that names the last checkpoint."""
-        found = checkpoint.checkpoints(self.folder)
-        return f"the last checkpoint is {found[-1]}" if found else "no checkpoint yet"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return f"the last checkpoint is {checkpoint.newest_checkpoint(self.folder)}"
+            except ValueError:
+                return "no checkpoint yet"
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """On the first SIGINT or SIGTERM, finish the step and save; on the second, exit immediately."""
+        """On the first SIGINT, SIGTERM or SIGHUP, finish the step and save; on the second, exit immediately.
+
+        A step that takes longer than GRACE is abandoned. A closed terminal may send SIGHUP twice.
+        """
 
         def stop(number: int, frame: Any) -> None:
+            if self.signal and number == hangup:
+                return
             if self.signal:
                 os._exit(128 + number)  # safe: checkpoints are renamed into place when complete
             self.signal = number
             with contextlib.suppress(RuntimeError):  # the signal may interrupt another write
                 self.say("stopping after this step; send the signal again to exit immediately")
+            if alarm is not None:
+                signal.setitimer(signal.ITIMER_REAL, GRACE)
 
-        old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        def give_up(number: int, frame: Any) -> None:
+            if self.can_abandon:
+                raise Abandoned
+
+        hangup, alarm = getattr(signal, "SIGHUP", None), getattr(signal, "SIGALRM", None)
+        handlers: dict[int, Any] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+        handlers |= {} if hangup is None else {hangup: stop}
+        handlers |= {} if alarm is None else {alarm: give_up}
+        if threading.current_thread() is not threading.main_thread():
+            handlers = {}  # only the main thread may set them
+        old = {number: signal.getsignal(number) for number in handlers}
+        for number, handler in handlers.items():
+            if number != hangup or old[number] != signal.SIG_IGN:  # which nohup sets
+                signal.signal(number, handler)
         try:
             yield
         finally:
+            if handlers and alarm is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in old.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def progress(self, done: int) -> tqdm:
         """A progress bar, disabled where the output is not a terminal."""
         return tqdm(initial=done, total=self.steps, unit="step", dynamic_ncols=True, disable=None)
+
+
+def largest(tensors: Iterable[torch.Tensor]) -> float:
+    """The largest absolute value, or the first that is not finite."""
+    values = [float(tensor.detach().abs().max()) for tensor in tensors if tensor.numel()]
+    return next((value for value in values if not math.isfinite(value)), max(values, default=0.0))
 
 
 @contextlib.contextmanager
@@ -150,6 +198,7 @@ def open_run(run: Path, resume: bool) -> Iterator[None]:
     Raises:
         ValueError: the folder cannot be written, is in use, or does not match `resume`.
     """
+    checkpoint.check_name(run)
     is_run = (run / "config.toml").exists()
     if resume and not is_run:
         raise ValueError(f"{run}: no run to resume")

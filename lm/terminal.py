@@ -1,6 +1,6 @@
 """`lm generate`, `lm chat` and `lm eval`, which write to the terminal."""
 
-import io
+import codecs
 import math
 import sys
 from pathlib import Path
@@ -9,13 +9,34 @@ from typing import Any
 from mla.paged import PAGE, pages_for
 
 from . import data, machine
+from .console import visible
 from .evaluate import evaluate as mean_loss
-from .hub import template
 from .hub.folder import Tokenizer, open_folder
+from .hub.tokenizer import Plain, encode_chat
 from .inference.engine import Engine, Request
 from .inference.sampling import check_options
 
 AT_ONCE = 64  # sequences that lm generate decodes together
+
+
+class Output:
+    """Writes text, given as bytes, to standard output: unchanged to a pipe or file, visible on a terminal.
+
+    A terminal shows control characters escaped, such as ESC as \\x1b, and U+FFFD for invalid UTF-8.
+    """
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if sys.stdout.isatty() else None
+
+    def write(self, text: bytes, last: bool = False) -> bytes:
+        """Write and flush -> the text itself; `last`: no more bytes of an incomplete character follow."""
+        shown = text
+        if self.decoder is not None:
+            safe = visible(self.decoder.decode(text, final=last), keep="\n\t")
+            shown = safe.encode(sys.stdout.encoding or "utf-8", "replace")
+        sys.stdout.buffer.write(shown)
+        sys.stdout.buffer.flush()
+        return text
 
 
 def generate(options: Any) -> int:
@@ -36,12 +57,13 @@ def generate(options: Any) -> int:
     engine = Engine(model, at_once, at_once * pages_for(longest) * PAGE, compile=options.compile)
     seeds = [None if options.seed is None else options.seed + number for number in range(len(texts))]
     requests = [submit(engine, tokens, options, s, tokenizer, window) for (_, tokens), s in zip(texts, seeds)]
-    for number, ((prompt, _), request) in enumerate(zip(texts, requests), 1):
+    output = Output()
+    for number, ((prompt, tokens), request) in enumerate(zip(texts, requests), 1):
         if len(texts) > 1:
-            write(f"--- {number}\n".encode())
-        write(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogateescape"))
-        stream_text(engine, request, tokenizer)
-        write(b"\n")
+            output.write(f"--- {number}\n".encode())
+        output.write(prompt if isinstance(prompt, bytes) else prompt.encode("utf-8", "surrogateescape"))
+        stream_text(engine, request, tokenizer, tokens, output)
+        output.write(b"\n")
     return 0
 
 
@@ -53,22 +75,20 @@ def submit(
     return engine.submit(tokens, *sampling, tokenizer.ends, window)
 
 
-def stream_text(engine: Engine, request: Request, tokenizer: Tokenizer) -> list[int]:
-    """Stream a request's text to standard output -> its tokens. Other requests advance in the same steps."""
-    text_of, said = tokenizer.writer(), 0
+def stream_text(
+    engine: Engine, request: Request, tokenizer: Tokenizer, prompt: list[int], output: Output
+) -> bytes:
+    """Stream a request's text to standard output -> the text. Other requests advance in the same steps."""
+    writer, said, text = tokenizer.writer(prompt), 0, b""
     while True:
         for token in request.tokens[said:]:
-            write(text_of(token))
+            text += output.write(writer(token))
         said = len(request.tokens)
+        if request.finished == "error":
+            raise ValueError(request.error)
         if request.finished:
-            return request.tokens
+            return text + output.write(writer.end(), last=True)
         engine.step()
-
-
-def write(text: bytes) -> None:
-    """Write bytes to standard output and flush, whatever the terminal's encoding."""
-    sys.stdout.buffer.write(text)
-    sys.stdout.buffer.flush()
 
 
 def read_prompt(prompt: str) -> str | bytes:
@@ -90,14 +110,13 @@ def chat(options: Any) -> int:
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
     )
     model, config, tokenizer = open_folder(options.run, options.trust_code, options.device)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # accepts any bytes
     print("Type a message; the model continues the whole conversation. An empty line ends it.")
     window = config.model.max_length or config.train.context
     # its cache keeps the conversation for the next turn
     engine = Engine(model, 1, window, compile=options.compile)
     history: list[int] = []
     messages: list[dict[str, str]] = []
+    output = Output()
     while True:
         try:
             line = input("> ")
@@ -107,18 +126,18 @@ def chat(options: Any) -> int:
             return 0
         if tokenizer.chat_template is not None:
             messages.append({"role": "user", "content": line})
-            said = template.render(tokenizer.chat_template, messages, tokenizer.special)
-            prompt = tokenizer.encode(said, special=False)  # the template has added the special tokens
+            prompt = encode_chat(tokenizer, messages)
             request = submit(engine, prompt, options, options.seed, tokenizer, window)
-            answer = stream_text(engine, request, tokenizer)
-            messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-            write(b"\n")
+            answer = stream_text(engine, request, tokenizer, prompt, output)
+            messages.append({"role": "assistant", "content": answer.decode()})
+            output.write(b"\n")
             continue
-        history += tokenizer.encode(line + "\n")
+        plain = Plain(tokenizer, line)
+        history += plain.encode(plain.mark(line + "\n"), special=not history)
         request = submit(engine, history, options, options.seed, tokenizer, window)
-        history += stream_text(engine, request, tokenizer)
-        write(b"\n")
-        history += tokenizer.encode("\n")
+        stream_text(engine, request, tokenizer, history, output)
+        output.write(b"\n")
+        history += [*request.tokens, *tokenizer.encode("\n", special=False)]
 
 
 def evaluate(options: Any) -> int:

@@ -1,6 +1,6 @@
 """The byte tokenizer. hub/tokenizer.py reads the tokenizer of a Hugging Face folder."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,8 +16,11 @@ class ByteTokenizer:
     ends = frozenset({end_of_text})
     chat_template = None
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """UTF-8 bytes; surrogates, which stand for raw bytes on the command line, become those bytes."""
+    def encode(self, text: str | bytes, special: bool = True) -> list[int]:
+        """UTF-8 bytes; surrogates, which stand for raw bytes on the command line, become those bytes.
+
+        `special` is for other tokenizers; this one adds no token around a text.
+        """
         return list(text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
@@ -32,6 +35,18 @@ class ByteTokenizer:
         """A file's bytes as tokens, unchanged."""
         return text
 
-    def writer(self) -> Callable[[int], bytes]:
-        """A function token -> the bytes that it adds to the text."""
-        return lambda token: self.decode_bytes([token])
+    def writer(self, before: Sequence[int] = ()) -> "ByteWriter":
+        """Converts tokens to bytes one at a time; `before`, the prompt, makes no difference."""
+        return ByteWriter()
+
+
+class ByteWriter:
+    """Converts byte tokens to bytes one at a time."""
+
+    def __call__(self, token: int) -> bytes:
+        """The byte of one more token."""
+        return ByteTokenizer().decode_bytes([token])
+
+    def end(self) -> bytes:
+        """The bytes held back: none."""
+        return b""

@@ -1,10 +1,11 @@
 """Training: from a config to a run folder. A run can be stopped at any step and resumed."""
 
+import contextlib
 import functools
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from moe import balance, metrics
 
-from . import checkpoint, count, data, files, loss, machine, parts
-from .config import Config, ModelConfig, TrainConfig
+from . import checkpoint, console, count, data, files, loss, machine, parts
+from .budget import check_memory
+from .config import Config, TrainConfig
 from .evaluate import evaluate
 from .inference.generate import stream
 from .model import Block, Transformer
 from .optim import build_optimizer, learning_rate
-from .run import Run, open_run
+from .run import Abandoned, Run, RunFailed, open_run
 from .tokenizer import ByteTokenizer
 
 
@@ -40,7 +42,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     device = machine.pick_device(config.train.device)
     if config.train.compile:
         machine.check_compiler(device, "train.compile")
-    check_memory(config.model)
+    check_memory(config.model, config.train)
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model)  # an invalid config fails here, before anything is written
     model.initialize(torch.Generator().manual_seed(config.train.seed))
@@ -48,27 +50,14 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     texts = data.load(config.data, config.model.vocab_size)
     windows = data.Windows(texts[0], config.train.context, config.train.seed)
     validation = data.Windows(texts[1], config.train.context)
-    with open_run(run, resume):
+    with console.streams(), open_run(run, resume):
         trainer = Trainer(config, run, model.to(device), windows, validation)
+        trainer.read_text()
         if resume:
             trainer.resume()
         else:
             files.write_file(run / "config.toml", config.to_toml())
         return trainer.run_steps()
-
-
-def check_memory(config: ModelConfig) -> None:
-    """Raise ValueError if fp32 weights, gradients and two moments do not fit into this machine's memory."""
-    try:
-        parameters = count.total_parameters(config)
-    except ValueError:  # a custom router or attention cannot be counted before it is built
-        return
-    needed, here = 16 * parameters, machine.memory()
-    if 0 < here < needed:
-        raise ValueError(
-            f"the model has {parameters:,} parameters; training them takes {needed / 2**30:,.0f} GiB; "
-            f"this machine has {here / 2**30:,.0f} GiB"
-        )
 
 
 def run_block(config: TrainConfig) -> Callable[..., Any]:
@@ -106,7 +95,15 @@ class Trainer:
         self.optimizer = build_optimizer(model, train)
         self.run_block = run_block(train)
         self.tokenizer = ByteTokenizer()
-        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, **self.circumstances()}
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "tokens": 0,
+            "windows": 0,
+            "context": train.context,
+            "seed": windows.seed,
+            "seconds": 0.0,
+            **self.circumstances(),
+        }
 
     def circumstances(self) -> dict[str, Any]:
         """What a run's exact bits depend on besides its seed."""
@@ -114,19 +111,28 @@ class Trainer:
         chosen = {key: facts[key] for key in ("cpu_capability", "threads", "torch")}
         return {"dtype": str(self.dtype), **chosen}
 
+    def read_text(self) -> None:
+        """Put the fingerprints of the texts into the state, which checkpoints keep."""
+        texts = {"training": self.windows.tokens, "held-out": self.validation.tokens}
+        self.state["text"] = {name: data.fingerprint(text) for name, text in texts.items()}
+
     def resume(self) -> None:
-        """Restore model, optimizer, data position and log from the newest intact checkpoint."""
+        """Restore model, optimizer, place in the data and log from the newest checkpoint that can go on.
+
+        Raises:
+            ValueError: no checkpoint is intact, or the run does not match the config or the text.
+        """
         train, folder = self.config.train, self.run.folder
         if not checkpoint.checkpoints(folder):
             self.run.say(f"{folder}: stopped before its first checkpoint; starting over")
             self.run.start(self.config)
             return
         newest = checkpoint.newest_checkpoint(folder)
-        earlier = checkpoint.load_checkpoint(newest, self.model, self.optimizer)
-        if earlier["step"] > train.steps:
-            raise ValueError(
-                f"train.steps {train.steps} is less than the {earlier['step']} steps already done"
-            )
+        earlier, ahead = self.restore(newest), self.loss_ahead()
+        if not math.isfinite(ahead):
+            warnings.warn(f"checkpoint skipped: {newest}: its next loss is not finite", stacklevel=2)
+            newest, earlier, ahead = self.restore_earlier(newest)
+        self.state.setdefault("best_loss", ahead)  # missing in states of earlier versions
         now = self.circumstances()
         if train.dtype == "auto" and earlier["dtype"] != now["dtype"]:
             self.dtype = getattr(torch, earlier["dtype"].removeprefix("torch."))
@@ -135,9 +141,49 @@ class Trainer:
         if changed:
             listed = ", ".join(changed)
             warnings.warn(f"the last bits may differ from an uninterrupted run: {listed}", stacklevel=2)
-        self.state = {**earlier, **now}
+        self.state |= now
         self.run.go_on(self.config, earlier["step"])
+        checkpoint.prune(folder, train.keep, newest)
         self.run.say(f"resuming from {newest} ({earlier['step']} of {train.steps} steps)")
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint that this config and text can continue -> its state"""
+        train = self.config.train
+        before = checkpoint.read_state(folder)
+        if before["step"] > train.steps:
+            raise ValueError(
+                f"train.steps {train.steps} is less than the {before['step']} steps already done"
+            )
+        old = Config.load(self.run.folder / "config.toml").train
+        before = {  # an earlier version did not store these
+            "context": old.context,
+            "windows": before["tokens"] // old.context,
+            "seed": old.seed,
+            "text": self.state["text"],
+            **before,
+        }
+        if before["context"] != train.context:
+            raise ValueError(
+                f"train.context is {before['context']} in the run and {train.context} now; it must not change"
+            )
+        for name, found in self.state["text"].items():
+            if before["text"].get(name) != found:
+                raise ValueError(
+                    f"the {name} text is not the one that {folder} was trained with (its sha256 differs)"
+                )
+        earlier = checkpoint.load_checkpoint(folder, self.model, self.optimizer)
+        self.state = {**before, **earlier}
+        self.windows.seed = self.state["seed"]  # the epoch goes on in its order, whatever train.seed is now
+        return earlier
+
+    def restore_earlier(self, failed: Path) -> tuple[Path, dict[str, Any], float]:
+        """Load the newest checkpoint before this one whose next loss is finite -> folder, state, loss"""
+        found = checkpoint.checkpoints(self.run.folder)
+        for path in checkpoint.whole_checkpoints(found[: found.index(failed)]):
+            earlier, ahead = self.restore(path), self.loss_ahead()
+            if math.isfinite(ahead):
+                return path, earlier, ahead
+        raise RunFailed(f"{self.run.folder}: the next loss is not finite from any checkpoint")
 
     def run_steps(self) -> int:
         """Run the remaining steps -> 0, or 128 + the number of the signal that stopped them."""
@@ -145,12 +191,17 @@ class Trainer:
         if self.state["step"] == train.steps:
             run.say(f"{run.folder}: all {train.steps} steps are done")
             return 0
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        parameters = count.built_parameters(self.model)
         run.say(f"{run.folder}: {parameters:,} parameters, {self.device}, {self.dtype}, {train.steps} steps")
         started = time.perf_counter() - self.state["seconds"]
         with run.at_work(self.state["step"]):
             for step in range(self.state["step"] + 1, train.steps + 1):
-                row = self.step(step)
+                try:
+                    row = self.step(step)
+                except Abandoned:
+                    if self.state["step"] > run.saved:
+                        self.save()
+                    break
                 self.state["seconds"] = time.perf_counter() - started
                 row["seconds"] = round(self.state["seconds"], 3)
                 last = step == train.steps
@@ -163,12 +214,12 @@ class Trainer:
                     self.sample(step)
                 run.bar.update(1)
                 if step % train.save_every == 0 or last or run.signal:
-                    run.save(self.model, self.optimizer, self.state)
+                    self.save()
                 if run.signal:
                     break
         if run.signal:
-            then = f"resume with: lm train --resume --out-dir {run.folder}"
-            run.say(f"stopped after step {run.saved}, saved; {then}")
+            done = f"stopped after step {run.saved}, saved" if run.saved else "stopped in the first step"
+            run.say(f"{done}; resume with: lm train --resume --out-dir {run.folder}")
             return 128 + run.signal
         return 0
 
@@ -183,20 +234,21 @@ class Trainer:
             group["lr"] = rate
         totals: dict[str, Tensor] = {}
         counts: list[Tensor] = []
-        for part in range(train.accumulation):
-            first = ((step - 1) * train.accumulation + part) * train.batch_size
-            inputs, targets = (t.to(self.device) for t in self.windows.batch(first, train.batch_size))
-            losses, counts = loss.training_losses(
-                self.model, inputs, targets, train, counts, self.dtype, self.run_block
-            )
-            (sum_of(losses) / train.accumulation).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() / train.accumulation
+        with self.may_be_abandoned():
+            for part in range(train.accumulation):
+                inputs, targets = self.batch(part)
+                losses, counts = loss.training_losses(
+                    self.model, inputs, targets, train, counts, self.dtype, self.run_block
+                )
+                (sum_of(losses) / train.accumulation).backward()
+                for name, value in losses.items():
+                    share = value.detach() / train.accumulation
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + share
         limit = train.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         named = {name: float(total) for name, total in totals.items()}
         main = named.pop("cross_entropy")
-        self.run.check_finite(step, loss=main, gradient_norm=float(grad_norm))
+        self.run.check_finite(step, of_weights=True, loss=main, gradient_norm=float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if train.bias_update_rate:
@@ -205,7 +257,10 @@ class Trainer:
                 if balance.selection_bias(router) is not None:
                     balance.update_bias_(router, count, train.bias_update_rate, **kinds)
         tokens = train.batch_size * train.accumulation * train.context
-        self.state.update(step=step, tokens=self.state["tokens"] + tokens)
+        windows = self.state["windows"] + train.batch_size * train.accumulation
+        self.state.update(step=step, tokens=self.state["tokens"] + tokens, windows=windows)
+        if step == 1:
+            self.state["first_loss"] = main
         counts = [count.cpu() for count in counts]
         violations = [float(balance.max_violation(count)) for count in counts]
         return {
@@ -221,6 +276,56 @@ class Trainer:
             "dead_experts": [int(metrics.dead_experts(count)) for count in counts],
             "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
         }
+
+    def batch(self, part: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next step's forward pass number `part`."""
+        size = self.config.train.batch_size
+        inputs, targets = self.windows.batch(self.state["windows"] + part * size, size)
+        return inputs.to(self.device), targets.to(self.device)
+
+    @contextlib.contextmanager
+    def may_be_abandoned(self) -> Iterator[None]:
+        """Within it, a signal may end the step, which then leaves no gradient and no changed buffer."""
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.run.can_abandon = True
+        try:
+            yield
+        except Abandoned:
+            self.optimizer.zero_grad()
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+            raise
+        finally:
+            self.run.can_abandon = False
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the loss of the next batch is not finite; one far too high is marked.
+
+        Raises:
+            RunFailed: the training has diverged, or writing failed.
+        """
+        ahead = self.loss_ahead()
+        self.run.check_finite(self.state["step"], next_loss=ahead)
+        self.state["diverged"] = self.has_diverged(ahead)
+        self.state["best_loss"] = min(ahead, self.state.get("best_loss", ahead))
+        self.run.save(self.model, self.optimizer, self.state)
+
+    def has_diverged(self, ahead: float) -> bool:
+        """Whether a finite loss shows divergence: far above the first, or exactly uniform after learning.
+
+        With huge weights the norms overflow to infinity and return zeros, and so do all logits.
+        """
+        uniform = math.log(self.config.model.vocab_size)
+        collapsed = abs(ahead - uniform) < 1e-3 and self.state.get("best_loss", uniform) < uniform - 0.1
+        return collapsed or ahead > 1.5 * max(self.state.get("first_loss", 0.0), uniform)
+
+    @torch.no_grad()
+    def loss_ahead(self) -> float:
+        """Cross-entropy of the next batch."""
+        self.model.eval()
+        inputs, targets = self.batch()
+        losses = loss.training_losses(self.model, inputs, targets, self.config.train, (), self.dtype)
+        return float(losses.named["cross_entropy"])
 
     @torch.no_grad()
     def evaluate(self, tokens: int | None) -> float:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .cache import LatentCache, cache_dtype
 from .causal import check_positive, positions_and_visible, softmax_attention
-from .norm import RMSNorm
+from .norm import RMSNorm, settings
 from .rope import RotaryEmbedding
 
 
@@ -75,6 +75,9 @@ class MultiheadLatentAttention(nn.Module):
         kv_width = num_heads * (qk_nope_head_dim + v_head_dim)
         self.kv_b = nn.Linear(kv_lora_rank, kv_width, bias=False)  # W_UK, W_UV; each head: key, value rows
         self.out = nn.Linear(num_heads * v_head_dim, dim, bias=out_bias)  # W_O
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .causal import slots
+from .norm import transformed
 
 
 class Cache:
@@ -50,6 +51,8 @@ class Cache:
         if total > max_length:
             last = max_length - 1
             raise ValueError(f"cache full: position {total - 1} does not fit, {max_length=} ends at {last}")
+        if transformed():
+            self.entries = self.entries + new.new_zeros(())  # batched if new is: vmap writes into no other
         if torch.is_grad_enabled():
             self.entries = self.entries.clone()  # backward of earlier chunks still needs the old ones
         if min(start) == max(start):

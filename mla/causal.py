@@ -1,10 +1,14 @@
 """Shared by MLA and GQA: positions, the keys visible to each query, and softmax attention."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .norm import transformed
 
 
 def positions_and_visible(
@@ -19,16 +23,16 @@ def positions_and_visible(
         wanted = f"floating-point (batch, time >= 1, dim={dim})"
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected {wanted}")
     batch, time, _ = x.shape
-    start = [0] * batch if cache is None else cache.lengths
-    if len(start) != batch:
+    start = [0] if cache is None else cache.lengths
+    if cache is not None and len(start) != batch:
         raise ValueError(f"x has batch {batch}; the cache was made for batch {len(start)}")
-    place = slots(start or [0], time, x.device)  # (time,) or (batch, time)
+    place = slots(start, time, x.device)  # (time,) or (batch, time)
     if positions is None:
         positions = place
     elif positions.shape not in (x.shape[1:2], x.shape[:2]):
         shape = tuple(positions.shape)
         raise ValueError(f"positions have shape {shape}; expected ({time},) or ({batch}, {time})")
-    longest = max(start, default=0)
+    longest = max(start)
     if mask is None and place.ndim == 1 and (longest == 0 or time == 1):
         return positions, None
     total = longest + time
@@ -61,11 +65,14 @@ def softmax_attention(
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     if visible is not None and visible.ndim == 3:
         visible = visible.unsqueeze(1)
-    causal = visible is None and query.shape[2] > 1
+    causal = visible is None
+    if query.shape[2] != key.shape[2]:  # a single query, which sees all keys
+        causal = False
     grouped = key.shape[1] != query.shape[1]
-    y = F.scaled_dot_product_attention(
-        query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():  # a fused one has no jvp
+        y = F.scaled_dot_product_attention(
+            query, key, value, visible, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     return y.transpose(1, 2)[..., :value_width]
 
 

@@ -79,7 +79,7 @@ def to_mla(
     kv_lora_rank, qk_rope_head_dim = sizes_of(gqa, kv_lora_rank, qk_rope_head_dim)
     root, distance = inputs(gqa, x)  # (dim, dim)
     query, key = by_pair(gqa.q.weight, rope, gqa.num_heads), by_pair(gqa.k.weight, rope, kv_heads)
-    value = gqa.v.weight.double().cpu()  # (kv_heads x value, dim)
+    value = gqa.v.weight.cpu().double()  # (kv_heads x value, dim)
     turning = choose(query @ root, key @ root, turned(rope, distance), qk_rope_head_dim // 2)
     q_rope, k_rope, rest = turn_some(query, key, turning)
     q_rope, k_rope = join_pairs(q_rope, rope), join_pairs(k_rope.unsqueeze(0), rope)[0]
@@ -100,15 +100,15 @@ def to_mla(
     up = up.repeat_interleave(gqa.num_heads // kv_heads, dim=0)  # (heads, nope + value, latent)
     mla.kv_b.weight.copy_(F.pad(up.flatten(0, 1), (1, 0)))
     keep_length(mla, constant(down, root, gqa.q.weight.dtype))
-    mla.out.load_state_dict(gqa.out.state_dict())
-    return mla.to(gqa.q.weight)
+    mla.out.load_state_dict({name: part.cpu() for name, part in gqa.out.state_dict().items()})
+    return mla.to(gqa.q.weight.dtype).to(gqa.q.weight.device)  # narrowed first: MPS has no float64
 
 
 @torch.no_grad()
 def relative_error(before: nn.Module, after: nn.Module, x: Tensor) -> float:
     """|after(x) - before(x)| / |before(x)|, over all tokens and features of x (batch, time, dim)"""
-    wanted = before(x).double()
-    return float((after(x).double() - wanted).norm() / wanted.norm())
+    wanted = before(x).cpu().double()  # on the CPU: MPS has no float64
+    return float((after(x).cpu().double() - wanted).norm() / wanted.norm())
 
 
 def choose(query: Tensor, key: Tensor, far: Tensor, kept: int) -> Turning:
@@ -181,7 +181,7 @@ def inputs(gqa: GroupedQueryAttention, x: Tensor | None) -> tuple[Tensor, int]:
         return every, DISTANCE
     if x.ndim != 3 or x.shape[-1] != gqa.dim or not x.numel():
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, time, dim={gqa.dim})")
-    rows = x.double().cpu().flatten(0, 1)
+    rows = x.cpu().double().flatten(0, 1)
     if not rows.isfinite().all() or not rows.any():
         raise ValueError("x holds infinities, NaN or only zeros; expected sample inputs of gqa")
     # a small sample leaves most directions undetermined: add a little of each
@@ -198,7 +198,7 @@ def turned(rope: RotaryEmbedding, distance: int) -> Tensor:
 def by_pair(weight: Tensor, rope: RotaryEmbedding, heads: int) -> Tensor:
     """weight (heads x head_dim, dim) -> (heads, pairs, 2, dim) float64, whatever the layout of the pairs"""
     layout = "(heads pairs two)" if rope.interleaved else "(heads two pairs)"
-    return rearrange(weight.double().cpu(), f"{layout} dim -> heads pairs two dim", heads=heads, two=2)
+    return rearrange(weight.cpu().double(), f"{layout} dim -> heads pairs two dim", heads=heads, two=2)
 
 
 def join_pairs(weight: Tensor, rope: RotaryEmbedding) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache, cache_dtype
 from .causal import check_positive, positions_and_visible, softmax_attention
-from .norm import RMSNorm
+from .norm import RMSNorm, settings
 from .rope import RotaryEmbedding
 
 
@@ -54,6 +54,9 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm, self.k_norm = (  # each shared by all heads
             nn.Identity() if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps) for _ in range(2)
         )
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """RMSNorm, with a backward pass that saves only its input."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -17,10 +19,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def extra_repr(self) -> str:
+        return f"dim={len(self.weight)}, eps={self.eps}"
+
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not transformed():
             return Norm.apply(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)[0]
+
+
+def settings(module: nn.Module) -> str:
+    """The constructor's arguments that a module keeps as attributes, for its `extra_repr`: dim=16, top_k=2"""
+    found = {name: getattr(module, name, None) for name in inspect.signature(type(module)).parameters}
+    shown = {name: value for name, value in found.items() if not isinstance(value, nn.Module | Tensor | None)}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: only plain operators can then be differentiated."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

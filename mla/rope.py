@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from .norm import settings
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -154,6 +156,9 @@ class RotaryEmbedding(nn.Module):
             self.cos_sin_factor = scaling.sharpening(scaling.mscale) / of_all
             self.softmax_factor = of_all**2  # once for the query, once for the key
 
+    def extra_repr(self) -> str:
+        return settings(self)
+
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         if x.ndim not in (3, 4) or x.shape[-1] != self.dim or not x.is_floating_point():
             wanted = f"floating-point (batch, time, [heads,] dim={self.dim})"
@@ -169,8 +174,9 @@ class RotaryEmbedding(nn.Module):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (...) -> cos and sin of each pair's angle, (..., dim/2) fp32 each"""
         # Angles in fp32: bf16 cannot tell position 257 from 256. Not a buffer, so that no cast narrows them.
-        # torch.compile ignores lru_cache with a warning, so call the function beneath
-        find = frequencies.__wrapped__ if torch.compiler.is_compiling() else frequencies
+        # torch.compile ignores lru_cache with a warning, and a fake tensor must not stay in it
+        plain = type(positions) is Tensor and not torch.compiler.is_compiling()
+        find = frequencies if plain else frequencies.__wrapped__
         frequency = find(self.dim, self.theta, self.scaling, positions.device)  # (dim/2,)
         angles = positions.unsqueeze(-1).float() * frequency
         cos, sin = angles.cos(), angles.sin()

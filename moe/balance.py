@@ -112,7 +112,7 @@ def max_violation(tokens_per_expert: Tensor) -> Tensor:
     Counts of one batch give MaxVio_batch, counts summed over many batches MaxVio_global, which is lower where
     the batches' imbalances cancel.
     """
-    return violations(tokens_per_expert.double()).amax(-1)
+    return violations(tokens_per_expert).amax(-1)
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def update_bias_(
     check_counts(tokens_per_expert, bias.shape)
     if not 0 <= rate < float("inf"):
         raise ValueError(f"rate={rate} must be finite and at least 0")
-    step = -violations(tokens_per_expert.to(bias.device, torch.float64))  # towards the mean ...
+    step = -violations(tokens_per_expert.to(bias.device), bias.dtype)  # towards the mean ...
     if not proportional:
         step = step.sign()  # ... by a fixed step, however far
     if centred:
@@ -180,10 +180,18 @@ def relative_load(count: Tensor) -> Tensor:
     return count * count.shape[-1] / count.sum(-1, keepdim=True).clamp(min=1)  # V3 eq. 18; the sum is K T
 
 
-def violations(tokens_per_expert: Tensor) -> Tensor:
-    """(..., experts) -> (..., experts), (load - mean load) / mean load; 0 if all loads are 0"""
-    mean = tokens_per_expert.mean(-1, keepdim=True)
-    return (tokens_per_expert - mean) / mean.where(mean > 0, 1)
+def violations(tokens_per_expert: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., experts) -> (..., experts), (load - mean load) / mean load; 0 if all loads are 0
+
+    dtype: of the result, unless fp32 or the loads' own dtype is wider.
+    """
+    exact = torch.float32 if tokens_per_expert.is_floating_point() else torch.int64
+    load = tokens_per_expert.to(torch.promote_types(tokens_per_expert.dtype, exact))
+    total = load.sum(-1, keepdim=True)
+    # of counts, the difference is exact, and 0 at the mean, without float64: MPS has none
+    excess = load * load.shape[-1] - total
+    wide = torch.promote_types(load.dtype, torch.promote_types(dtype, torch.float32))
+    return excess.to(wide) / total.where(total > 0, 1).to(wide)
 
 
 def mean_over_sequences(values: Tensor, real: Tensor) -> Tensor:
@@ -231,7 +239,7 @@ def as_sequences(values: Tensor) -> Tensor:
 
 def one_hot(indices: Tensor, size: int) -> Tensor:
     """indices (...) -> (..., size) int64; all 0 for an empty slot, -1"""
-    return nn.functional.one_hot(indices + 1, size + 1)[..., 1:]
+    return (indices.unsqueeze(-1) == torch.arange(size, device=indices.device)).long()
 
 
 def check_counts(tokens_per_expert: Tensor, shape: torch.Size) -> None:

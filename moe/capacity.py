@@ -112,7 +112,7 @@ class Capacity(Dropping):
     def kept(self, routing: Routing, mask: Tensor | None) -> Tensor:
         affinity = affinities(routing)  # (..., top_k)
         top_k = affinity.shape[-1]
-        tokens = affinity.numel() // top_k if mask is None else int(mask.sum())
+        tokens = affinity.numel() // top_k if mask is None or mask.is_meta else int(mask.sum())
         capacity = room(top_k * tokens, self.num_experts, self.capacity_factor)  # Switch Transformer eq. 3
         if self.priority == "choice":  # a Routing guarantees no order: rank the choices by affinity
             affinity = -affinity.argsort(dim=-1, descending=True, stable=True).argsort(-1)
@@ -145,7 +145,7 @@ class DeviceDropping(Dropping):
     def kept(self, routing: Routing, mask: Tensor | None) -> Tensor:
         affinity = affinities(routing)  # (..., top_k)
         top_k = affinity.shape[-1]
-        tokens = affinity.numel() // top_k if mask is None else int(mask.sum())
+        tokens = affinity.numel() // top_k if mask is None or mask.is_meta else int(mask.sum())
         capacity = room(top_k * tokens, self.num_devices, self.capacity_factor)
         sequences = affinity.shape[:-2].numel()
         spared = torch.rand(sequences, device=affinity.device) < self.exempt
@@ -186,7 +186,7 @@ def first_of(groups: Tensor, priority: Tensor, num_groups: int, capacity: int) -
     order = order.gather(0, group.gather(0, order).argsort(stable=True))  # by group, then by priority
     counts = group.new_zeros(num_groups + 1).scatter_add_(0, group, torch.ones_like(group))
     begins = (counts.cumsum(0) - counts).gather(0, group.gather(0, order))
-    place = torch.arange(len(group), device=group.device) - begins  # within the group
+    place = torch.arange(group.shape[0], device=group.device) - begins  # within the group
     return place.gather(0, order.argsort()).view_as(groups) < capacity  # back in slot order
 
 

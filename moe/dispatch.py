@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .modes import has_numbers
+
 
 class Order(NamedTuple):
     """Where each slot's row is when the slots are sorted by expert."""
@@ -23,11 +25,13 @@ def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
 
     experts (tokens, top_k) int64, -1 for an empty slot -> Order
 
-    With multiple=1 there are tokens x top_k rows and no device synchronization. Under torch.compile there are
-    as many rows as any routing could need; the last block then also holds the unused ones.
+    With multiple=1 there are tokens x top_k rows and no device synchronization. Where numbers cannot be read,
+    as under torch.compile or on meta, there are as many rows as any routing could need; the last block then
+    also holds the unused ones.
     """
     top_k = experts.shape[1]
     slots = experts.flatten()
+    num_rows = slots.shape[0]  # not len(): torch.export would fix it
     slots = slots.where(slots >= 0, num_experts)  # empty slots last
     order = slots.argsort(stable=True)  # the slots, sorted by expert
     counts = slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))
@@ -36,9 +40,8 @@ def sort(experts: Tensor, num_experts: int, multiple: int = 1) -> Order:
         sizes = (counts + multiple - 1) // multiple * multiple
         sizes[-1] = counts[-1]
     filling = (sizes - counts).cumsum(0) - (sizes - counts)  # (experts + 1,) padding before each block
-    rows = torch.arange(len(slots), device=slots.device) + filling[slots[order]]  # each sorted slot's row
-    num_rows = len(slots)
-    if multiple > 1 and torch.compiler.is_compiling():  # no shape may depend on the data: the maximum
+    rows = torch.arange(num_rows, device=slots.device) + filling[slots[order]]  # each sorted slot's row
+    if multiple > 1 and not has_numbers(experts):  # no shape may depend on the data: the maximum
         num_rows += num_experts * (multiple - 1)
         sizes[-1] = num_rows - sizes[:-1].sum()
     elif multiple > 1:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from . import dispatch, fast
 from .fast import gated
-from .router import Routing
+from .modes import autocast_dtype, cheap_to_read, has_numbers, transformed, watched
+from .router import Routing, settings
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows (rows, in), weight (out, in) -> (rows, out)
 
@@ -75,10 +76,12 @@ class Experts(nn.Module):
         nn.init.uniform_(self.gate_up, -(dim**-0.5), dim**-0.5)  # as nn.Linear does
         nn.init.uniform_(self.down, -(hidden_dim**-0.5), hidden_dim**-0.5)
 
+    def extra_repr(self) -> str:
+        return settings(self)
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         tokens, experts, weights, shape = self.flatten(x, routing)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         if self.product is not None:
             return self.by_product(tokens.to(dtype), experts, weights, self.product).reshape(shape)
         # the grouped kernel needs rows of a multiple of 16 bytes, and has no float64
@@ -86,6 +89,10 @@ class Experts(nn.Module):
         run = fast.grouped if x.is_cuda and whole and dtype != torch.float64 else fast.by_block
         if fast.is_few(experts, self.gate_up, self.down):
             run = fast.by_slot
+        if watched():
+            run = fast.by_block  # one operator
+        if transformed():
+            run = fast.everywhere
         matrices: tuple[Tensor, ...] = (self.gate_up, self.down)
         if run is not fast.by_block:  # it casts one expert at a time itself, and keeps no copy
             matrices = tuple(matrix.to(dtype) for matrix in matrices)
@@ -107,6 +114,8 @@ class Experts(nn.Module):
 
         tokens (tokens, dim), experts and weights (tokens, top_k) -> (tokens, dim)
         """
+        if not has_numbers(experts) and (torch.compiler.is_exporting() or not torch.compiler.is_compiling()):
+            return fast.everywhere(tokens, experts, weights, self.gate_up, self.down, product)
         order = dispatch.sort(experts, self.num_experts)
         *blocks, empty = dispatch.gather(tokens, order).split(order.sizes.tolist())
         outputs = [
@@ -127,8 +136,7 @@ class Experts(nn.Module):
         if not fits or weights.shape != experts.shape:
             found = f"routing.experts is {tuple(experts.shape)}, routing.weights {tuple(weights.shape)}"
             raise ValueError(f"{found}; for this x both must be {tuple(x.shape[:-1])} + (top_k >= 1,)")
-        # not on a GPU, which would have to synchronize, nor under torch.compile, which would break the graph
-        if experts.numel() and not experts.is_cuda and not torch.compiler.is_compiling():
+        if cheap_to_read(experts) and experts.numel():
             lowest, highest = (int(i) for i in torch.aminmax(experts))
             if lowest < -1 or highest >= self.num_experts:
                 wrong = lowest if lowest < -1 else highest

@@ -11,14 +11,18 @@
 The activation and the operator raise RuntimeError on double backward.
 """
 
+import math
+from collections.abc import Callable
 from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .dispatch import Order
+from .modes import autocast_dtype, has_numbers, transformed, watched
 
 FEW = 2**24  # bytes of expert weights that are worth copying in a decode step
 
@@ -33,8 +37,8 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; expected floating-point (..., dim={dim})")
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     rows = x.reshape(-1, dim)
-    product = Product.apply if torch.is_grad_enabled() else Product.compute
-    if torch.is_autocast_enabled(x.device.type):
+    product = Product.apply if torch.is_grad_enabled() and not transformed() else Product.compute
+    if autocast_dtype(x) is not None:
         with torch.autocast(x.device.type, enabled=False):
             logits = product(rows, weight, dtype)
     else:
@@ -55,9 +59,9 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def compute(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        count, num_experts = len(rows), len(weight)
+        count, num_experts = rows.shape[0], weight.shape[0]  # not len(): torch.export would fix it
         rows, weight = rows.to(dtype), weight.to(dtype)
-        if rows.is_cpu and not torch.compiler.is_compiling():
+        if rows.is_cpu and not torch.compiler.is_compiling() and not watched():
             # A CPU's matmul rounds a row depending on the number of rows and the row's index; a last bit can
             # flip an expert. With multiples of 8 rows and of 32 experts it depends on neither.
             rows, weight = fill(rows, 8), fill(weight, 32)
@@ -72,7 +76,7 @@ class Product(torch.autograd.Function):
 
 def fill(rows: Tensor, multiple: int) -> Tensor:
     """rows (n, dim) -> n rounded up to a multiple, padded with zeros"""
-    return F.pad(rows, (0, 0, 0, -len(rows) % multiple)) if len(rows) % multiple else rows
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)) if rows.shape[0] % multiple else rows
 
 
 def sigmoid(logits: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def sigmoid(logits: Tensor) -> Tensor:
 
 def gated(gate_up: Tensor) -> Tensor:
     """(..., 2 hidden), gate then up -> (..., hidden). Double backward raises RuntimeError."""
-    learns = gate_up.requires_grad and torch.is_grad_enabled()
+    learns = gate_up.requires_grad and torch.is_grad_enabled() and not transformed()
     return KeepsInput.apply(gate_up) if learns else reference_gated(gate_up)
 
 
@@ -126,7 +130,9 @@ def by_block(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, 
     Blocks are padded to a multiple of 64 rows in bf16, where each new shape costs a new kernel. Otherwise,
     and for few tokens, to a multiple of 8: a row's last bits then do not depend on the number of rows.
     """
-    multiple = 64 if tokens.dtype == torch.bfloat16 and len(tokens) >= 16 else 8
+    # torch.export would otherwise allow only few tokens, or only many
+    many = torch.compiler.is_exporting() or tokens.shape[0] >= 16
+    multiple = 64 if tokens.dtype == torch.bfloat16 and many else 8
     order = dispatch.sort(experts, len(gate_up), multiple)
     return run_blocks(tokens, weights, gate_up, down, order)
 
@@ -140,11 +146,11 @@ def by_slot(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, d
     chosen = experts.flatten().clamp(min=0)  # an empty slot runs an expert too ...
     same = 1 if torch.compiler.is_compiling() else 8
     rows = tokens.unsqueeze(1).expand(-1, experts.shape[1] * same, -1)
-    rows = rows.reshape(len(chosen), same, tokens.shape[1])
+    rows = rows.reshape(chosen.shape[0], same, tokens.shape[1])
     hidden = gated(torch.bmm(rows, pick(gate_up, chosen).mT))  # (slots, same, hidden)
     outputs = torch.bmm(hidden, pick(down, chosen).mT)[:, 0]
     outputs = outputs.masked_fill(experts.reshape(-1, 1) < 0, 0)  # ... whose output is set to 0
-    slots = torch.arange(len(outputs), device=outputs.device).view_as(experts)
+    slots = torch.arange(outputs.shape[0], device=outputs.device).view_as(experts)
     return weighted_sum(outputs, slots, weights)
 
 
@@ -152,7 +158,7 @@ def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, d
     """One grouped matmul for all experts, without device synchronization: best on a GPU."""
     order = dispatch.sort(experts, len(gate_up))
     ends = order.sizes[:-1].cumsum(0).to(torch.int32)  # (experts,) where each block ends
-    computed = torch.arange(len(order.source), device=tokens.device).unsqueeze(-1) < ends[-1]
+    computed = torch.arange(order.source.shape[0], device=tokens.device).unsqueeze(-1) < ends[-1]
     # past the last block the kernel leaves its output, and its gradient, uninitialized
     rows = dispatch.gather(tokens, order).where(computed, 0)
     hidden = gated(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).where(computed, 0))
@@ -160,10 +166,27 @@ def grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, d
     return dispatch.scatter(rows, order, weights)
 
 
+def everywhere(
+    tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> Tensor:
+    """Every expert on every token: no shape depends on the routing, and torch.func can transform it."""
+    y = torch.zeros_like(tokens)
+    for expert, (w, v) in enumerate(zip(gate_up, down)):
+        share = weights.where(experts == expert, 0).sum(-1, keepdim=True).to(tokens.dtype)  # 0 if not chosen
+        hidden = gated(product(tokens, w.to(tokens.dtype)))
+        y = y + share * product(hidden, v.to(tokens.dtype))
+    return y
+
+
 def is_few(experts: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     """Whether copying each slot's expert, experts (tokens, top_k), costs less than sorting the slots."""
     slots, num_experts = experts.numel(), len(gate_up)
-    if experts.is_cuda or not 0 < 2 * slots <= num_experts:
+    if experts.is_cuda or torch.compiler.is_exporting() or not 0 < 2 * slots <= num_experts:
         return False
     return slots * ((gate_up.nbytes + down.nbytes) // num_experts) <= FEW
 
@@ -192,7 +215,8 @@ def run_blocks(tokens: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, o
     down (experts, dim, hidden) -> (tokens, dim), in the dtype of tokens, whatever the weights' dtype
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, weights, gate_up, down))
-    run = forward if learns or torch.compiler.is_compiling() else compute  # an operator call is slower
+    plain = not learns and has_numbers(tokens) and not watched()
+    run = compute if plain else forward  # an operator call is slower
     y, _ = run(tokens, weights, gate_up, down, *order)
     return y
 
@@ -291,3 +315,15 @@ def differentiate(ctx, d_y, _):
 
 
 forward.register_autograd(differentiate, setup_context=keep)
+
+
+@register_flop_formula(forward._opoverload.overloadpacket)
+def count_forward(tokens, weights, gate_up, down, *order, out_shape=None) -> int:
+    """Of the slots' own rows, without padding; the arguments are shapes."""
+    return 2 * math.prod(weights) * (math.prod(gate_up[1:]) + math.prod(down[1:]))
+
+
+@register_flop_formula(backward._opoverload.overloadpacket)
+def count_backward(d_y, projected, *inputs, out_shape=None) -> int:
+    """Of each product, a gradient for both factors."""
+    return 2 * count_forward(*inputs)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .balance import count_indices, mean_over_tokens, real_tokens, slots_from_1
+from .modes import has_numbers
 from .router import Routing
 
 
@@ -21,7 +22,7 @@ def load_entropy(tokens_per_expert: Tensor) -> Tensor:
     tokens_per_expert (..., experts) -> (...); 1 is even, 0 one expert for all tokens, and
     log(top_k) / log(experts) the same top_k experts for all tokens. 1 if there are no tokens.
     """
-    load = tokens_per_expert.double()
+    load = tokens_per_expert.to(torch.promote_types(tokens_per_expert.dtype, torch.float32))
     total = load.sum(-1, keepdim=True)
     return evenness(load / total.where(total > 0, 1)).where(total.squeeze(-1) > 0, 1.0)
 
@@ -39,7 +40,7 @@ def dropped_share(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     routing (..., ...) -> ()
     """
-    empty = (routing.experts < 0).double().mean(-1)  # (...)
+    empty = (routing.experts < 0).to(width(routing)).mean(-1)  # (...)
     return mean_over_tokens(empty, real_tokens(routing, mask))
 
 
@@ -54,7 +55,7 @@ def coactivation(routing: Routing, mask: Tensor | None = None) -> Tensor:
     size = routing.scores.shape[-1] + 1
     slots = slots_from_1(routing, mask)
     pairs = slots.unsqueeze(-1) * size + slots.unsqueeze(-2)  # (..., top_k, top_k)
-    together = count_indices(pairs, size * size).view(size, size)[1:, 1:].double()
+    together = count_indices(pairs, size * size).view(size, size)[1:, 1:].to(width(routing))
     return together / together.diagonal().clamp(min=1).unsqueeze(-1)
 
 
@@ -75,14 +76,14 @@ def domain_specialization(
     if domains.shape != real.shape or domains.dtype != torch.int64:
         found, wanted = f"{domains.dtype} {tuple(domains.shape)}", f"torch.int64 {tuple(real.shape)}"
         raise ValueError(f"domains is {found}; expected {wanted}, the domain of each token")
-    wrong = domains[real & ((domains < 0) | (domains >= num_domains))]
-    if wrong.numel():
-        raise ValueError(f"domains holds {int(wrong[0])}; expected 0..{num_domains - 1}")
+    wrong = real & ((domains < 0) | (domains >= num_domains))
+    if has_numbers(domains) and wrong.any():
+        raise ValueError(f"domains holds {int(domains[wrong][0])}; expected 0..{num_domains - 1}")
     size = routing.scores.shape[-1] + 1
+    tokens = count_indices(domains.where(real, -1) + 1, num_domains + 1)[1:]  # (domains,)
     domains = domains.where(real, 0)  # padding has only empty slots
     slots = slots_from_1(routing, mask) + domains.unsqueeze(-1) * size  # (..., top_k)
-    taken = count_indices(slots, num_domains * size).view(num_domains, size)[:, 1:].double()
-    tokens = count_indices(domains[real], num_domains)  # (domains,)
+    taken = count_indices(slots, num_domains * size).view(num_domains, size)[:, 1:].to(width(routing))
     return taken / tokens.clamp(min=1).unsqueeze(-1)
 
 
@@ -106,6 +107,11 @@ def score_entropy(routing: Routing, mask: Tensor | None = None) -> Tensor:
     """
     share = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
     return mean_over_tokens(evenness(share), real_tokens(routing, mask))
+
+
+def width(routing: Routing) -> torch.dtype:
+    """The dtype of a metric: that of the scores, at least fp32."""
+    return torch.promote_types(routing.scores.dtype, torch.float32)
 
 
 def evenness(share: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .fast import router_logits, sigmoid
+from .modes import cheap_to_read
 
 
 class Routing(NamedTuple):
@@ -52,6 +53,16 @@ class Router(nn.Module):
         self.dim = dim
         self.num_experts = num_experts
         self.register_buffer("bias", None)
+
+    def extra_repr(self) -> str:
+        return settings(self)
+
+
+def settings(module: nn.Module) -> str:
+    """The constructor's arguments that a module keeps as attributes, for its `extra_repr`: dim=16, top_k=2"""
+    found = {name: getattr(module, name, None) for name in inspect.signature(type(module)).parameters}
+    shown = {name: value for name, value in found.items() if not isinstance(value, nn.Module | Tensor | None)}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def described(router: nn.Module) -> Router:
@@ -222,11 +233,8 @@ def check_sizes(
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for an id outside the vocabulary.
-
-    Only on a CPU: a GPU would have to synchronize for it, and torch.compile would break the graph.
-    """
-    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+    """Raise ValueError for an id outside the vocabulary."""
+    if cheap_to_read(ids) and ids.numel():
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from .balance import one_hot
 from .capacity import check_factor, room
 from .fast import router_logits
-from .router import Router, Routing, check_ids, check_sizes
+from .router import Router, Routing, check_ids, check_sizes, settings
 
 
 class Gate(Router):
@@ -135,7 +136,7 @@ class ExpertChoiceRouter(Gate):
         logits = router_logits(x, self.weight)  # (..., experts)
         scores = logits.softmax(-1)  # Expert Choice eq. 2
         rows = scores.reshape(-1, self.num_experts)  # (tokens, experts)
-        taken = room(len(rows), self.num_experts, self.capacity_factor)  # Expert Choice eq. 1
+        taken = room(rows.shape[0], self.num_experts, self.capacity_factor)  # Expert Choice eq. 1
         best = rows.topk(taken, dim=0).indices  # (taken, experts)  # Expert Choice eq. 2
         chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(0, best, True).view_as(scores)
         experts = torch.arange(self.num_experts, device=x.device).where(chosen, -1)
@@ -164,6 +165,8 @@ class HashRouter(Router):
         if not isinstance(seed, int):
             raise ValueError(f"seed={seed!r} must be a whole number, from which the table is rebuilt")
         self.top_k = top_k
+        self.vocab_size = vocab_size
+        self.seed = seed
         draw = random.Random(seed).random  # unlike torch's, guaranteed not to change between versions
         table = torch.tensor([int(draw() * num_experts) for _ in range(vocab_size)])  # (vocab,)
         self.table: Tensor
@@ -178,7 +181,7 @@ class HashRouter(Router):
         check_ids("token", tokens, len(self.table))
         experts = self.table.index_select(0, tokens.flatten()).view(*tokens.shape, 1)
         weights = torch.ones_like(experts, dtype=torch.promote_types(x.dtype, torch.float32))
-        scores = F.one_hot(experts.squeeze(-1), self.num_experts).to(weights.dtype)  # (..., experts)
+        scores = one_hot(experts.squeeze(-1), self.num_experts).to(weights.dtype)  # (..., experts)
         return Routing(experts, weights, scores, scores.log())
 
 
@@ -232,6 +235,9 @@ class SoftMoE(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.num_experts * slots_per_expert, experts.dim))
         self.scale = nn.Parameter(torch.ones(()))
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Routing]:
         """tokens: ignored; accepted for the same call as MoE."""

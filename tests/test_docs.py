@@ -1,6 +1,8 @@
 """README and docs match the code: generated pages are current, references point somewhere, examples run."""
 
-import importlib
+import configparser
+import importlib.util
+import json
 import re
 import runpy
 import subprocess
@@ -8,7 +10,10 @@ import sys
 from collections import Counter
 
 import pytest
+import yaml
 
+import lm
+from lm import cli
 from lm.tokenizer import ByteTokenizer
 from tests.helpers import ROOT
 
@@ -28,6 +33,17 @@ def test_names_page_is_current():
 def test_claims_page_and_the_claims_of_the_readme_are_current():
     assert (ROOT / "docs" / "claims.md").read_text() == script("claims").page()
     assert (ROOT / "README.md").read_text() == script("claims").readme()
+
+
+def test_a_result_without_a_verdict_is_shown_as_such(tmp_path, monkeypatch):
+    claims = script("claims")
+    found = json.loads((ROOT / "experiments" / "results" / "rope.json").read_text())
+    found |= {"as_claimed": None, "no_verdict": "too few seeds"}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "rope.json").write_text(json.dumps(found))
+    (tmp_path / "rope.py").write_text((ROOT / "experiments" / "rope.py").read_text())
+    monkeypatch.setattr(claims, "EXPERIMENTS", tmp_path)
+    assert "\n\n**No verdict: too few seeds.** With all dims turned" in claims.section("rope")
 
 
 def test_pages_made_from_docs_source_are_current():
@@ -182,3 +198,94 @@ def test_the_readmes_tables_have_at_most_twelve_words_a_cell():
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
     cells = [re.sub(r"\]\([^)]*\)", "]", cell) for row in rows for cell in row.strip("|").split("|")]
     assert len(cells) > 100 and not [cell for cell in cells if len(cell.split()) > 12]
+
+
+def commands():
+    """The shell commands that pages name, in blocks of code without a language and between backticks."""
+    found = set()
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        blocks = re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
+        quoted = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+        lines = [line for block in blocks for line in block.splitlines()] + quoted
+        found |= {re.split(r"\s+#|  ", line)[0].strip() for line in lines}
+    return sorted(
+        line for line in found if re.match(r"(\.venv/bin/)?(lm|make|pip|python|pytest|jupyter) ", line)
+    )
+
+
+def helped(words, capsys):
+    """The help of an `lm` command."""
+    try:
+        status = cli.main([*words, "--help"])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert not status, words
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_on_a_page_exists_with_its_options(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tool, first, *rest = command.removeprefix(".venv/bin/").split()
+    options = [word for word in rest if word.startswith("--")]
+    if tool == "lm":
+        if first == "exercise" and rest[:1] == ["run"]:  # runs another command
+            assert helped([first], capsys)
+            first, rest = rest[1], []
+        inner = first in ("exercise", "experiment", "new") and rest and rest[0].islower()
+        text = helped([first, rest[0]] if inner else [first], capsys)
+        assert all(option in text for option in options), text
+        assert not inner or rest[0] in text
+    elif tool == "make":
+        assert re.search(rf"^{re.escape(first)}:", (ROOT / "Makefile").read_text(), re.M)
+    elif tool == "pip":
+        config = configparser.ConfigParser(interpolation=None)
+        config.read(ROOT / "setup.cfg")
+        extras = re.search(r"\.\[(.+)\]", command)[1].split(",")
+        assert set(extras) <= set(config["options.extras_require"])
+    elif tool == "python" and first == "-m":
+        assert importlib.util.find_spec(rest[0])
+    elif tool == "python":
+        assert (ROOT / first).exists()
+
+
+def test_the_pages_name_commands_of_each_kind():
+    tools = Counter(command.removeprefix(".venv/bin/").partition(" ")[0] for command in commands())
+    assert tools["lm"] > 25 and tools["make"] > 8 and tools["pip"] > 2
+
+
+def metadata():
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    return config["metadata"]
+
+
+def test_the_citation_has_the_fields_of_its_format_and_the_packages_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # what version 1.2.0 requires
+    assert (cited["cff-version"], cited["type"]) == ("1.2.0", "software")
+    assert (cited["version"], cited["license"]) == (lm.__version__, metadata()["license"])
+    assert cited["title"].startswith(metadata()["name"] + ": ")
+    for work in (cited, *cited["references"]):
+        for author in work["authors"]:
+            assert author.keys() in ({"name"}, {"family-names", "given-names"})
+
+
+def test_the_citation_names_the_papers_that_have_a_reading_page():
+    cited = {work["doi"] for work in yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]}
+    pages = sorted((ROOT / "docs" / "reading").glob("*.md"))
+    named = {re.search(r"arXiv (\d{4}\.\d{5})", page.read_text())[1] for page in pages}
+    assert len(named) == 3 and cited == {f"10.48550/arXiv.{number}" for number in named}
+
+
+def test_the_classifiers_name_the_systems_that_the_readme_calls_supported():
+    systems = {
+        "Operating System :: POSIX :: Linux": "Linux",
+        "Operating System :: MacOS": "macOS",
+        "Operating System :: Microsoft :: Windows": "Windows",
+    }
+    rows = re.findall(r"^\| (\w+).*? \| (.+) \|$", (ROOT / "README.md").read_text(), re.M)
+    status = {name: told for name, told in rows if name in systems.values()}
+    named = {line for line in metadata()["classifiers"].splitlines() if line.startswith("Operating System")}
+    assert named == {key for key, name in systems.items() if status[name].startswith(("run", "supported"))}

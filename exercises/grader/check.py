@@ -2,21 +2,28 @@
 
 It reads jobs from standard input, one line of JSON each, and writes two lines per job: the process id, then
 the exit status. The server imports torch and pytest but none of the project's packages. It forks for every
-job, so a check takes about a second. The fork patches the student's function into its module
-(exercises/grader/overlay.py), runs the exercise's probe on it, and compares the outputs with those of the
-original source and of the source with each known mistake. Then it runs the project's tests. The report is
-written last: a missing report means that the check failed.
+job, so a check takes about a second. A check has three stages:
+
+- answer: the fork patches the student's function into its module (exercises/grader/overlay.py), runs the
+  exercise's probe on it, and saves the outputs.
+- judge: another fork, which never loads the student's file, compares these outputs with those of the original
+  source and of the source with each known mistake.
+- tests: a fork with the student's function again runs the project's tests.
+
+The result of a stage is written last: a missing one means that the stage failed.
 """
 
 import contextlib
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable
@@ -26,7 +33,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from . import exercise, overlay
+from . import exercise, overlay, watch
+from .compare import Outcome, compare, same
 
 PRELOADED = ("hypothesis.stateful", "torch._dynamo", "torch.utils.flop_counter")  # slow imports of the tests
 MEMORY = 4 << 30  # bytes that an answer may allocate
@@ -37,9 +45,16 @@ FORBIDDEN = (  # audit events of the interpreter that no answer needs
     *("os.chmod", "os.truncate", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
     *("socket.connect", "socket.bind", "ctypes.dlopen", "signal.pthread_kill", "os.setrlimit"),
 )
-# tolerances, relative to the largest value
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3}
-Outcome = dict[str, Any]  # name -> tensor; or "raised" -> the error, described
+GUARDED = (
+    "torch",
+    "torch.testing",
+    "torch.nn.functional",
+    "torch.linalg",
+    "torch.autograd",
+    "builtins",
+    "math",
+)
+DIAGNOSIS = 20  # seconds to look for the mistakes that explain a result
 
 
 def main() -> None:
@@ -87,19 +102,25 @@ def run_job(job: dict[str, Any]) -> None:
         resource.setrlimit(kind, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(job["root"])
-    guard(job["file"])
-    report = check(job)
-    text = json.dumps(report)
-    new = Path(job["report"] + ".new")
-    new.write_text(text)
-    new.replace(job["report"])
+    result = STAGES[job["stage"]](exercise.load(Path(job["exercise"])), job)
+    new = Path(job["result"] + ".new")
+    torch.save(result, new) if job["stage"] == "answer" else new.write_text(json.dumps(result))
+    new.replace(job["result"])
 
 
 LINUX = sys.platform == "linux"
 
 
-def guard(path: str) -> None:
-    """Forbid FORBIDDEN operations and writing files wherever the student's code is on the call stack."""
+def guard(path: str, root: str) -> list[str]:
+    """Forbid FORBIDDEN operations and writing files wherever the student's code is on the call stack.
+
+    Returns:
+        Notes for the teacher, added later: whether the code reads the original source or runs code from text.
+    """
+    notes: list[str] = []
+
+    def is_source(name: object) -> bool:
+        return isinstance(name, str) and name.endswith(".py") and os.path.realpath(name).startswith(root)
 
     def refuse(what: str, *_: object) -> NoReturn:
         raise PermissionError(f"an answer may not use {what}")
@@ -108,17 +129,49 @@ def guard(path: str) -> None:
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if (writes or event in FORBIDDEN) and line_in(path) is not None:
             refuse(f"{event} {arguments[0]}" if writes else event)
+        said = ""
+        if event in ("exec", "compile") and sys._getframe(1).f_code.co_filename == path:
+            said = "runs code from text"
+        elif event == "open" and is_source(arguments[0]) and line_in(path) is not None:
+            said = "reads the package's source"
+        if said and said not in notes:
+            notes.append(said)
 
     sys.addaudithook(hook)
     for name in ("_exit", "abort"):  # these raise no audit event
         setattr(os, name, functools.partial(refuse, f"os.{name}"))
+    return notes
 
 
-def line_in(path: str, error: BaseException | None = None) -> int | None:
-    """The innermost line of a file in an error's traceback, or on the current call stack."""
+def functions_now() -> dict[str, Any]:
+    """The functions and classes that the checks rely on, by name."""
+    names = [*GUARDED, *(name for name in sys.modules if name.startswith(("_pytest.", "exercises.grader.")))]
+    found = {f"{name}.{key}": value for name in names for key, value in list(vars(sys.modules[name]).items())}
+    found |= {f"torch.Tensor.{key}": inspect.getattr_static(torch.Tensor, key) for key in dir(torch.Tensor)}
+    return {name: value for name, value in found.items() if callable(value)}
+
+
+def replaced(before: dict[str, Any]) -> dict[str, Any] | None:
+    """The first of these functions that is no longer itself, as an error of the report."""
+    now = functions_now()
+    for name, value in before.items():
+        if now.get(name) is not value:
+            return {"type": "PermissionError", "says": f"an answer may not replace {name}", "line": None}
+    return None
+
+
+def line_in(path: str, error: BaseException | None = None, origin: str = "") -> int | None:
+    """The innermost line of a file in an error's traceback, or on the current call stack.
+
+    Args:
+        origin: the module whose top level holds the student's imports and helpers: its lines count too.
+    """
     if error is not None:
         lines = [
-            line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path
+            line
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if (file := frame.f_code.co_filename) == path
+            or (file == origin and frame.f_code.co_name == "<module>")
         ]
         return lines[-1] if lines else None
     frame = sys._getframe()
@@ -129,30 +182,65 @@ def line_in(path: str, error: BaseException | None = None) -> int | None:
     return None
 
 
-def check(job: dict[str, Any]) -> dict[str, Any]:
-    """The report of a job: the probe's outputs compared, the mistakes that explain them, the tests."""
-    about = exercise.load(Path(job["exercise"]))
-    file, seed = job["file"], job["seed"]
-    probe = functions_of(about.path)["probe"]
-    origin = Path(job["origin"])
-    text = origin.read_text("utf-8")
-    overlay.install([overlay.Piece(about.module, about.function, Path(file))])
+def run_answer(about: exercise.Exercise, job: dict[str, Any]) -> Outcome:
+    """The probe's outputs with the student's function; "used": notes for the teacher."""
+    probe, before = functions_of(about.path)["probe"], functions_now()
+    notes = guard(job["file"], os.path.realpath(job["root"]) + os.sep)
+    overlay.install([overlay.Piece(about.module, about.function, Path(job["file"]))])
     try:
-        module = importlib.import_module(about.module)
-        raised = None
+        found = outcome(
+            probe, importlib.import_module(about.module), about.function, job["seed"], job["file"]
+        )
     except BaseException as error:
-        raised = described(error, file)
-        overlay.remove(about.module)
-    right = outcome(probe, fresh(about.module, origin, text), seed, file)
-    found = {"raised": raised} if raised else outcome(probe, module, seed, file)
-    report: dict[str, Any] = {"raised": found.get("raised"), "mistakes": [], "tests": None}
-    report["checks"] = compare(found, right)
-    wrong = any(not row["passed"] for row in report["checks"])
-    if wrong and not is_blank(found, about):
-        report["mistakes"] = diagnose(about, probe, origin, text, found, seed)
-    if job["all"] or not wrong:
-        report["tests"] = None if raised else run_tests(about, Path(job["root"]), job["all"])
+        found = {"raised": described(error, job["file"], job["origin"])}
+    if (patched := replaced(before)) is not None:
+        found = {"raised": patched}
+    return {**found, "used": notes}
+
+
+def judge(about: exercise.Exercise, job: dict[str, Any]) -> dict[str, Any]:
+    """The outputs compared, and the mistakes that explain them; the student's file is not loaded."""
+    try:
+        found = torch.load(job["answer"], weights_only=True)
+    except Exception as error:  # objects that only the student's process knows
+        found = {
+            "raised": {"type": "", "says": f"a result is not a plain tensor: {str(error)[:80]}", "line": None}
+        }
+    used = found.pop("used", [])
+    probe, origin = functions_of(about.path)["probe"], Path(job["origin"])
+    text = origin.read_text("utf-8")
+    importlib.import_module(about.module)
+    right = outcome(probe, fresh(about.module, origin, text), about.function, job["seed"], "")
+    rows = compare(found, right)
+    report = {"raised": found.get("raised"), "checks": rows, "mistakes": [], "tests": None, "used": used}
+    if any(not row["passed"] for row in rows) and not is_blank(found, about):
+        report["mistakes"] = diagnose(about, probe, origin, text, found, job["seed"])
     return report
+
+
+def diagnose(
+    about: exercise.Exercise,
+    probe: Callable[..., Outcome],
+    origin: Path,
+    text: str,
+    found: Outcome,
+    seed: int,
+) -> list[str]:
+    """The sentences of the one or two mistakes that reproduce the outcome; empty if none do."""
+    numbers, end = range(len(about.mistakes)), time.monotonic() + DIAGNOSIS
+    for some in [*itertools.combinations(numbers, 1), *itertools.combinations(numbers, 2)]:
+        edited = about.with_mistakes(text, some)
+        if time.monotonic() > end:
+            break
+        if edited is None:
+            continue
+        try:
+            module = fresh(about.module, origin, edited)
+        except SyntaxError:  # two edits that do not fit together
+            continue
+        if same(outcome(probe, module, about.function, seed, ""), found):
+            return [about.mistakes[number][2] for number in some]
+    return []
 
 
 def functions_of(path: Path) -> dict[str, Any]:
@@ -178,118 +266,40 @@ def fresh(name: str, origin: Path, text: str) -> types.ModuleType:
     return module
 
 
-def outcome(probe: Callable[..., Outcome], module: types.ModuleType, seed: int, file: str) -> Outcome:
-    """The probe's output for a module: named tensors, or the error raised."""
+def outcome(
+    probe: Callable[..., Outcome], module: types.ModuleType, function: str, seed: int, file: str
+) -> Outcome:
+    """The probe's output for a module, with the notes of watch.py: named tensors, or the error raised."""
     torch.manual_seed(seed)
+    notes: dict[str, set[str]] = {}
     try:
-        return {
-            name: value if value is None else value.detach().clone()
-            for name, value in probe(module, torch.Generator().manual_seed(seed)).items()
-        }
+        notes = watch.watch(module, function)
+        values = probe(module, torch.Generator().manual_seed(seed))
+        found = {name: plain(value) for name, value in values.items()}
     except BaseException as error:
-        return {"raised": described(error, file)}
+        found = {"raised": described(error, file)}
+    return {**found, **{name: sorted(said) for name, said in notes.items()}}
 
 
-def described(error: BaseException, file: str) -> dict[str, Any]:
+def plain(value: Any) -> Any:
+    """A result as it is compared: detached and copied; the type's name of what is not a tensor."""
+    if value is None:
+        return None
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return value.detach().clone()
+    return type(value).__name__
+
+
+def described(error: BaseException, file: str, origin: str = "") -> dict[str, Any]:
     """An error as an entry of the report."""
     text = str(error).strip().splitlines() or [""]
-    return {"type": type(error).__name__, "says": text[0][:500], "line": line_in(file, error)}
+    return {"type": type(error).__name__, "says": text[0][:500], "line": line_in(file, error, origin)}
 
 
 def is_blank(found: Outcome, about: exercise.Exercise) -> bool:
     """Whether the body is still missing."""
     raised = found.get("raised")
     return raised is not None and raised["says"] == f"exercise {about.name}"
-
-
-def compare(found: Outcome, right: Outcome) -> list[dict[str, Any]]:
-    """One row for each tensor: its stage, whether it passed, and the difference in words."""
-    rows = []
-    for name, expected in right.items():
-        says = "not reached" if "raised" in found else difference(found[name], expected)
-        stage = "gradients" if name.startswith("gradient") else "values"
-        if says.startswith("its "):
-            stage = "shapes, types"
-        rows.append({"name": name, "stage": stage, "passed": not says, "says": says})
-    return rows
-
-
-def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> str:
-    """The difference between two tensors in words; empty if they agree."""
-    if found is None:
-        return "" if expected is None else "no gradient reaches it"
-    if expected is None:
-        return "should have no gradient"
-    if found.shape != expected.shape:
-        return f"its shape is {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    if found.dtype != expected.dtype:
-        return f"its dtype is {found.dtype}, expected {expected.dtype}".replace("torch.", "")
-    if is_close(found, expected):
-        return ""
-    if not found.is_floating_point():
-        return f"differs in {int((found != expected).sum())} of {found.numel()} elements"
-    if not found.isfinite().all() and expected.isfinite().all():
-        return f"is infinite or NaN in {int((~found.isfinite()).sum())} of {found.numel()} elements"
-    if is_close(found, -expected):
-        return "has the wrong sign"
-    if not found.any():
-        return "is zero everywhere"
-    ratio = (found / expected)[(expected != 0) & expected.isfinite()].double()
-    middle = float(ratio.median()) if len(ratio) else 1.0
-    if abs(middle - 1) > 1e-3 and is_close(found, expected * middle):
-        return f"is {middle:.4g} times what it should be"
-    if found.ndim > 1 and found.shape[-1] == found.shape[-2] and is_close(found.transpose(-1, -2), expected):
-        return "is transposed: its last two axes are swapped"
-    if found.ndim and is_close(found.sort(-1).values, expected.sort(-1).values):
-        return "has the right values in a different order along its last axis"
-    for axis, name in enumerate(("first axis", "second axis")[: max(0, found.ndim - 1)]):
-        ours, theirs = expected.transpose(0, axis), found.transpose(0, axis)
-        if len(ours) > 2 and (is_close(theirs[1:], ours[:-1]) or is_close(theirs[:-1], ours[1:])):
-            return f"is shifted by one along its {name}"
-        if len(ours) > 1 and is_close(theirs[0], ours[0]):
-            return f"is correct only at index 0 of its {name}"
-    wrong = f"differs in {int(mismatches(found, expected).sum())} of {found.numel()} elements"
-    return wrong + (f" (ratio {float(ratio.min()):.3g} to {float(ratio.max()):.3g})" if len(ratio) else "")
-
-
-def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to the rounding of a different summation order."""
-    return not mismatches(found, expected).any()
-
-
-def mismatches(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Where two tensors of the same shape differ by more than the tolerance."""
-    if not expected.is_floating_point():
-        return found != expected
-    most = TOLERANCE[str(expected.dtype).removeprefix("torch.")]
-    finite = expected.isfinite()
-    size = float(expected[finite].abs().max()) if finite.any() else 1.0
-    return ~torch.isclose(found.double(), expected.double(), rtol=0, atol=most * size, equal_nan=True)
-
-
-def diagnose(
-    about: exercise.Exercise,
-    probe: Callable[..., Outcome],
-    origin: Path,
-    text: str,
-    found: Outcome,
-    seed: int,
-) -> list[str]:
-    """The sentences of the one or two mistakes that reproduce the outcome; empty if none do."""
-    numbers = range(len(about.mistakes))
-    for some in [*itertools.combinations(numbers, 1), *itertools.combinations(numbers, 2)]:
-        edited = about.with_mistakes(text, some)
-        if edited is not None and same(outcome(probe, fresh(about.module, origin, edited), seed, ""), found):
-            return [about.mistakes[number][2] for number in some]
-    return []
-
-
-def same(one: Outcome, other: Outcome) -> bool:
-    """Whether two outcomes agree."""
-    if "raised" in one or "raised" in other:
-        keys = ("type", "says")
-        return all((one.get("raised") or {}).get(key) == (other.get("raised") or {}).get(key) for key in keys)
-    return all(not difference(other[name], value) for name, value in one.items())
 
 
 class Results:
@@ -312,8 +322,12 @@ class Results:
             self.skipped += report.skipped
 
 
-def run_tests(about: exercise.Exercise, root: Path, every: bool) -> dict[str, Any]:
+def run_tests(about: exercise.Exercise, job: dict[str, Any]) -> dict[str, Any]:
     """Run the project's tests on the patched package -> the counts, the failures, and whether all passed"""
+    root, every, before = Path(job["root"]), job["all"], functions_now()
+    guard(job["file"], os.path.realpath(job["root"]) + os.sep)
+    overlay.install([overlay.Piece(about.module, about.function, Path(job["file"]))])
+    importlib.import_module(about.module)
     results = Results()
     options = ["-q", "-p", "no:cacheprovider", "-m", "not long", "--rootdir", str(root), "-k", about.which]
     options += ["-o", "pythonpath="]  # the root is at the end of sys.path already
@@ -322,5 +336,14 @@ def run_tests(about: exercise.Exercise, root: Path, every: bool) -> dict[str, An
         plugins=[results],
     )
     total = results.total - results.skipped
+    if (patched := replaced(before)) is not None:
+        return {"total": total, "passed": 0, "failed": [{"test": "all", **patched}], "good": False}
     good = status == 0 and results.passed == total > 0
     return {"total": total, "passed": results.passed, "failed": results.failed, "good": good}
+
+
+STAGES: dict[str, Callable[[exercise.Exercise, dict[str, Any]], dict[str, Any]]] = {
+    "answer": run_answer,
+    "judge": judge,
+    "tests": run_tests,
+}

@@ -15,8 +15,9 @@ import tyro
 
 from lm import cli
 from lm.config import nearest
+from lm.console import visible
 
-from . import grade, overlay, source, teacher
+from . import grade, overlay, source, submissions, teacher
 from .exercise import Exercise
 from .homework import FOLDER, Checker, Homework, first_line, origin
 from .verdict import is_done, shown
@@ -47,7 +48,7 @@ class Start(Student):
 class Check(Student):
     """Check an answer: shapes, values, gradients, the project's tests. Exit status 0 if all pass."""
 
-    name: Name = None  # default: the current one
+    name: Name = None  # an exercise, or a file such as homework/router.py; default: the current one
     all: bool = False  # check every exercise you have started
 
 
@@ -176,6 +177,17 @@ def run_check(options: Check) -> int:
         todo = [one for one in homework.exercises.values() if homework.file(one).exists()]
         if not todo:
             raise ValueError(f"{homework.folder}: no exercise started yet; start one: lm exercise start NAME")
+    elif options.name and (options.name.endswith(".py") or Path(options.name).is_file()):
+        path = Path(options.name)
+        source.check_regular(path)
+        exercise = submissions.match(path, list(homework.exercises.values()))
+        if exercise is None:
+            raise ValueError(
+                f"{path}: the name fits no exercise; expected one such as {first_file(homework)} for "
+                f"{next(iter(homework.exercises))}; lm exercise list shows all"
+            )
+        with Checker() as checker:
+            return 0 if check_and_show(homework, exercise, checker, path) else 1
     else:
         todo = [chosen(homework, options.name)]
         if not homework.file(todo[0]).exists():
@@ -186,22 +198,40 @@ def run_check(options: Check) -> int:
         return max(0 if check_and_show(homework, exercise, checker) else 1 for exercise in todo)
 
 
-def check_and_show(homework: Homework, exercise: Exercise, checker: Checker) -> bool:
-    """Check the student's file, print the report, record the result -> whether everything passed"""
-    path = homework.file(exercise)
+def first_file(homework: Homework) -> str:
+    """The file name of the first exercise, as an example."""
+    return next(iter(homework.exercises.values())).file
+
+
+def check_and_show(
+    homework: Homework, exercise: Exercise, checker: Checker, path: Path | None = None
+) -> bool:
+    """Check a file, print the report -> whether everything passed; the result for homework is recorded
+
+    Args:
+        path: the file; None: the student's file in the homework folder.
+    """
+    own = homework.file(exercise)
+    path = path or own
     try:
         report = checker.check(exercise, path)
     except ValueError as error:
-        print(f"{exercise.name}: {str(error).replace(str(Path.cwd()) + os.sep, '')}")
+        print(visible(f"{exercise.name}: {str(error).replace(str(Path.cwd()) + os.sep, '')}"))
         return False
     good = is_done(report)
-    if good and not homework.noted(exercise, "done"):
-        started = homework.noted(exercise, "started", time.time())
-        homework.note(exercise, done=True, minutes=round((time.time() - started) / 60))
-    elif not good:
-        homework.note(exercise, done=False)
+    if path.resolve() == own.resolve():
+        record(homework, exercise, good)
     print(shown(exercise, path, report))
     return good
+
+
+def record(homework: Homework, exercise: Exercise, good: bool) -> None:
+    """Note the result of a check, and the minutes it took to get there."""
+    if not good:
+        homework.note(exercise, done=False)
+    elif not homework.noted(exercise, "done"):
+        started = homework.noted(exercise, "started", time.time())
+        homework.note(exercise, done=True, minutes=round((time.time() - started) / 60))
 
 
 def say(options: Hint | Solution, what: Callable[[Homework, Exercise], str]) -> int:

@@ -8,13 +8,16 @@ the file.
 
 import ast
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lm.config import nearest
+
 from . import source
 
-STAGES = ("shapes, types", "values", "gradients", "project tests")  # of a check, in order
+STAGES = ("shapes, types", "values", "gradients", "memory", "precision", "project tests")  # in order
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Exercise:
     equation: str  # the paper and equation
     learn: str  # what it teaches, in one sentence
     hints: tuple[str, str, str]  # a question; the idea, with shapes; the calls to use
+    expects: dict[str, str] = field(default_factory=dict)  # what each argument may be, and the result
     mistakes: tuple[tuple[str, str, str], ...] = ()  # text of the body, its replacement, the explanation
     right: tuple[str, ...] = ()  # other correct bodies, to test the checks themselves
     which: str = ""  # pytest's -k expression: leaves out tests that require more than the equation
@@ -63,7 +67,11 @@ class Exercise:
 
     def blank(self, text: str) -> str:
         """The module's source without the function's body."""
-        stub = f'{self.mark}\nraise NotImplementedError("exercise {self.name}")'
+        given = [
+            textwrap.fill(f"{names}: {what}", 100, initial_indent="# ", subsequent_indent="#     ")
+            for names, what in self.expects.items()
+        ]
+        stub = "\n".join([*given, self.mark, f'raise NotImplementedError("exercise {self.name}")'])
         return source.replaced(text, self.function, stub, self.begin)
 
     def with_body(self, text: str, body: str) -> str:
@@ -123,3 +131,16 @@ def load_all(folder: Path) -> dict[str, Exercise]:
             raise ValueError(f"{path}: another exercise is already named {exercise.name!r}")
         found[exercise.name] = exercise
     return dict(sorted(found.items(), key=lambda item: item[1].number))
+
+
+def named(name: str, exercises: dict[str, Exercise]) -> Exercise:
+    """The exercise with this name.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    name = name.replace("_", "-")
+    if name not in exercises:
+        near = nearest(name, list(exercises))
+        raise ValueError(f"no exercise {name!r}{near}; the exercises are {', '.join(exercises)}")
+    return exercises[name]

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lm import __version__
+from lm.console import visible
 from lm.files import write_file
 
-from . import source
-from .exercise import Exercise
-from .homework import Checker, Homework, origin
+from . import overlay, source, submissions
+from .exercise import Exercise, load_all, named
+from .homework import EXERCISES, Checker, origin
+from .submissions import Submission
 from .verdict import is_done, points, why
 
 COLUMNS = (
@@ -24,6 +26,7 @@ COLUMNS = (
     *("mistakes", "says", "hints", "solution", "flags", "seconds", "sha256"),
 )
 HARMLESS = {"torch", "einops", "math", "typing", "collections", "itertools", "functools", "__future__"}
+HARMLESS |= set(overlay.PROJECT)
 
 
 def run(
@@ -39,35 +42,45 @@ def run(
     Raises:
         ValueError: the folder does not exist or holds no submission.
     """
-    homework = Homework()
-    exercises = [homework.named(name) for name in only] or list(homework.exercises.values())
-    students = submissions(folder, exercises)
-    if gradescope_file and len(students) > 1:
-        raise ValueError(f"{folder}: {len(students)} submissions; --gradescope takes one")
-    for path in (json_file, csv_file, gradescope_file):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with Checker() as checker, tempfile.TemporaryDirectory() as place:
-        totals = {exercise.name: blank_total(exercise, checker, Path(place)) for exercise in exercises}
-        for student, files in students.items():
-            for exercise in exercises:
-                row = graded(student, files, exercise, checker, seed, totals[exercise.name])
-                rows.append(row)
-                print(
-                    f"{student:24}{exercise.name:16}{row['score']:6.2f} of {exercise.points}  {row['says']}"
-                )
+    every = load_all(EXERCISES)
+    exercises = [named(name, every) for name in only] or list(every.values())
+    with tempfile.TemporaryDirectory() as unpacked:
+        students, loose = submissions.find(folder, list(every.values()), Path(unpacked))
+        if gradescope_file and len(students) > 1:
+            raise ValueError(f"{folder}: {len(students)} submissions; --gradescope takes one")
+        for path in (json_file, csv_file, gradescope_file):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
+        with Checker() as checker, tempfile.TemporaryDirectory() as place:
+            totals = {exercise.name: blank_total(exercise, checker, Path(place)) for exercise in exercises}
+            for student, handed_in in students.items():
+                for exercise in exercises:
+                    row = graded(student, handed_in, exercise, checker, seed, totals[exercise.name])
+                    rows.append(row)
+                    print(line_of(row))
+    remarks = {student: one.remarks for student, one in students.items() if one.remarks}
+    for student, said in remarks.items():
+        print(*(f"{student}: {remark}" for remark in said), sep="\n")
+    if loose:
+        print(f"not in a student's folder, not graded: {', '.join(loose)}")
     about = {
         "version": __version__, "commit": commit(), "torch": metadata.version("torch"), "seed": seed,
     }  # fmt: skip
     if json_file:
-        write_file(json_file, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_file(
+            json_file,
+            json.dumps({**about, "remarks": remarks, "loose": loose, "rows": rows}, indent=1) + "\n",
+        )
     if csv_file:
         with tempfile.TemporaryFile("w+", newline="", encoding="utf-8") as text:
             writer = csv.DictWriter(text, COLUMNS)
             writer.writeheader()
             writer.writerows(
-                {**row, "mistakes": "; ".join(row["mistakes"]), "flags": "; ".join(row["flags"])}
+                {
+                    name: cell("; ".join(value) if isinstance(value, list) else value)
+                    for name, value in row.items()
+                }
                 for row in rows
             )
             text.seek(0)
@@ -77,93 +90,102 @@ def run(
     return 0 if all(row["score"] == row["max_score"] for row in rows) else 1
 
 
-def submissions(folder: Path, exercises: Sequence[Exercise]) -> dict[str, Path]:
-    """Each student's folder by name: the subfolders, or this folder itself if it holds answers."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    if any(
-        (place / exercise.file).exists() for place in (folder, folder / "homework") for exercise in exercises
-    ):
-        return {folder.resolve().name: folder}
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    if not found:
-        raise ValueError(f"{folder}: no submissions found; expected one folder for each student")
-    return found
+def line_of(row: dict[str, Any]) -> str:
+    """A row for the terminal: the points, the problem, and the flags."""
+    flagged = f"  [{'; '.join(row['flags'])}]" if row["flags"] else ""
+    score = f"{row['score']:6.2f} of {row['max_score']}"
+    return visible(f"{row['student']:24}{row['exercise']:16}{score}  {row['says']}{flagged}")
 
 
 def blank_total(exercise: Exercise, checker: Checker, place: Path) -> int:
     """The number of checks of an exercise."""
     path = place / exercise.file
     path.write_text(exercise.blank(origin(exercise).read_text("utf-8")), encoding="utf-8")
-    return points(checker.check(exercise, path))[1]
+    report = checker.check(exercise, path)
+    if not report["checks"]:
+        raise RuntimeError(f"{exercise.name}: its checks cannot be run here: {why(report)}")
+    return points(report)[1]
 
 
 def graded(
-    student: str, folder: Path, exercise: Exercise, checker: Checker, seed: int, total: int
+    student: str, handed_in: Submission, exercise: Exercise, checker: Checker, seed: int, total: int
 ) -> dict[str, Any]:
     """A student's row for one exercise; an answer that cannot be checked gets no points and the reason."""
-    homework = folder / "homework" if (folder / "homework").is_dir() else folder
-    path, notes = homework / exercise.file, notes_of(homework, exercise)
+    path = handed_in.files.get(exercise.name)
+    notes = notes_of(handed_in.notes, exercise)
     row: dict[str, Any] = {
         "student": student, "exercise": exercise.name, "score": 0.0, "max_score": exercise.points,
         "checks_passed": 0, "checks": total, "tests_passed": 0, "tests": 0, "mistakes": [], "says": "",
-        "hints": notes.get("hints", 0), "solution": bool(notes.get("solution")), "flags": [], "seconds": 0.0,
+        "hints": notes.get("hints", 0), "solution": notes.get("solution", False), "flags": [], "seconds": 0.0,
         "sha256": "",
     }  # fmt: skip
-    if not path.exists() and not path.is_symlink():
-        return {**row, "says": "not submitted"}
+    if path is None:
+        return {**row, "says": handed_in.problems.get(exercise.name, "not submitted")}
     try:
         text = source.read(path)
         report = checker.check(exercise, path, seed, every=True)
-    except ValueError as error:
-        return {**row, "says": str(error).replace(f"{path.absolute()}", exercise.file)}
+        row["flags"] = flags(text, exercise) + report["used"]
+        function = source.find(ast.parse(text), exercise.function)
+        row["sha256"] = hashlib.sha256(ast.unparse(function[1]).encode()).hexdigest() if function else ""
+    except (ValueError, OSError, RecursionError, MemoryError) as error:
+        says = str(error).replace(f"{path.absolute()}", visible(path.name)) or type(error).__name__
+        return {**row, "says": visible(says)}
     passed = points(report)[0]
     tests = report["tests"] or {"passed": 0, "total": 0}
     done = is_done(report)
-    row |= {
+    says = "" if done else "; ".join(report["mistakes"]) or why(report)
+    return row | {
         "score": round(exercise.points * (passed / total if passed < total or done else 0), 2),
         "checks_passed": passed, "tests_passed": tests["passed"], "tests": tests["total"],
-        "mistakes": report["mistakes"], "says": "" if done else "; ".join(report["mistakes"]) or why(report),
-        "flags": flags(text, exercise), "seconds": report["seconds"],
+        "mistakes": report["mistakes"], "says": visible(says), "seconds": report["seconds"],
     }  # fmt: skip
-    found = source.find(ast.parse(text), exercise.function)
-    if found:
-        row["sha256"] = hashlib.sha256(ast.unparse(found[1]).encode()).hexdigest()
-    return row
 
 
-def notes_of(folder: Path, exercise: Exercise) -> dict[str, Any]:
-    """Hints and solutions that the student's folder records; {} if it has no record."""
+def notes_of(path: Path | None, exercise: Exercise) -> dict[str, Any]:
+    """Hints and solutions that the student's folder records; {} if it has no readable record."""
     try:
-        notes = json.loads((folder / ".progress.json").read_text("utf-8")).get(exercise.name, {})
-    except (OSError, ValueError, AttributeError):
+        return source.notes(path).get(exercise.name, {}) if path else {}
+    except ValueError:
         return {}
-    return notes if isinstance(notes, dict) else {}
+
+
+SUSPECT = {
+    "open",
+    "exec",
+    "eval",
+    "compile",
+    "__import__",
+    "globals",
+    "__builtins__",
+    "builtins",
+    "__globals__",
+}
+SUSPECT |= {"read_text", "read_bytes", "getsource", "getsourcelines", "exec_module", "setattr", "modules"}
 
 
 def flags(text: str, exercise: Exercise) -> list[str]:
     """Remarks for the teacher to look into; they cost no points."""
-    tree = ast.parse(text)
-    found = source.find(tree, exercise.function)
-    ours = source.find(ast.parse(origin(exercise).read_text("utf-8")), exercise.function)
+    theirs, tree = ast.parse(text), ast.parse(origin(exercise).read_text("utf-8"))
+    found, ours = source.find(theirs, exercise.function), source.find(tree, exercise.function)
     if found is None or ours is None:
         return []
     said = []
     if bare(found[1]) == bare(ours[1]):
         said.append("identical to the package's")
-    names = {
-        alias.name for node in ast.walk(found[1]) if isinstance(node, ast.Import) for alias in node.names
-    }
-    names |= {node.module or "" for node in ast.walk(found[1]) if isinstance(node, ast.ImportFrom)}
-    others = sorted({name.partition(".")[0] for name in names} - HARMLESS - {""})
+    nodes = [node for part in [found[1], *overlay.additions(tree, theirs)] for node in ast.walk(part)]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    others = sorted({name.partition(".")[0] for name in modules} - HARMLESS - {""})
     said += [f"imports {', '.join(others)}"] if others else []
-    calls = {
-        node.func.id
-        for node in ast.walk(found[1])
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    used = sorted(calls & {"open", "exec", "eval", "compile", "__import__", "globals"})
-    return said + ([f"calls {', '.join(used)}"] if used else [])
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    suspect = sorted(used & SUSPECT)
+    return said + ([f"uses {', '.join(suspect)}"] if suspect else [])
+
+
+def cell(value: Any) -> Any:
+    """A cell that a spreadsheet does not take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def bare(node: source.Function) -> str:

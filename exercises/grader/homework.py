@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lm.config import nearest
 from lm.files import write_file
 
 from . import overlay, source
-from .exercise import Exercise, load_all
+from .exercise import Exercise, load_all, named
 
 FOLDER = Path("homework")
 EXERCISES = Path("exercises")
@@ -39,11 +38,12 @@ class Homework:
         self.folder = folder
         self.notes = folder / ".progress.json"
         try:
-            self.progress: dict[str, dict[str, Any]] = json.loads(self.notes.read_text("utf-8"))
-        except FileNotFoundError:
-            self.progress = {}
-        except ValueError:
-            raise ValueError(f"{self.notes}: cannot be read; delete it to reset the progress") from None
+            self.progress = source.notes(self.notes) if self.notes.exists() or self.notes.is_symlink() else {}
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{self.notes}: ")
+            raise ValueError(
+                f"{self.notes}: cannot be read ({reason}); delete it to reset the progress"
+            ) from None
 
     def named(self, name: str) -> Exercise:
         """The exercise with this name.
@@ -51,11 +51,7 @@ class Homework:
         Raises:
             ValueError: it does not exist.
         """
-        name = name.replace("_", "-")
-        if name not in self.exercises:
-            near = nearest(name, list(self.exercises))
-            raise ValueError(f"no exercise {name!r}{near}; the exercises are {', '.join(self.exercises)}")
-        return self.exercises[name]
+        return named(name, self.exercises)
 
     def file(self, exercise: Exercise) -> Path:
         return self.folder / exercise.file
@@ -115,7 +111,7 @@ def origin(exercise: Exercise) -> Path:
 def first_line(exercise: Exercise, path: Path) -> int:
     """The line to edit in the student's file: where the body is missing, else where it starts; else 1."""
     try:
-        text = path.read_text("utf-8")
+        text = source.read(path)
         blank = [number for number, line in enumerate(text.splitlines(), 1) if exercise.mark in line]
         return blank[0] if blank else source.body_lines(text, exercise.function)[0] + 1
     except (ValueError, SyntaxError, OSError):
@@ -127,8 +123,11 @@ class Checker:
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
+        self.server = self.start_server()
+
+    def start_server(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-X", "faulthandler", "-c", SERVER, os.getcwd()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment, start_new_session=True,
         )  # fmt: skip
@@ -137,10 +136,13 @@ class Checker:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop_server()
+        self.folder.cleanup()
+
+    def stop_server(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.server.pid, signal.SIGKILL)
         self.server.wait()
-        self.folder.cleanup()
 
     def check(self, exercise: Exercise, path: Path, seed: int = SEED, every: bool = False) -> dict[str, Any]:
         """The report on an answer.
@@ -155,38 +157,55 @@ class Checker:
         path = path.absolute()
         text = origin(exercise).read_text("utf-8")
         overlay.merge(ast.parse(text), source.read(path), exercise.function, path)
-        output, report = (Path(self.folder.name) / name for name in ("output", "report"))
-        for old in (output, report):
-            old.unlink(missing_ok=True)
+        for old in Path(self.folder.name).iterdir():
+            old.unlink()
         job = {
             "exercise": str(exercise.path.absolute()), "file": str(path), "seed": seed, "all": every,
             "origin": str(origin(exercise).absolute()), "root": str(Path.cwd()),
-            "output": str(output), "report": str(report),
+            **{name: str(Path(self.folder.name) / name) for name in ("answer", "output")},
         }  # fmt: skip
+        report, said = self.stage("answer", job, exercise.seconds)
+        if report is None:
+            report, _ = self.stage("judge", job, exercise.seconds + 60)
+        report = {"checks": [], "mistakes": [], "tests": None, "used": [], **(report or {})}
+        if not report["raised"] and (every or all(row["passed"] for row in report["checks"])):
+            tests, said = self.stage("tests", job, exercise.seconds)
+            report |= tests if tests and "raised" in tests else {"tests": tests}
+        return {**report, "output": said, "seconds": round(time.monotonic() - began, 2)}
+
+    def stage(self, name: str, job: dict[str, Any], seconds: int) -> tuple[dict[str, Any] | None, str]:
+        """Run one stage of a check -> its result (None for "answer", which stays in its file), what it printed
+
+        The result of a stage that fails holds the error as "raised".
+        """
+        result, output = Path(self.folder.name) / name, Path(job["output"])
+        job = {**job, "stage": name, "result": str(result)}
+        end = self.run(job, seconds)
+        said = output.read_bytes().decode("utf-8", "replace") if output.exists() else ""
+        if "late" in end or end["status"] != 0 or not result.exists():
+            return {"raised": ended(Path(job["file"]), said, end, seconds)}, said
+        return (None if name == "answer" else json.loads(result.read_text("utf-8"))), said
+
+    def run(self, job: dict[str, Any], seconds: int) -> dict[str, Any]:
+        """Send a job to the server -> how its process ended: "status", and "late" if it had to be stopped"""
         assert self.server.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.server.stdin.write(json.dumps(job).encode() + b"\n")
         begun = self.answer(120)
         if not begun:
             raise RuntimeError("importing torch and pytest took longer than 120 s")
-        child = begun["pid"]
-        end = self.answer(exercise.seconds)
+        try:
+            end = self.answer(seconds)
+        except RuntimeError:  # an answer stopped the server: the next one gets another
+            self.stop_server()
+            self.server = self.start_server()
+            return {"status": 1}
         for number, patience in ((signal.SIGABRT, 3), (signal.SIGKILL, 10)):
             if "status" not in end:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, number)
+                    os.killpg(begun["pid"], number)
                 end = {"late": True, **self.answer(patience)}
-        said = output.read_bytes().decode("utf-8", "replace") if output.exists() else ""
-        if "late" not in end and end["status"] == 0 and report.exists():
-            found = json.loads(report.read_text("utf-8"))
-        else:
-            found = {
-                "checks": [],
-                "mistakes": [],
-                "tests": None,
-                "raised": ended(path, said, end, exercise.seconds),
-            }
-        return {**found, "output": said, "seconds": round(time.monotonic() - began, 2)}
+        return end
 
     def answer(self, seconds: float) -> dict[str, Any]:
         """The server's next line, parsed; {} if it does not arrive in time."""

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from .source import Function, find, parse, read
 
+PROJECT = ("moe", "mla", "lm", "experiments", "exercises")
+
 
 class Piece(NamedTuple):
     """A function to take from a student's file."""
@@ -47,14 +49,56 @@ def merge(tree: ast.Module, student: str, name: str, path: Path) -> set[str]:
         for node in ast.walk(decorator):
             if isinstance(node, ast.expr):
                 node.lineno = node.end_lineno = new.lineno
+    added = additions(tree, theirs)
     body[body.index(ours)] = new
-    known = {known for node in tree.body for known in names(node)}
-    added = [node for node in theirs.body if names(node) and not set(names(node)) & known]
     imports = [node for node in added if isinstance(node, ast.Import | ast.ImportFrom)]
+    late = [node for node in imports if is_of_project(node)]
+    for node in late:
+        if names(node) == ["*"]:
+            raise ValueError(f"{path}:{node.lineno}: {ast.unparse(node)}: import the names that you use")
+    others = [node for node in added if node not in imports]
+    for node in [new, *others]:
+        for function in ast.walk(node):
+            if isinstance(function, Function):
+                import_inside(function, late)
     docstring = 0 if ast.get_docstring(tree) is None else 1
-    tree.body[docstring:docstring] = imports
-    tree.body += [node for node in added if node not in imports]
+    early = [node for node in imports if node not in late]
+    tree.body[docstring:docstring] = sorted(early, key=lambda node: not is_future(node))
+    tree.body += others
     return {name, *(helper for node in added for helper in names(node))}
+
+
+def additions(tree: ast.Module, theirs: ast.Module) -> list[ast.stmt]:
+    """The top-level statements of a student's file that define names which the module does not; imports split."""
+    known = {known for node in tree.body for known in names(node)}
+    split: list[ast.stmt] = []
+    for node in theirs.body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and len(node.names) > 1:
+            for alias in node.names:
+                one = copy.copy(node)
+                one.names = [alias]
+                split.append(one)
+        else:
+            split.append(node)
+    return [node for node in split if names(node) and not set(names(node)) & known]
+
+
+def is_of_project(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether an import may be circular: the package is being imported when the module's top level runs."""
+    module = node.names[0].name if isinstance(node, ast.Import) else node.module or ""
+    return bool(isinstance(node, ast.ImportFrom) and node.level) or module.partition(".")[0] in PROJECT
+
+
+def is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def import_inside(function: Function, imports: Sequence[ast.Import | ast.ImportFrom]) -> None:
+    """Let a function import the names that it uses, when it is called."""
+    used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    own = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+    start = 0 if ast.get_docstring(function) is None else 1
+    function.body[start:start] = [node for node in imports if set(names(node)) & (used - own)]
 
 
 def head(node: Function) -> str:
@@ -66,17 +110,17 @@ def head(node: Function) -> str:
     return ast.unparse(arguments)
 
 
-def names(node: ast.stmt) -> list[str]:
+def names(node: ast.AST) -> list[str]:
     """The names that a module-level statement defines."""
     if isinstance(node, Function | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Import | ast.ImportFrom):
         return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        return [node.target.id]
-    return []
+    if isinstance(node, ast.Name):
+        return [node.id] if isinstance(node.ctx, ast.Store) else []
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return []
+    return [name for child in ast.iter_child_nodes(node) for name in names(child)]
 
 
 def compiled(installed: str, origin: str, pieces: Sequence[Piece]) -> types.CodeType:

@@ -2,10 +2,14 @@
 
 import ast
 import io
+import json
+import stat
 import textwrap
 import tokenize
 from pathlib import Path
+from typing import Any
 
+MOST_BYTES = 1 << 20  # of a file that is read
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -24,20 +28,56 @@ def parse(source: str, path: Path) -> ast.Module:
         raise ValueError(f"{path}: not valid Python: {error or type(error).__name__}") from None
 
 
+def check_regular(path: Path) -> None:
+    """Raise ValueError unless this is a regular file; no link is followed, nothing is opened."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        raise ValueError(f"{path}: no such file") from None
+    if stat.S_ISLNK(mode):
+        raise ValueError(f"{path}: is a symbolic link; hand in a regular file")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: no such file" if stat.S_ISDIR(mode) else f"{path}: is not a regular file")
+
+
 def read(path: Path) -> str:
-    """The text of a file.
+    """The text of a file, without a byte order mark.
 
     Raises:
-        ValueError: it is a symbolic link, not a file, or not UTF-8.
+        ValueError: it is a symbolic link, not a regular file, too large, not readable or not UTF-8.
     """
-    if path.is_symlink():
-        raise ValueError(f"{path}: is a symbolic link; hand in a regular file")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_regular(path)
     try:
-        return path.read_bytes().decode("utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path}: is larger than {MOST_BYTES >> 20} MB")
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text") from None
+
+
+def notes(path: Path) -> dict[str, dict[str, Any]]:
+    """A record of progress: exercise -> its notes.
+
+    Raises:
+        ValueError: the file is unreadable or not such a record.
+    """
+    try:
+        found = json.loads(read(path))
+    except RecursionError:
+        raise ValueError(f"{path}: brackets are nested too deeply") from None
+    if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
+        raise ValueError(f"{path}: expected one JSON object per exercise")
+    kinds = {"hints": int, "minutes": int, "started": int | float, "done": bool, "solution": bool}
+    for one in found.values():
+        for name, kind in kinds.items():
+            if not isinstance(one.get(name, kind() if isinstance(kind, type) else 0), kind):
+                raise ValueError(f"{path}: {name} is {str(one[name])[:40]!r}")
+    return found
 
 
 def find(tree: ast.Module, name: str) -> tuple[list[ast.stmt], Function] | None:

@@ -51,6 +51,10 @@ HINTS = (
     "The idea in words, with shapes.",
     "The functions to use, in no particular order.",
 )
+EXPECTS = {{  # what each argument may be: shape, dtype, None
+    "x": "(..., dim), fp32 or bf16",
+    "returns": "the same shape and dtype",
+}}
 MISTAKES = (  # text that occurs once in the body, its replacement, an explanation for the student
     ("old", "new", "what is wrong, and what would be right"),
 )

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from lm.console import visible
+
 from .exercise import STAGES, Exercise
 from .homework import first_line
 
@@ -31,14 +33,28 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
         blank = raised["says"] == f"exercise {exercise.name}"
         kind = f"{raised['type']}: " if raised["type"] else ""
         lines.append(f"  {at}{'not written yet' if blank else kind + raised['says']}")
+        noted = [
+            row for row in report["checks"] if row["name"] == row["stage"] and row["says"] != "not reached"
+        ]
+        lines += [f"  {row['stage']:16}{row['says']}" for row in noted]
     else:
         for stage in STAGES[:-1]:
             wrong = [row for row in report["checks"] if row["stage"] == stage and not row["passed"]]
             says = "ok" if not wrong else f"{wrong[0]['name']}: {wrong[0]['says']}"
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            lines.append(f"  {stage:16}{says}{more}")
+            if wrong and wrong[0]["name"] == stage:
+                says = wrong[0]["says"]
+            if wrong or stage not in ("memory", "precision"):
+                lines.append(f"  {stage:16}{says}{more}")
     for sentence in report["mistakes"]:
         lines.append(f"     -> {sentence}")
+    wrong = [row for row in report["checks"] if not row["passed"]]
+    blank = bool(raised) and raised["says"] == f"exercise {exercise.name}"
+    if wrong and not report["mistakes"] and not blank:
+        what = "" if raised else f": look at {wrong[0]['name']}"
+        lines.append(
+            f"     -> no known mistake{what}; compare {exercise.equation}, or: lm exercise hint {exercise.name}"
+        )
     if tests is None:
         lines.append(f"  {STAGES[-1]:16}run once the checks above pass")
     else:
@@ -50,7 +66,7 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
     lines += [f"  | {line}" for line in printed[-8:] if not (raised and line.startswith(("Fatal", "  File")))]
     if is_done(report):
         lines.append(f"  {exercise.name} is done: {exercise.learn}")
-    return "\n".join(lines)
+    return visible("\n".join(lines), keep="\n")
 
 
 def why(report: dict[str, Any]) -> str:

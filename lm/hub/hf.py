@@ -3,9 +3,13 @@
 families.py has the names; translate.py converts configs and weights.
 """
 
+import functools
+import itertools
+import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,20 @@ from .. import checkpoint, files, fp8
 from ..config import ModelConfig
 from ..files import Stored
 from ..model import Transformer
+from ..tokenizer import ByteTokenizer
 from . import shards
+from .tokenizer import keep_ends, stated_ends
 from .translate import parts_of, to_ours, to_theirs
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
 )
+LARGEST = 256 * 2**20  # bytes of one of them
 
 
 def from_hf(folder: Path | str, dtype: torch.dtype | None = None) -> Transformer:
@@ -54,16 +62,14 @@ def import_folder(folder: Path, out: Path, dtype: torch.dtype | None = None) -> 
 
     -> the tensors of multi-token prediction, which are copied unchanged to mtp.safetensors
     """
-    files.check_new(out)
+    files.check_new(out, folder)
     model, aside = read_folder(folder, dtype)
 
     def write(into: Path) -> None:
         checkpoint.write_model(model, into)
         copy_tokenizer(folder, into)
         if aside:
-            read = files.read_tensor
-            parts = ((n, s.nbytes, lambda n=n, s=s: read(n, s).clone()) for n, s in aside.items())
-            shards.write(into, parts, 5 * 10**9, "mtp")
+            shards.write(into, unchanged(aside), 5 * 10**9, "mtp")
 
     files.commit(out, write)
     return aside
@@ -79,16 +85,20 @@ def to_hf(
 
     Args:
         shard_bytes: the largest size of one file.
-        tokenizer_from: copy the tokenizer and chat template of this folder, if it has them.
+        tokenizer_from: the model's folder, whose tokenizer, chat template and tensors of multi-token
+            prediction (mtp.safetensors) are copied, if it has them.
 
     Raises:
         ValueError: the folder is not empty, or no supported architecture is this model; names the option.
     """
     folder = Path(folder)
-    files.check_new(folder)
+    files.check_new(folder, tokenizer_from)
     tensors = checkpoint.model_tensors(model)
     dtypes = [tensor.dtype for name, tensor in tensors.items() if not keeps_dtype(name)]
     config = {**to_theirs(model.config), "torch_dtype": str(dtypes[0]).removeprefix("torch.")}
+    aside = {} if tokenizer_from is None else kept_aside(tokenizer_from, model.config)
+    if aside:
+        config["num_nextn_predict_layers"] = len({name.split(".")[2] for name in aside})
 
     def write(into: Path) -> None:
         files.write_json(into / "config.json", config)
@@ -97,19 +107,77 @@ def to_hf(
             for ours, tensor in tensors.items()
             for name, view in parts_of(ours, tensor, config["model_type"])
         )
-        shards.write(into, parts, shard_bytes)
+        shards.write(into, itertools.chain(parts, unchanged(aside)), shard_bytes)
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, into)
+            if not (into / "tokenizer.json").exists():
+                write_byte_tokenizer(into, model.config.vocab_size)
 
     files.commit(folder, write)
 
 
+def unchanged(stored: dict[str, Stored]) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Stored tensors as `shards.write` takes them."""
+    for name, place in stored.items():
+        yield name, place.nbytes, functools.partial(files.read_tensor, name, place)
+
+
+def kept_aside(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors of multi-token prediction that `import_folder` wrote beside a model."""
+    if not any((folder / f"mtp.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return {}
+    stored = shards.survey(folder, stem="mtp")
+    for name, place in stored.items():
+        if not is_aside(name, config):
+            raise ValueError(f"{place.file}: {name} is not in a layer after the model's {config.num_layers}")
+    return stored
+
+
+def is_aside(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to a layer after the model's last one: to multi-token prediction."""
+    layer = re.match(r"model\.layers\.(\d{1,6})\.", name)
+    return layer is not None and int(layer[1]) >= config.num_layers
+
+
 def copy_tokenizer(folder: Path, into: Path) -> None:
-    """Copy a folder's tokenizer and chat template, as far as it has them."""
+    """Copy a folder's tokenizer, chat template and end-of-text tokens, as far as it has them."""
     for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shards.check_link(folder / name)
-            shutil.copyfile(folder / name, into / name)
+        path = folder / name
+        if os.path.lexists(path):
+            shards.check_link(path)
+            if not path.is_file():
+                raise ValueError(f"{path}: is not a regular file")
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"{path}: larger than {LARGEST} bytes")
+            shutil.copyfile(path, into / name)
+    keep_ends(folder, into)
+
+
+def write_byte_tokenizer(into: Path, vocab_size: int) -> None:
+    """Write our byte tokenizer as files that AutoTokenizer loads; warn if the model cannot use bytes."""
+    unwritten = "the exported folder has no tokenizer, so AutoTokenizer cannot load it"
+    if not ByteTokenizer.vocab_size <= vocab_size <= 2 * ByteTokenizer.vocab_size:
+        return warnings.warn(unwritten, stacklevel=2)
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    except ImportError:
+        return warnings.warn(f"{unwritten}; pip install tokenizers, then export again", stacklevel=2)
+    # GPT-2's characters for bytes: printable ones stand for themselves, the others follow from U+0100
+    itself = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in itself]
+    characters = {**{chr(b): b for b in itself}, **{chr(256 + n): b for n, b in enumerate(others)}}
+    tokenizer = Tokenizer(models.BPE(characters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(into / "tokenizer.json"))
+    if not (into / "tokenizer_config.json").exists():
+        # without an eos_token: the character that stands for byte 3 may occur in a text
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        files.write_json(into / "tokenizer_config.json", settings)
+    if not stated_ends(into):
+        path = into / "generation_config.json"
+        found = files.read_json(path) if path.exists() else {}
+        files.write_json(path, {**found, "eos_token_id": ByteTokenizer.end_of_text})
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -195,8 +263,7 @@ def match(
     left = {n: s for n, s in stored.items() if n not in wanted and n not in scales}
     if config.tie_embeddings:
         left.pop("lm_head.weight", None)
-    of_layer = re.compile(r"model\.layers\.(\d{1,6})\.")
-    aside = {n: s for n, s in left.items() if (m := of_layer.match(n)) and int(m[1]) >= config.num_layers}
+    aside = {n: s for n, s in left.items() if is_aside(n, config)}
     extra = [n for n in left if n not in aside and not n.endswith("rotary_emb.inv_freq")]
     if extra:
         raise ValueError(f"{folder}: unexpected tensors ({len(extra)}), such as {', '.join(extra[:3])}")

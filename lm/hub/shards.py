@@ -1,5 +1,6 @@
 """Safetensors in Hugging Face's layout: one file, or several with an index."""
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,30 +10,33 @@ from torch import Tensor
 
 from ..files import LONGEST_HEADER, Stored, read_header, read_json, write_json
 
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
-def survey(folder: Path, most: int = 200_000) -> dict[str, Stored]:
+def survey(folder: Path, most: int = 200_000, stem: str = "model") -> dict[str, Stored]:
     """All tensors in a folder's safetensors files, by name; only the headers are read.
+
+    As in transformers, the files that an index names are not read if there is a model.safetensors.
 
     Args:
         most: the number of tensors expected at most; a header too long for that is not read.
+        stem: how the names of the files begin.
 
     Raises:
         ValueError: there are no safetensors, a file is damaged, or the index does not match the files or
             leads out of the folder; names the file.
     """
-    index = folder / INDEX
-    if not index.is_file() and not (folder / ONE).is_file():
+    one, index = f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if not index.is_file() and not (folder / one).is_file():
         pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
         if pickled:
             raise ValueError(f"{folder / pickled[0]}: pickle files are never read; convert it to safetensors")
-        raise ValueError(f"{folder}: holds no {ONE} and no {INDEX}")
+        raise ValueError(f"{folder}: holds no {one} and no {index.name}")
     longest = min(4096 + 400 * most, LONGEST_HEADER)
-    placed = read_index(index, longest) if index.is_file() else None
-    files = sorted(set(placed.values())) if placed is not None else [ONE]
+    placed = None if (folder / one).is_file() else read_index(index, longest)
+    files = sorted(set(placed.values())) if placed is not None else [one]
     for name in files:
-        check_place(folder, name)
+        check_place(index, name)
     found: dict[str, Stored] = {}
     for name in files:
         for tensor, stored in read_header(folder / name, longest).items():
@@ -43,7 +47,7 @@ def survey(folder: Path, most: int = 200_000) -> dict[str, Stored]:
             found[tensor] = stored
     for tensor, name in (placed or {}).items():
         if tensor not in found:
-            raise ValueError(f"{folder / name}: lacks {tensor}, which {INDEX} lists there")
+            raise ValueError(f"{folder / name}: lacks {tensor}, which {index.name} lists there")
     return found
 
 
@@ -55,18 +59,19 @@ def read_index(path: Path, longest: int) -> dict[str, str]:
     return placed
 
 
-def check_place(folder: Path, name: str) -> None:
-    """Raise ValueError unless a shard lies directly in the folder."""
+def check_place(index: Path, name: str) -> None:
+    """Raise ValueError unless a shard lies directly in its index's folder."""
+    folder = index.parent
     if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", name):
-        raise ValueError(f"{folder / INDEX}: {name!r:.200} is not a safetensors file in this folder")
+        raise ValueError(f"{index}: {name!r:.200} is not a safetensors file in this folder")
     if not (folder / name).is_file():
-        raise ValueError(f"{folder / name}: no such file, but {INDEX} names it")
+        raise ValueError(f"{folder / name}: no such file, but {index.name} names it")
     check_link(folder / name)
 
 
 def check_link(path: Path) -> None:
     """Raise ValueError for a link out of the folder, unless into the blobs of the Hugging Face cache."""
-    home, target = path.parent.resolve(), path.resolve()
+    home, target = path.parent.resolve(), Path(os.path.realpath(path))  # which accepts loops
     if target.parent not in (home, home.parent.parent / "blobs"):
         raise ValueError(f"{path}: is a link out of the folder, to {target}")
 

@@ -1,17 +1,23 @@
 """A model folder's tokenizer: tokenizer.json, end-of-text tokens and chat template."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import read_json
+from ..files import write_json
 from ..tokenizer import ByteTokenizer
+from . import added, template
+from .added import read_optional
+from .stream import Decoding, Writer
 
 
 class FileTokenizer:
-    """The tokenizer.json of a model folder, with its end-of-text tokens and chat template.
+    """The tokenizer of a model folder, with its end-of-text tokens and chat template.
 
     Attributes:
         ends: the tokens that end a completion.
@@ -25,7 +31,7 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ValueError(f"{folder}: its tokenizer.json needs `pip install tokenizers`") from None
+            raise ValueError(f"{folder}: its tokenizer.json needs the extra hf: pip install -c constraints.txt -e '.[lm,hf]'") from None
         path = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
@@ -36,27 +42,67 @@ class FileTokenizer:
             raise ValueError(f"{path}: has token {highest}; the model knows 0..{vocab_size - 1}")
         self.vocab_size = vocab_size
         settings = read_optional(folder / "tokenizer_config.json")
-        texts = {key: as_text(value) for key, value in settings.items() if key.endswith("_token")}
-        self.special = {key: text for key, text in texts.items() if text is not None}
-        self.ends = self.find_ends(folder)
+        self.special = added.add_tokens(self.tokenizer, folder, settings)
+        self.decoding = Decoding(self.tokenizer)
+        named = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
+        self.ends = stated_ends(folder) or (frozenset() if named is None else frozenset({named}))
         self.chat_template = find_template(folder, settings)
 
-    def find_ends(self, folder: Path) -> frozenset[int]:
-        """End-of-text tokens: from generation_config.json, else config.json, else the eos_token."""
-        for name in ("generation_config.json", "config.json"):
-            found = read_optional(folder / name).get("eos_token_id")
-            ids = found if isinstance(found, list) else [found]
-            if found is not None and all(isinstance(token, int) for token in ids):
-                return frozenset(ids)
-        named = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
-        return frozenset() if named is None else frozenset({named})
-
     def encode(self, text: str | bytes, special: bool = True) -> list[int]:
-        """Token ids; special: with the tokens that the tokenizer puts around a text, such as a first one."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
+        """Token ids; special: with the tokens that the tokenizer puts around a text, such as a first one.
+
+        Raises:
+            ValueError: the text has a token that the model lacks, such as one added for padding.
+        """
+        ids: list[int] = self.tokenizer.encode(as_unicode(text), add_special_tokens=special).ids
+        highest = max(ids, default=0)
+        if highest >= self.vocab_size:
+            name = self.tokenizer.id_to_token(highest)
+            raise ValueError(f"{name!a} is token {highest}; the model knows 0..{self.vocab_size - 1}")
+        return ids
+
+    def control_spans(self, text: str, by_model: bool) -> list[tuple[int, int]]:
+        """Where a text has special tokens or, unless the model wrote it, others of the chat template."""
+        written = "" if by_model else self.chat_template or ""
+        tokens = self.tokenizer.get_added_tokens_decoder()
+        spans = []
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        for id, (start, stop) in zip(found.ids, found.offsets):
+            token = tokens.get(id)
+            if token is None or start == stop:
+                continue
+            control = token.special or (token.content in written and not token.content.isspace())
+            # else it stands for an unknown word
+            if control and (token.normalized or text[start:stop].strip() == token.content):
+                spans.append((start, stop))
+        return spans
+
+    def encode_inside(self, text: str, plain: bool) -> list[int]:
+        """Token ids of a text within another; plain: without added tokens, of which the text is one."""
+        encode = self.encode_plain if plain else partial(self.encode, special=False)
+        newline = self.encode("\n", special=False)
+        ids = encode("\n" + text)  # SentencePiece would put a space before the first token
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :]
+        return encode(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of an added token's text as text, even if the vocabulary has it as a word."""
+        tokenizer, ids = self.tokenizer, []
+        unwanted = tokenizer.token_to_id(text.strip())
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        while words:
+            word = words.pop(0)
+            found = [token.id for token in tokenizer.model.tokenize(word)]
+            if unwanted in found and len(word) > 1:
+                words[:0] = [word[:1], word[1:]]
+            else:
+                ids += found
+        return ids
 
     def encode_array(self, text: np.ndarray) -> np.ndarray:
         """The token ids of a text's bytes, all in memory."""
@@ -64,14 +110,11 @@ class FileTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text, without special tokens."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return self.decoding.text(list(tokens))
 
-    def writer(self) -> Callable[[int], bytes]:
-        """A function: token -> the bytes it adds to the text, none until a character is complete."""
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: (stream.step(self.tokenizer, token) or "").encode("utf-8")
+    def writer(self, before: Sequence[int] = ()) -> Writer:
+        """Converts tokens to text one at a time, after the prompt `before`."""
+        return Writer(self.decoding, before)
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> ByteTokenizer | FileTokenizer:
@@ -84,18 +127,37 @@ def open_tokenizer(folder: Path, vocab_size: int) -> ByteTokenizer | FileTokeniz
         return FileTokenizer(folder, vocab_size)
     if vocab_size > 2 * ByteTokenizer.vocab_size:
         raise ValueError(f"{folder}: holds no tokenizer.json, and {vocab_size} tokens cannot be bytes")
-    return ByteTokenizer()
+    tokenizer = ByteTokenizer()
+    tokenizer.ends = stated_ends(folder) or tokenizer.ends
+    return tokenizer
 
 
-def read_optional(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if the file does not exist."""
-    return read_json(path) if path.is_file() else {}
+def stated_ends(folder: Path) -> frozenset[int]:
+    """The end-of-text ids that a folder's generation_config.json states, else its config.json; may be empty.
+
+    Without any, the tokenizer's eos_token ends a text.
+    """
+    for name in ("generation_config.json", "config.json"):
+        found = read_optional(folder / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        if ids and all(type(token) is int for token in ids):
+            return frozenset(ids)
+    return frozenset()
 
 
-def as_text(token: Any) -> str | None:
-    """The text of a special token, given as such or as an object with `content`."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+def keep_ends(folder: Path, into: Path) -> None:
+    """Make `into`, a converted copy of a folder, state the same end-of-text ids (generation_config.json)."""
+    ends = stated_ends(folder)
+    if ends and stated_ends(into) != ends:
+        path = into / "generation_config.json"
+        write_json(path, {**read_optional(path), "eos_token_id": sorted(ends)})
+
+
+def as_unicode(text: str | bytes) -> str:
+    """A text with U+FFFD for invalid UTF-8, which a command line and standard input give as surrogates."""
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogateescape")
+    return text.decode("utf-8", "replace")
 
 
 def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
@@ -108,6 +170,66 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise ValueError(f"{path}: cannot be read: {error}") from None
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
+        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
     return found if isinstance(found, str) else None
+
+
+def encode_chat(tokenizer: ByteTokenizer | FileTokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """The token ids of a conversation, by the chat template or, without one, one line per message.
+
+    Special tokens come from the template alone: in a message, `<|im_end|>` is text.
+
+    Args:
+        messages: each with role and content.
+
+    Raises:
+        ValueError: the template cannot be used, or rejects the messages.
+    """
+    plain = Plain(tokenizer, "".join([tokenizer.chat_template or "", *(m["content"] for m in messages)]))
+    messages = [{**m, "content": plain.mark(m["content"], m["role"] == "assistant")} for m in messages]
+    if tokenizer.chat_template is None:
+        return plain.encode("".join(message["content"] + "\n" for message in messages), special=True)
+    text = template.render(tokenizer.chat_template, messages, tokenizer.special)
+    return plain.encode(text, special=False)  # the template adds special tokens itself
+
+
+class Plain:
+    """Encodes special tokens in users' texts as text.
+
+    In a text, each is put between two characters that no text has, and the first also stands after its first
+    letter. A chat template may cut the text anywhere, and yet cannot make a token of it.
+
+    Args:
+        texts: the template and the users' texts.
+    """
+
+    def __init__(self, tokenizer: ByteTokenizer | FileTokenizer, texts: str):
+        self.tokenizer = tokenizer
+        private = map(chr, range(0xE000, 0xF8FF))
+        self.start, self.stop = islice((character for character in private if character not in texts), 2)
+        self.marked: set[str] = set()
+
+    def mark(self, text: str, by_model: bool = False) -> str:
+        """Mark a text's special tokens and, unless the model wrote it, the template's tokens (`<think>`)."""
+        if not isinstance(self.tokenizer, FileTokenizer):
+            return text
+        text, marked, last = as_unicode(text), "", 0
+        for start, stop in self.tokenizer.control_spans(text, by_model):
+            inside = text[start : start + 1] + self.start + text[start + 1 : stop]
+            self.marked.add(inside)
+            marked += text[last:start] + self.start + inside + self.stop
+            last = stop
+        return marked + text[last:]
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text with marks; special: as in FileTokenizer.encode."""
+        longest_first = sorted(self.marked, key=len, reverse=True)
+        inside = "|".join(map(re.escape, longest_first)) or "(?!)"
+        pieces = re.split(f"{self.start}({inside}){self.stop}|[{self.start}{self.stop}]", text)
+        ids = self.tokenizer.encode(pieces[0], special)
+        for i, piece in enumerate(pieces[1:], 1):
+            if piece and isinstance(self.tokenizer, FileTokenizer):
+                ids += self.tokenizer.encode_inside(piece.replace(self.start, ""), plain=i % 2 == 1)
+        return ids

@@ -21,6 +21,7 @@ from .families import (
     NULL,
     Q_NORM,
     ROPE,
+    ROPE_HARMLESS,
     SYNONYMS,
     WHOLE,
     Family,
@@ -85,12 +86,15 @@ def value_of(raw: dict[str, Any], key: str, family: Family) -> Any:
 def refuse_unknown(raw: dict[str, Any], family: Family) -> None:
     """Raise ValueError for an option that may change what the model computes and that we do not support."""
     for key, right in {**MUST, **family.must}.items():
-        value, allowed = raw.get(key), right if isinstance(right, tuple) else (right,)
-        if value is not None and value not in allowed:
-            raise ValueError(f"{key} {value!r:.80} is not supported; {' or '.join(map(repr, allowed))} is")
+        allowed = right if isinstance(right, tuple) else (right,)
+        value = raw.get(key, allowed[0])
+        by_default = value is None and right is not True  # null is false, so it cannot mean True
+        if value not in allowed and not by_default:
+            expected = " or ".join("null" if one is None else repr(one) for one in allowed)
+            raise ValueError(f"{key} {value!r:.80} is not supported; {expected} is")
     known = {name.theirs for name in family.names} | MUST.keys() | family.must.keys() | HARMLESS
     for key, value in raw.items():
-        if key not in known and value not in (None, False, 0, "", [], {}):
+        if key not in known and value is not None:
             raise ValueError(f"{key} {value!r:.80} is unknown and may change what the model computes")
     layout = raw.get("rope_interleave")
     if layout is not None and layout != interleaved(raw, family):
@@ -98,6 +102,8 @@ def refuse_unknown(raw: dict[str, Any], family: Family) -> None:
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ValueError(f"layer_types {kinds!r:.80}: only full_attention is supported")
+    if family.is_mla and raw.get("q_lora_rank") == 0:
+        raise ValueError("q_lora_rank 0 is not supported; null is")
     if family.is_mla:  # these keys follow from others
         rope, nope = raw.get("qk_rope_head_dim"), raw.get("qk_nope_head_dim")
         both = rope + nope if isinstance(rope, int) and isinstance(nope, int) else None
@@ -164,9 +170,9 @@ def read_rope(raw: dict[str, Any], family: Family) -> dict[str, Any]:
             table[ours] = theirs.pop(key)
     if "factor" in ROPE[kind] and "factor" not in table:
         raise ValueError(f"rope_scaling: factor is missing; {kind} needs it")
-    left = {key: value for key, value in theirs.items() if value and kind != "none"}
-    if left:
-        raise ValueError(f"rope_scaling: {', '.join(left)} is not supported with {kind}")
+    left = theirs.keys() - ROPE_HARMLESS
+    if left and kind != "none":
+        raise ValueError(f"rope_scaling: {', '.join(sorted(left))} is not supported with {kind}")
     return table
 
 
@@ -196,8 +202,8 @@ def interleaved(raw: dict[str, Any], family: Family) -> bool:
     """Whether RoPE rotates neighbouring columns (else the two halves)."""
     if family.interleaved is not None:
         return family.interleaved
-    value = raw.get("rope_interleave")
-    return True if value is None else value
+    value = raw.get("rope_interleave", True)
+    return False if value is None else value
 
 
 def to_theirs(config: ModelConfig) -> dict[str, Any]:

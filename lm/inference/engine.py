@@ -1,5 +1,6 @@
 """Continuous batching (Orca, OSDI 2022) over a paged cache (arXiv 2309.06180)."""
 
+import warnings
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla.paged import Plan, pages_for
+from mla.paged import PAGE, Plan, pages_for
 
 from ..model import Transformer
 from .compiled import CompiledStep
-from .pages import Pages, Row
+from .pages import Pages, Row, capacity, tensors_of
 from .sampling import check_options, sampler
 from .step import Decoder
 
@@ -25,14 +26,15 @@ class Request:
     Attributes:
         prompt: token ids.
         tokens: the completion so far, without the token that ended it.
-        finished: None, or the reason: "stop" (a token of `ends`), "length" or "cancelled".
+        finished: None, or the reason: "stop" (a token of `ends`), "length", "cancelled" or "error".
+        error: with "error", what went wrong, in one line.
     """
 
     def __init__(
         self,
         prompt: Sequence[int],
         max_new_tokens: int,
-        sampling: tuple[float, int | None, float],
+        sampling: tuple[float, int | None, float, float],
         seed: int | None,
         ends: Collection[int],
         window: int | None,
@@ -46,6 +48,7 @@ class Request:
         self.generator = torch.Generator()
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         self.finished: str | None = None
+        self.error = ""
         self.sequence = list(prompt)  # prompt and completion
         self.start = 0  # first position of the window
         self.row = Row([], 0)
@@ -83,12 +86,13 @@ class Engine:
     Args:
         max_batch: maximum requests at once.
         max_tokens: capacity of the cache, in pages of 64; None: 1,024 per request, at least the model's
-            context length.
+            context length and at most what memory holds.
         compile: decode with `CompiledStep`: a single sequence decodes two to six times as fast, after half a
             minute. Outputs then agree up to rounding, not bit for bit.
 
     Raises:
-        ValueError: a number below 1; compile: no compiler, or an attention without a decode step over pages.
+        ValueError: a number below 1; a cache larger than memory; compile: no compiler, or an attention
+            without a decode step over pages.
     """
 
     def __init__(
@@ -100,17 +104,22 @@ class Engine:
     ):
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1")
-        if max_tokens is None:
-            max_tokens = max(1024 * max_batch, model.config.max_length)
-        if max_tokens < 1:
+        if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
         self.model = model
         self.device = next(model.parameters()).device
         self.max_batch = max_batch
-        self.pages = Pages(pages_for(max_tokens))
-        self.max_tokens = max_tokens
         self.decoder = Decoder(model)
         self.paged = self.decoder.paged
+        if self.paged:
+            size = sum(
+                heads * PAGE * width * dtype.itemsize for heads, width, dtype, _ in self.decoder.entries
+            )
+        else:
+            size = sum(tensor.nbytes for tensor in tensors_of(model.new_caches(1, PAGE)))
+        default = max(1024 * max_batch, model.config.max_length)
+        self.max_tokens = capacity(max_tokens, default, size, self.device)
+        self.pages = Pages(pages_for(self.max_tokens))
         self.pools = [self.pages.new_pool(*entry) for entry in self.decoder.entries] if self.paged else []
         if compile and not self.paged:
             raise ValueError("compile: the model's attention has no step over pages to compile")
@@ -141,25 +150,32 @@ class Engine:
         seed: int | None = None,
         ends: Collection[int] = (),
         window: int | None = None,
+        min_p: float = 0.0,
     ) -> Request:
         """Queue a request; options as in `generate.generate`.
 
         Args:
             ends: ids that end the completion.
-            window: the context length in training. When it is full, the second half is read again as a new
-                window; None: no limit.
+            window: as in `generate.stream`.
 
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary, or does not fit in the cache with
                 its completion; an option out of range.
         """
-        check_options(max_new_tokens, temperature, top_k, top_p, window, seed)
+        check_options(max_new_tokens, temperature, top_k, top_p, window, seed, min_p)
         if not len(prompt):
             raise ValueError("the prompt is empty; it needs at least one token")
         self.model.check(torch.tensor([list(prompt)]), None)
-        request = Request(prompt, max_new_tokens, (temperature, top_k, top_p), seed, ends, window)
+        request = Request(prompt, max_new_tokens, (temperature, top_k, top_p, min_p), seed, ends, window)
         request.slide()
-        if self.longest(request) > self.max_tokens:
+        longest, trained = self.longest(request), self.model.config.max_length
+        if window is None and 0 < trained < longest:
+            warnings.warn(
+                f"the prompt and max_new_tokens make {longest:,} tokens; the model was trained for "
+                f"max_length={trained}, which window={trained} would keep to",
+                stacklevel=2,
+            )
+        if longest > self.max_tokens:
             raise ValueError(
                 f"the prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} are more than "
                 f"the cache holds, max_tokens={self.max_tokens}"
@@ -285,14 +301,20 @@ class Engine:
         return logits
 
     def write(self, requests: list[Request], logits: Tensor) -> None:
-        """Draw each request's next token from its logits (requests, vocab)."""
+        """Draw each request's next token from its logits (requests, vocab), or end it if they allow none."""
         kinds: dict[Any, list[int]] = {}
         for at, request in enumerate(requests):
             kinds.setdefault(request.sampling, []).append(at)
-        for (temperature, top_k, top_p), those in kinds.items():
-            choose = sampler(temperature, top_k, top_p, [requests[at].generator for at in those])
+        for (temperature, top_k, top_p, min_p), those in kinds.items():
+            generators = [requests[at].generator for at in those]
+            choose = sampler(temperature, top_k, top_p, generators, min_p)
             for at, token in zip(those, choose(logits[those]).tolist()):
                 request = requests[at]
+                if token < 0:
+                    most, read = logits[at].amax().item(), len(request.sequence)
+                    request.error = f"the largest logit after {read} tokens is {most}; it must be finite"
+                    request.finished = "error"
+                    continue
                 if token in request.ends:
                     request.finished = "stop"
                     continue

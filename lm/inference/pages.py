@@ -6,11 +6,16 @@ The cache entries of a sequence lie in pages of 64 tokens anywhere in the pool, 
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mla.paged import PAGE, pages_for
+
+from .. import machine
+
+ENTRY = 128  # bytes of a page in the block table, whose numbers are Python objects
 
 
 class Row:
@@ -157,3 +162,27 @@ def digests(tokens: Sequence[int]) -> list[bytes]:
         last = hashlib.blake2b(last + page, digest_size=16).digest()
         names.append(last)
     return names
+
+
+def capacity(max_tokens: int | None, default: int, size: int, device: torch.device) -> int:
+    """max_tokens if a cache of pages of `size` bytes fits into memory; for None, the default or what fits.
+
+    Raises:
+        ValueError: max_tokens does not fit.
+    """
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine.memory()
+    if max_tokens is None:
+        return min(default, max(1, memory // (size + ENTRY)) * PAGE) if memory else default
+    needed = pages_for(max_tokens) * (size + ENTRY)
+    if memory and needed > memory:
+        raise ValueError(
+            f"a cache of {max_tokens:,} tokens needs {needed // 2**20:,} MiB; "
+            f"{device} has {memory // 2**20:,} MiB"
+        )
+    return max_tokens
+
+
+def tensors_of(caches: Sequence[Any]) -> list[Tensor]:
+    """The tensors that caches hold as attributes."""
+    values = [value for cache in caches for value in getattr(cache, "__dict__", {}).values()]
+    return [value for value in values if isinstance(value, Tensor)]

@@ -7,15 +7,28 @@ from torch import Tensor
 
 
 def sampler(
-    temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generators: Sequence[torch.Generator],
+    min_p: float = 0.0,
 ) -> Callable[[Tensor], Tensor]:
-    """A function logits (batch, vocab) -> (batch,) int64, with one generator per row."""
+    """A function logits (batch, vocab) -> (batch,) int64, with one generator per row.
+
+    A row whose largest logit is not finite (NaN, an overflow, or -inf everywhere) gives -1. A single logit of
+    -inf is a token with probability 0.
+    """
 
     def choose(logits: Tensor) -> Tensor:
+        best = logits.argmax(-1, keepdim=True)  # of a row with NaN: the place of one
+        broken = ~logits.gather(-1, best).isfinite()  # (batch, 1)
         if temperature == 0:
-            return logits.argmax(-1)
+            return best.masked_fill(broken, -1).squeeze(1)
         device = logits.device
-        probabilities = (logits.float().cpu() / max(temperature, 1e-30)).softmax(-1)  # no overflow
+        scaled = logits.float().masked_fill(broken, 0).cpu()
+        if temperature < 1:
+            scaled = scaled - scaled.amax(-1, keepdim=True)  # at most 0: the division gives no +inf
+        probabilities = (scaled / max(temperature, 1e-30)).softmax(-1)
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         if top_k is not None:
             ranked[:, top_k:] = 0
@@ -23,8 +36,9 @@ def sampler(
             before = ranked.cumsum(-1) - ranked  # the total probability of more likely tokens
             beyond = before >= top_p * ranked.sum(-1, keepdim=True)
             ranked[:, 1:][beyond[:, 1:]] = 0  # always keep the first, even if top_p times the sum is 0
+        ranked[ranked < min_p * ranked[:, :1]] = 0
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(ranked, generators)]
-        return order.gather(1, torch.stack(drawn)).squeeze(1).to(device)
+        return order.gather(1, torch.stack(drawn)).to(device).masked_fill(broken, -1).squeeze(1)
 
     return choose
 
@@ -36,6 +50,7 @@ def check_options(
     top_p: float,
     window: int | None = None,
     seed: int | None = None,
+    min_p: float = 0.0,
 ) -> None:
     """Raise ValueError for an option out of range."""
     if max_new_tokens < 0:
@@ -46,6 +61,8 @@ def check_options(
         raise ValueError(f"top_k={top_k} must be at least 1")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie above 0 and at most at 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must lie in 0..1; 0 keeps all tokens")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1")
     if seed is not None and not 0 <= seed < 2**63:

@@ -13,6 +13,7 @@ from moe.router import described
 
 from .. import checkpoint, data, files
 from ..config import Config
+from ..console import visible
 from ..hub import folder
 from ..hub.tokenizer import open_tokenizer
 from ..model import Transformer
@@ -54,7 +55,7 @@ def write(path: Path, trust_code: bool = False) -> Path:
         "rule": config.train.bias_update,
         "hues": [measure.hue(expert) for expert in range(router.num_experts)],
     }
-    name = path.resolve().name
+    name = visible(path.resolve().name)
     room = PAGE_BYTES - len(render(name, {**head, "tokens": shown, "checkpoints": []}).encode())
     count, kept = fit(room, len(routers), router.num_experts, len(tokens), len(stored))
     read = []
@@ -78,7 +79,7 @@ def passage(path: Path, trust_code: bool) -> tuple[Tensor, list[str]]:
     some = measure.passage(data.Windows(text, config.train.context), 4 * MOST_TOKENS)
     ids = tokenizer.encode(bytes(some.tolist()))[:MOST_TOKENS]
     texts = [tokenizer.decode([token]).replace(" ", "␣").replace("\n", "↵") for token in ids]
-    return torch.tensor(ids), [text or "∎" for text in texts]
+    return torch.tensor(ids), [visible(text) or "∎" for text in texts]
 
 
 def read_model(path: Path, stored: Path | None, config: Config, trust_code: bool) -> Transformer:

@@ -115,6 +115,6 @@ def draw_cache(caches: dict[str, int]) -> Any:
     bars = axis.barh(list(caches), list(caches.values()), color=colours)
     axis.bar_label(bars, [f"{value:,}" for value in caches.values()], padding=3)
     axis.invert_yaxis()
-    axis.set_xlabel("cache bytes per token, all layers")
+    axis.set_xlabel("cache bytes per token in bf16, all layers")
     axis.margins(x=0.15)
     return figure

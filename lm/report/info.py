@@ -1,11 +1,14 @@
 """`lm info`: a model's counts as numbers, as text and as a figure. Does not import torch."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 from .. import count
 from ..config import Config, ModelConfig
+from ..console import visible
+from ..parts import ATTENTIONS
 
 # Pre-training on 14.8 T tokens at context length 4096, context extension and post-training, on rented H800
 # GPUs, whose dense BF16 peak is 989.5 TFLOP/s (V3 table 1; NVIDIA's data sheet)
@@ -42,17 +45,17 @@ def find_config(name: str) -> ModelConfig:
 
 
 def summary(config: ModelConfig, context: int, dtype: str = "bf16") -> dict[str, Any]:
-    """All counts of a model.
-
-    Its cache is compared with MHA, GQA and MQA caches (same number and width of heads) and Llama 3.1 405B's.
+    """All counts of a model; a custom router or attention counts as 0 and is listed in "not_counted".
 
     Args:
         context: context length in tokens, for attention FLOPs and cache size.
         dtype: of the cache, see `count.cache_bytes_per_token`.
 
     Raises:
-        ValueError: the model has a custom router or attention, or the dtype is unknown.
+        ValueError: the dtype is unknown.
     """
+    not_counted = config.own_parts()
+    original, config = config, count.without_custom_parts(config)
     embedding = config.vocab_size * config.dim
     lookup = 0 if config.tie_embeddings else embedding
     parameters: dict[str, Any] = {}
@@ -65,16 +68,17 @@ def summary(config: ModelConfig, context: int, dtype: str = "bf16") -> dict[str,
             f"{name}_without_embedding_and_head": number - lookup - embedding,
             f"{name}_by_part": parts,
         }
-    facts = {
-        "parameters": parameters,
-        "context": context,
-        "training_flops_per_token": count.training_flops_per_token(config, context),
+    facts: dict[str, Any] = {"parameters": parameters, "context": context, "not_counted": not_counted}
+    if "model.attention.kind" not in not_counted:
+        facts["training_flops_per_token"] = count.training_flops_per_token(config, context)
+        facts["cache_elements_per_token"] = count.cache_elements_per_token(config)
+    facts |= {
         "deepseek_training_flops_per_sequence": count.deepseek_training_flops(
             config.num_layers, config.dim, config.vocab_size, context, count.feed_forwards(config)
         ),
         "cache_dtype": dtype,
-        "cache_elements_per_token": count.cache_elements_per_token(config),
-        "cache_bytes_per_token": cache_bytes(config, dtype),
+        "cache_bytes_per_token": cache_bytes(original, dtype),
+        "v3_cache_bytes_per_token_and_layer": v3_cache_bytes(dtype),
     }
     if config == Config.preset("deepseek-v3").model:
         flops = count.training_flops_per_token(config, 4096)
@@ -82,20 +86,22 @@ def summary(config: ModelConfig, context: int, dtype: str = "bf16") -> dict[str,
     return facts
 
 
-def cache_bytes(config: ModelConfig, dtype: str) -> dict[str, int]:
-    """Cache bytes per token over all layers: this model and what it is compared with."""
-    attention = config.attention
-    a_head = config.num_layers * 2 * count.built_in_attention(config).value_dim
-    heads = {
-        "MHA": attention.num_heads,
-        "GQA, 4 heads a group": max(1, attention.num_heads // 4),
-        "MQA": 1,
-    }
-    return {
-        "this model": count.cache_bytes_per_token(config, dtype),
-        **{name: a_head * number * count.BYTES[dtype] for name, number in heads.items()},
-        LARGEST_DENSE: count.cache_bytes_per_token(Config.preset(LARGEST_DENSE).model, dtype),
-    }
+def cache_bytes(config: ModelConfig, dtype: str, ours: int | None = None) -> dict[str, int]:
+    """Cache bytes per token over all layers: this model, MHA, GQA and MQA of its heads, Llama 3.1 405B.
+
+    ours: the size of a custom attention's cache, which cannot be counted; None leaves this model out.
+    """
+    largest = count.cache_bytes_per_token(Config.preset(LARGEST_DENSE).model, dtype)
+    if config.attention.kind in ATTENTIONS:
+        ours = count.cache_bytes_per_token(config, dtype)
+    found = {} if ours is None else {"this model": ours}
+    return {**found, **count.rival_cache_bytes(config, dtype), LARGEST_DENSE: largest}
+
+
+def v3_cache_bytes(dtype: str) -> dict[str, int]:
+    """Cache bytes per token in one layer with DeepSeek-V3's heads: MLA, MHA, GQA and MQA."""
+    v3 = dataclasses.replace(Config.preset("deepseek-v3").model, num_layers=1, num_dense_layers=1)
+    return {"MLA": count.cache_bytes_per_token(v3, dtype), **count.rival_cache_bytes(v3, dtype)}
 
 
 def as_text(facts: dict[str, Any]) -> str:
@@ -108,17 +114,31 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(f"{name:28}{parameters['total' + key]:>22,}{parameters['active' + key]:>22,}")
     for name, number in parameters["total_by_part"].items():
         lines.append(f"  {name:26}{number:>22,}{parameters['active_by_part'][name]:>22,}")
-    flops, theirs = facts["training_flops_per_token"], facts["deepseek_training_flops_per_sequence"]
-    lines += [
-        f"training FLOPs per token at context length {context:,}: {flops:,}",
-        f"  per sequence: {short(flops * context)}; with DeepSeekMoE's formula {short(theirs)}",
-    ]
+    for key, path in facts["not_counted"].items():
+        lines.append(f"not counted: {key} {visible(path)} is your own code, which lm info does not run")
+    theirs = short(facts["deepseek_training_flops_per_sequence"])
+    if "training_flops_per_token" in facts:
+        flops = facts["training_flops_per_token"]
+        lines += [
+            f"training FLOPs per token at context length {context:,}: {flops:,}",
+            f"  per sequence: {short(flops * context)}; with DeepSeekMoE's formula {theirs}",
+        ]
+    else:
+        lines.append(
+            f"training FLOPs per sequence of {context:,} tokens with DeepSeekMoE's formula: {theirs}"
+        )
     if "published_training" in facts:
         lines += training_lines(facts["published_training"])
-    lines.append(f"cache in {facts['cache_dtype']}: bytes per token, and size at context length {context:,}")
-    ours = facts["cache_bytes_per_token"]["this model"]
-    for name, size in facts["cache_bytes_per_token"].items():
-        lines.append(f"  {name:26}{size:>14,}{size * context / 2**20:>16,.2f} MiB{size / ours:>9.2f} x")
+    dtype, caches = facts["cache_dtype"], facts["cache_bytes_per_token"]
+    lines.append(f"cache in {dtype}: bytes per token, and size at context length {context:,}")
+    ours = caches.get("this model")
+    for name, size in caches.items():
+        ratio = f"{size / ours:>9.2f} x" if ours else ""
+        lines.append(f"  {name:26}{size:>14,}{size * context / 2**20:>16,.2f} MiB{ratio}")
+    lines.append(f"with DeepSeek-V3's 128 heads of 128, cache in {dtype}: bytes per token and layer")
+    at_scale = facts["v3_cache_bytes_per_token_and_layer"]
+    for name, size in at_scale.items():
+        lines.append(f"  {name:26}{size:>14,}{'':20}{size / at_scale['MLA']:>9.2f} x")
     return "\n".join(lines)
 
 
@@ -154,7 +174,7 @@ def draw(parameters: dict[str, Any], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2))
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(visible(title), parse_math=False)
     axis = figure.subplots()
     bars = {"total": "total", "active per token": "active"}
     left = dict.fromkeys(bars, 0.0)

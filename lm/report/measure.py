@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from mla import GroupedQueryAttention
 from moe import balance
 
-from .. import checkpoint, count, data
+from .. import count, data
 from ..config import Config
 from ..model import Transformer
 from ..tokenizer import ByteTokenizer
+from . import info
 
 PASSAGE = 384  # tokens shown in the colour of their expert
 LOAD_TOKENS = 16384  # tokens that the expert load is measured on
@@ -20,13 +20,14 @@ LOAD_TOKENS = 16384  # tokens that the expert load is measured on
 
 def read_baseline(config: Config) -> dict[str, Any] | None:
     """The n-gram models' losses if the run uses the bundled text, which they were fitted to."""
-    path = data.CORPUS / "baselines.json"
-    return json.loads(path.read_text()) if not config.data.path and not config.data.validation else None
+    if config.data.path or config.data.validation:
+        return None
+    return json.loads((data.CORPUS / "baselines.json").read_text(encoding="utf-8"))
 
 
 def counts(config: Config, model: Transformer) -> dict[str, int | None]:
     """Parameters: the total counted from the model, the active ones computed (None with custom parts)."""
-    total = sum(tensor.numel() for tensor in checkpoint.model_tensors(model).values())
+    total = count.built_parameters(model)
     try:
         return {"total": total, "active": count.active_parameters(config.model)}
     except ValueError:
@@ -34,19 +35,12 @@ def counts(config: Config, model: Transformer) -> dict[str, int | None]:
 
 
 def cache_bytes(model: Transformer, config: Config) -> dict[str, int]:
-    """Cache bytes per token over all layers, measured on real caches: this model, MHA, GQA and MQA."""
+    """Cache bytes per token over all layers in bf16: this model (measured), MHA, GQA and MQA."""
     length = 64
-    ours = sum(cache.nbytes for cache in model.new_caches(1, length)) // length
-    attention = config.model.attention
-    heads = attention.num_heads
-    width = attention.head_dim if attention.kind == "gqa" else attention.v_head_dim
-    dtype = next(model.parameters()).dtype
-    found = {f"this model ({attention.kind})": ours}
-    groups = {"MHA": heads, "GQA": max(1, heads // 4) if heads % 4 == 0 else 1, "MQA": 1}
-    for name, kv_heads in groups.items():
-        rival = GroupedQueryAttention(config.model.dim, heads, kv_heads, width + width % 2)
-        found[name] = rival.new_cache(1, length, dtype).nbytes // length * config.model.num_layers
-    return found
+    caches = model.new_caches(1, length, torch.bfloat16)
+    found = info.cache_bytes(config.model, "bf16", sum(cache.nbytes for cache in caches) // length)
+    del found[info.LARGEST_DENSE]  # its bar would hide the others
+    return {f"this model ({config.model.attention.kind})": found.pop("this model"), **found}
 
 
 @torch.no_grad()
@@ -54,7 +48,7 @@ def expert_load(model: Transformer, text: data.Windows) -> torch.Tensor:
     """Share of the held-out text's slots that each expert takes -> (layers, experts), 1 / experts if even"""
     windows = range(0, len(text), max(1, len(text) * text.context // LOAD_TOKENS))
     tokens = torch.stack([text[index][:-1] for index in windows])
-    loads = [balance.tokens_per_expert(routing).double() for routing in model(tokens).routings]
+    loads = [balance.tokens_per_expert(routing).float() for routing in model(tokens).routings]
     return torch.stack([load / load.sum() for load in loads])
 
 

@@ -1,4 +1,7 @@
-"""HTML pages: inserted text is escaped, and the browser runs only the page's own script."""
+"""HTML pages: inserted text is escaped, and the browser runs only the page's own script.
+
+Control characters, which HTML does not allow, are escaped.
+"""
 
 import base64
 import hashlib
@@ -7,14 +10,23 @@ from typing import Any
 
 import jinja2
 
+from ..console import visible
+
 
 def render(path: Path, **values: Any) -> str:
     """Render a template; its variable `policy` is the page's Content-Security-Policy."""
     loader = jinja2.FileSystemLoader(path.parent)
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    pages = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=shown
+    )
     pages.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     template = pages.get_template(path.name)
     return template.render(policy=policy(template.render(policy="", **values)), **values)
+
+
+def shown(value: Any) -> Any:
+    """A text with visible control characters, except tabs and line breaks; any other value unchanged."""
+    return visible(value, keep="\t\n") if type(value) is str else value
 
 
 def policy(page: str, *more: str) -> str:

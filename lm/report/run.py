@@ -7,7 +7,7 @@ from typing import Any
 from .. import checkpoint, data, files
 from ..hub import folder
 from ..run import read_metrics
-from . import figures, measure, page
+from . import figures, info, measure, page
 
 
 def write(run: Path, trust_code: bool = False) -> Path:
@@ -51,6 +51,7 @@ def write(run: Path, trust_code: bool = False) -> Path:
         images=images,
         passage=passage,
         caches=caches,
+        v3_caches=info.v3_cache_bytes("bf16"),
         counts=measure.counts(config, model),
         samples=samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else "",
         hue=measure.hue,

@@ -1,1 +1,1 @@
-"""`lm serve`: app is the HTTP server, protocol and answers the API, worker runs the engine on a thread."""
+"""`lm serve`: app is the HTTP server on connections, protocol and answers the API, worker runs the engine."""

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from ..config import Config
-from ..hub import template
 from ..hub.folder import Tokenizer
+from ..hub.tokenizer import encode_chat
 from ..inference.engine import Engine
 from ..model import Transformer
 from .protocol import Ask, Chat, Completion, Problem, Shape, reason
@@ -32,6 +32,8 @@ class Limits:
     max_queue: int = 8  # requests that may wait for a place in the batch
     max_seconds: float = 300  # per request, including the wait
     body_seconds: float = 10  # for a request's body to arrive
+    idle_seconds: float = 15  # for a request's headers to arrive, and for a client that reads nothing
+    connections: int = 256  # open at once
 
 
 class Served:
@@ -88,11 +90,7 @@ class Served:
 
     def encode_chat(self, ask: Chat) -> list[int]:
         """The token ids of a conversation, by the chat template or one line per message (as `lm chat`)."""
-        messages = [message.plain() for message in ask.messages]
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer.encode("".join(message["content"] + "\n" for message in messages))
-        said = template.render(self.tokenizer.chat_template, messages, self.tokenizer.special)
-        return self.tokenizer.encode(said, special=False)  # the template adds special tokens itself
+        return encode_chat(self.tokenizer, [message.plain() for message in ask.messages])
 
     def arguments(self, ask: Ask, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """The arguments of Engine.submit for each sequence: n for the first prompt, n for the second, ..."""
@@ -102,6 +100,7 @@ class Served:
             "temperature": ask.temperature,
             "top_k": None if ask.top_k is None else min(ask.top_k, self.vocab_size),
             "top_p": ask.top_p,
+            "min_p": ask.min_p,
             "ends": self.tokenizer.ends,
             "window": self.context,
         }
@@ -146,6 +145,9 @@ class Answer(Response):
         try:
             with self.served.worker.job(len(self.visible)) as job:
                 prompts = await asyncio.to_thread(self.served.encode, self.ask)
+                self.writers = [self.served.tokenizer.writer(p) for p in prompts for _ in range(self.ask.n)]
+                for visible, writer in zip(self.visible, self.writers):
+                    visible.bytes_of = writer
                 self.served.worker.submit(job, self.served.arguments(self.ask, prompts))
                 pieces = self.pieces(job)
                 if self.ask.stream:
@@ -227,9 +229,12 @@ class Answer(Response):
 
     def end(self, index: int, finished: str) -> str:
         """Mark a sequence as finished -> its text that was held back"""
-        held = self.visible[index].end()
+        visible = self.visible[index]
+        held = ""
+        if not visible.stopped:
+            held = visible.show(self.writers[index].end().decode(), last=False) + visible.end()
         self.said[index] += held
-        self.finished[index] = "stop" if self.visible[index].stopped else finished
+        self.finished[index] = "stop" if visible.stopped else finished
         return held
 
     def usage(self, prompts: list[list[int]]) -> dict[str, int]:

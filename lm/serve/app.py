@@ -1,6 +1,7 @@
 """`lm serve`: the OpenAI API and a chat page over HTTP, by default for this machine only."""
 
 import asyncio
+import functools
 import ipaddress
 import os
 import re
@@ -21,10 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..hub.folder import open_folder
 from ..report.page import policy
+from . import connections
 from .answers import Answer, Limits, Served
-from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason
+from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason, unknown_model
 
 MAX_BODY = 2**20  # bytes
+BACKLOG = 128  # connections that may wait to be accepted
 GRACE = 5  # seconds for running requests to finish when the server stops
 
 
@@ -66,7 +69,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"port={port} must be in 0..65535; 0 picks a free port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise ValueError(f"{host}, port {port}: cannot listen: {why}") from None
@@ -86,14 +89,30 @@ class Server(uvicorn.Server):
     def __init__(self, served: Served, host: str):
         app = Guard(make_app(served), host, served.limits.body_seconds)
         quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
-        plain: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "server_header": False}
+        limits: dict[str, Any] = {"most": served.limits.connections, "seconds": served.limits.idle_seconds}
+        plain: dict[str, Any] = {
+            "http": functools.partial(connections.Connection, **limits),
+            "ws": "none",
+            "lifespan": "off",
+            "server_header": False,
+            "backlog": connections.ACCEPTED,
+        }
         super().__init__(uvicorn.Config(app, **quiet, **plain, timeout_graceful_shutdown=GRACE + 2))
         self.worker = served.worker
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the worker, then accept requests."""
+        asyncio.get_running_loop().set_exception_handler(connections.tell)
         self.worker.start()
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)  # startup has set it to the number accepted at once
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second -> whether to stop"""
+        for connection in list(self.server_state.connections):
+            connection.check()  # type: ignore[union-attr]
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish or fail the running requests, then stop the worker."""
@@ -195,10 +214,19 @@ def make_app(served: Served) -> FastAPI:
     async def health() -> dict[str, Any]:
         return {"status": "ok", "requests": len(served.worker.jobs), "waiting": served.worker.count()[1]}
 
+    entry: dict[str, Any] = {"id": served.name, "object": "model", "created": 0, "owned_by": "lm"}
+    # not in OpenAI's API; max_model_len as in vLLM's
+    entry |= {"max_model_len": served.context, "chat_template": served.tokenizer.chat_template is not None}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": served.name, "object": "model", "created": 0, "owned_by": "lm"}
         return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != served.name:
+            raise unknown_model(name, served.name)
+        return entry
 
     @app.post("/v1/completions", response_class=JSONResponse)
     async def completions(ask: Completion) -> Response:

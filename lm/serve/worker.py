@@ -214,8 +214,11 @@ class Worker:
             for index, made in list(texts.items()):
                 tokens, finished = made.request.tokens[made.known :], made.request.finished
                 made.known += len(tokens)
-                if tokens or finished is not None:
-                    news.append((job, (index, tokens, finished)))
+                failed = finished == "error"
+                if tokens or (finished is not None and not failed):
+                    news.append((job, (index, tokens, None if failed else finished)))
+                if failed:
+                    news.append((job, ArithmeticError(made.request.error)))
                 if finished is not None:
                     del texts[index]
             if not texts:

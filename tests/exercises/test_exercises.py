@@ -2,11 +2,12 @@
 
 import ast
 import dataclasses
+import importlib
 import textwrap
 
 import pytest
 
-from exercises.grader import exercise, homework, source, teacher, verdict
+from exercises.grader import check, compare, exercise, homework, source, teacher, verdict
 from tests.helpers import ROOT, refused
 
 EXERCISES = exercise.load_all(ROOT / "exercises")
@@ -39,9 +40,9 @@ def test_every_edit_applies_to_the_source(about):
         assert wrong is not None, f"its text does not occur exactly once: {sentence}"
         assert ast.dump(ast.parse(wrong)) != ast.dump(tree)
     sentences = [sentence for _, _, sentence in about.mistakes]
-    assert len(sentences) >= 5 and len(set(sentences)) == len(sentences)
+    assert len(sentences) >= 9 and len(set(sentences)) == len(sentences)
     bodies = {ast.dump(ast.parse(about.with_body(text, textwrap.dedent(body)))) for body in about.right}
-    assert len(bodies | {ast.dump(tree)}) == 4  # three more, all different
+    assert len(bodies | {ast.dump(tree)}) >= 7  # six more, all different
     for test in about.tests:
         assert (ROOT / test.partition("::")[0]).is_file()
 
@@ -57,6 +58,202 @@ def test_the_blank_does_not_give_the_answer_away(about):
             assert line not in blank, line
     hints = " ".join(about.hints)
     assert not any(len(line) > 25 and line in hints for line in lines)
+
+
+@EACH
+def test_the_file_says_what_every_argument_may_be(about):
+    text = text_of(about)
+    function = source.find(ast.parse(text), about.function)[1]
+    said = {name for names in about.expects for name in names.split(", ")}
+    arguments = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)} - {"self"}
+    assert arguments <= said and "returns" in said
+    blank = about.blank(text)
+    for names, what in about.expects.items():
+        assert f"# {names}: {what[:20]}" in blank
+    optional = {
+        node.arg
+        for node in ast.walk(function.args)
+        if isinstance(node, ast.arg) and node.annotation and "None" in ast.unparse(node.annotation)
+    }
+    for name in optional:
+        assert "None" in next(what for names, what in about.expects.items() if name in names.split(", "))
+
+
+def run_here(about, text, seed):
+    """The outcome of the probe with this source, in this process."""
+    path = (ROOT / homework.origin(about)).absolute()
+    importlib.import_module(about.module)
+    probe = check.functions_of(about.path)["probe"]
+    return check.outcome(probe, check.fresh(about.module, path, text), about.function, seed, "")
+
+
+@EACH
+@pytest.mark.parametrize("seed", [1, 2])  # of check, of grade
+def test_right_answers_agree_and_mistakes_differ_from_them_and_from_each_other(about, seed):
+    text = text_of(about)
+    right = run_here(about, text, seed)
+    for body in about.right:
+        found = run_here(about, about.with_body(text, textwrap.dedent(body)), seed)
+        assert [row for row in compare.compare(found, right) if not row["passed"]] == []
+    outcomes = [
+        run_here(about, about.with_mistakes(text, [number]), seed) for number in range(len(about.mistakes))
+    ]
+    for number, wrong in enumerate(outcomes):
+        sentence = about.mistakes[number][2]
+        assert any(not row["passed"] for row in compare.compare(wrong, right)), sentence
+        assert not any(compare.same(other, wrong) for other in outcomes[:number]), sentence
+
+
+WRONG = {  # edits that no exercise lists -> what the report says
+    "rms-norm": [
+        (".to(x.dtype), scale", ".to(x.dtype), scale.half()", "its dtype is float16, expected float32"),
+        (
+            "wide * scale * weight",
+            "wide * scale * weight.bfloat16()",
+            "as if a step ran in float16 or bfloat16",
+        ),
+        ("wide.square().mean", "wide.bfloat16().square().mean", "mean runs in bfloat16"),
+    ],
+    "frequencies": [("return turn if", "turn = turn.half()\n        return turn if", "its dtype is float16")],
+    "rope": [
+        ("cos - odd", "cos.bfloat16() - odd", "as if a step ran in float16 or bfloat16"),
+        ("return turned", "x.zero_()\n        return turned", "leaf Variable"),
+    ],
+    "router": [
+        (
+            "weights = scores.gather(-1, experts)",
+            "weights = choice.gather(-1, experts) - self.bias.expand_as(choice).gather(-1, experts)",
+            "tiny scores: weights",
+        ),
+        (
+            "weights = scores.gather(",
+            "weights = scores.data.gather(",
+            "no gradient reaches it: look for detach",
+        ),
+        ("scores = sigmoid(logits)", "scores = sigmoid(logits.half()).float()", "exp runs in float16"),
+        ("choice.topk(self.top_k).indices", "choice.topk(self.top_k).indices.int()", "int"),
+        ("return Routing(", "self.bias += 0.01\n        return Routing(", "self.bias is changed in place"),
+        ("return Routing(", "x.detach().neg_()\n        return Routing(", "x is changed in place"),
+    ],
+    "group-limit": [
+        ("group_scores = grouped.", "group_scores = grouped.half().", "close scores"),
+        (
+            "return grouped.",
+            "choice.detach().clamp_(min=0)\n    return grouped.",
+            "choice is changed in place",
+        ),
+    ],
+    "balance-loss": [
+        (
+            "share = normalized.sum(1) / total",
+            "share = normalized.half().sum(1) / total",
+            "its dtype is float16",
+        ),
+        (
+            "return load, share, real",
+            "experts.clamp_(min=1)\n    return load, share, real",
+            "routing is changed in place",
+        ),
+    ],
+    "bias-update": [
+        ("bias.add_(", "tokens_per_expert.zero_()\n    bias.add_(", "tokens_per_expert is changed in place"),
+        ("step.to(bias.dtype)", "step.half().to(bias.dtype)", "change, proportional"),
+    ],
+    "dispatch": [
+        ("target.view_as(experts)", "target.view_as(experts).short()", "index"),
+        ("source = ", "experts.clamp_(min=0)\n    source = ", "experts is changed in place"),
+    ],
+    "compress": [
+        (
+            "return self.kv_norm(latent), k_rope",
+            "x.data.mul_(2)\n        return self.kv_norm(latent), k_rope",
+            "x is changed in place",
+        ),
+        (
+            "self.kv_norm(latent), k_rope",
+            "self.kv_norm(latent.half()).type_as(x), k_rope",
+            "as if a step ran in float16",
+        ),
+    ],
+    "rotate": [
+        ("self.rope(both, positions)", "self.rope(both, positions.bfloat16())", "query of bf16"),
+        (
+            "self.rope(both, positions)",
+            "self.rope(both.bfloat16(), positions).type_as(both)",
+            "as if a step ran in",
+        ),
+        (
+            "return q_rope, k_rope.squeeze(2)",
+            "return q_rope.data, k_rope.squeeze(2)",
+            "gradient of the query is zero everywhere",
+        ),
+    ],
+    "expand": [
+        (
+            "k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)",
+            "k_rope = k_rope.repeat(1, 1, self.num_heads).unflatten(-1, (-1, self.num_heads)).mT",
+            "differs in",
+        ),
+        ("kv = self.kv_b(latent)", "kv = self.kv_b(latent.data)", "gradient of the latent"),
+    ],
+    "absorb": [
+        ("scores.softmax(-1)", "scores.bfloat16().softmax(-1)", "softmax runs in bfloat16"),
+        ("scores.softmax(-1)", "scores.half().softmax(-1)", "softmax runs in float16"),
+        ("scores.softmax(-1)", "scores.softmax(-1, dtype=torch.bfloat16)", "softmax runs in bfloat16"),
+        (
+            "latent = entries[",
+            "entries.data.mul_(2)\n        latent = entries[",
+            "entries is changed in place",
+        ),
+    ],
+    "cache": [
+        (
+            "return self.entries[:, :total]",
+            "self.kept = [new]\n        return self.entries[:, :total]",
+            "self.kept shares memory with new",
+        ),
+        (
+            "return self.entries[:, :total]",
+            "return self.entries[:, :total] if any(start) else new.view_as(new)",
+            "the result shares memory with new",
+        ),
+        ("return self.entries[:, :total]", "return self.entries[:, :total].half()", "its dtype is float16"),
+    ],
+    "yarn": [
+        ("dim = 2 * len(turn)", "turn.mul_(1.5)\n        dim = 2 * len(turn)", "turn is changed in place"),
+        ("return turn / self.factor", "return turn.half() / self.factor", "differs in"),
+    ],
+    "gate-scale": [
+        ("logits.sigmoid()", "logits.half().sigmoid()", "sigmoid runs in float16"),
+        ("return total / samples", "return torch.tensor(total / samples).half().item()", "differs in"),
+    ],
+    "flops": [("return 6 * in_products", "return 6.0 * in_products", "its dtype is float32, expected int64")],
+    "upcycle": [
+        ("down.transpose(0, 1)", "down.data.neg_().transpose(0, 1)", "mlp.down.weight is changed in place"),
+        ("down.transpose(0, 1)", "down.float().double().transpose(0, 1)", "as if a step ran in float32"),
+    ],
+    "expert-choice": [
+        ("logits.softmax(-1)", "logits.half().softmax(-1).float()", "softmax runs in float16"),
+        ("scores.where(chosen, 0)", "scores.data.where(chosen, 0)", "no gradient reaches it"),
+    ],
+}
+
+
+@EACH
+def test_faults_of_precision_memory_and_dtype_are_found_and_described(about):
+    text = text_of(about)
+    right = run_here(about, text, 1)
+    start, stop = source.body_lines(text, about.function, about.begin)
+    lines = text.splitlines(keepends=True)
+    body = "".join(lines[start:stop])
+    for old, new, said in WRONG[about.name]:
+        assert body.count(old) == 1, old
+        found = run_here(about, "".join([*lines[:start], body.replace(old, new), *lines[stop:]]), 1)
+        problems = [
+            f"{row['name']} {row['says']}" for row in compare.compare(found, right) if not row["passed"]
+        ]
+        problems += [found["raised"]["says"]] if "raised" in found else []
+        assert any(said in problem for problem in problems), (new, problems)
 
 
 @pytest.mark.parametrize(

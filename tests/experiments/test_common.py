@@ -1,20 +1,25 @@
 """The statistics of experiments on known curves and samples, and cached trainings."""
 
 import argparse
+import concurrent.futures
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from lm import checkpoint
 from lm.evaluate import evaluate
+from tests.helpers import ROOT
 
 
 @pytest.fixture
-def given(experiment, tmp_path):
+def given(experiments, tmp_path):
     arguments = ["--quick", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
-    return experiment.options("text", 100, arguments)
+    return experiments("command").options("some", "text", 100, arguments)
 
 
 def test_a_level_is_reached_where_the_curve_crosses_it(experiment):
@@ -79,7 +84,14 @@ def test_each_budget_and_seed_is_trained_once_and_reused(experiment, experiments
     assert len(list(given.runs.glob("*/config.toml"))) == 6  # one config under two names is trained once
     for row in rows:
         assert row["flops"] > 0 and len(row["batch_max_violation"]) == 2
-    assert capsys.readouterr().out.count("kept since") == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"6 trainings in {given.runs}" and not any("kept since" in line for line in lines)
+    assert [line.split()[0] for line in lines] == [f"[{number}/6]" for number in range(1, 7)]
+    assert {line.partition("] ")[2].partition(":")[0] for line in lines} == {
+        f"{name}, {steps} steps, seed {seed}"
+        for seed in (0, 1)
+        for name, steps in (("a", 2), ("a", 8), ("b", 8))
+    }
     before = {path: path.stat().st_mtime_ns for path in given.runs.glob("*/checkpoints/*/model.safetensors")}
     assert experiment.train_all(configs, given, {"a": (1 / 4, 1)}, measure=measure) == rows
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -90,8 +102,28 @@ def test_each_budget_and_seed_is_trained_once_and_reused(experiment, experiments
     assert found["differ_from_mini"]["a"]["data.path"] == "short.txt"
     assert found["trainings"] == rows and found["answer"] == ["It is so."] and found["more"] == 1
     assert (found["steps"], found["seeds"]) == (8, 2) and found["machine"]["cores"]
-    assert found["as_claimed"] == "yes"
-    assert capsys.readouterr().out == "As claimed: yes.\nIt is so.\n"
+
+
+def test_a_line_is_printed_as_each_call_ends_and_results_keep_their_order(experiment, capsys):
+    slow, fast = concurrent.futures.Future(), concurrent.futures.Future()
+    fast.set_result(2)
+    seen = []
+
+    def said(name, value):
+        if name == "fast":
+            seen.append(slow.done())
+            slow.set_result(1)
+        return f"{name} {value}"
+
+    assert list(experiment.wait({"slow": slow, "fast": fast}, said).items()) == [("slow", 1), ("fast", 2)]
+    assert seen == [False] and capsys.readouterr().out == "[1/2] fast 2\n[2/2] slow 1\n"
+
+
+def test_a_failed_call_ends_the_wait(experiment):
+    running, failed = concurrent.futures.Future(), concurrent.futures.Future()
+    failed.set_exception(ValueError("it failed"))
+    with pytest.raises(ValueError, match="it failed"):
+        experiment.wait({"running": running, "failed": failed}, lambda name, value: name)
 
 
 def test_the_loss_of_a_row_is_that_of_the_saved_model(experiment, given):
@@ -120,39 +152,51 @@ def test_a_folder_with_a_different_training_or_a_truncated_log_is_refused(experi
 
 
 def test_a_claim_holds_if_it_holds_for_every_seed(experiment):
-    assert experiment.as_claimed([0.1, 0.2], [3, 1]) == "yes"
-    assert experiment.as_claimed([0.1, 0.2], [-3, 1]) == "seeds differ"
-    assert experiment.as_claimed([0.1, -0.2], [-3, -1]) == "no"
-    assert experiment.as_claimed([0.0, 0.0]) == "no"
+    assert experiment.as_claimed([0.1, 0.2, 1], [3, 1, 2]) == "yes"
+    assert experiment.as_claimed([0.1, 0.2, 1], [-3, 1, 1]) == "seeds differ"
+    assert experiment.as_claimed([0.1, -0.2, 1], [-3, -1, -1]) == "no"
+    assert experiment.as_claimed([0.0, 0.0, 0.0]) == "no"
 
 
-def test_a_quick_run_does_not_overwrite_a_result(experiment, tmp_path):
-    given = experiment.options("text", 100, ["--quick", "--runs", str(tmp_path)])
-    assert given.out == tmp_path / "quick" and given.out.is_dir()
-    assert experiment.options("text", 100, ["--runs", str(tmp_path)]).out == experiment.RESULTS
+@pytest.mark.parametrize("claims", [[], [[]], [[1.0, 2.0]], [[1.0, 2.0, 3.0], []], [[1.0] * 3, [-1.0] * 2]])
+def test_a_claim_measured_with_fewer_than_three_seeds_has_no_verdict(experiment, claims):
+    assert experiment.as_claimed(*claims) is None
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "7"], ["--seeds", "1"], ["--seeds", "11"], ["--jobs", "0"]])
-def test_numbers_out_of_range_are_refused_in_one_line(experiment, wrong, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        experiment.options("text", 100, [*wrong, "--out", str(tmp_path), "--runs", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert " ".join(wrong) in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("option", ["--out", "--runs"])
-def test_a_folder_that_cannot_be_created_is_refused_in_one_line(experiment, option, capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    given = {
-        "--out": str(tmp_path / "out"),
-        "--runs": str(tmp_path / "runs"),
-        option: str(tmp_path / "file" / "a"),
-    }
-    with pytest.raises(SystemExit) as stopped:
-        experiment.options("text", 100, [word for pair in given.items() for word in pair])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"lm experiment: error: {option} {given[option]}: cannot be written to: ")
+@pytest.mark.parametrize(
+    "arguments, claimed, verdict, said",
+    [
+        ([], "yes", "yes", "As claimed: yes.\nIt is so.\n"),
+        (["--seeds", "4", "--steps", "101"], "seeds differ", "seeds differ", "As claimed: seeds differ.\n"),
+        ([], None, None, "No verdict: too few seeds reach the losses compared.\nIt is so.\n"),
+        (["--quick"], "yes", None, "No verdict: --quick only tests that the experiment runs.\nhead\n"),
+        (["--quick", "--steps", "100", "--seeds", "3"], "no", None, "No verdict: --quick only tests "),
+        (
+            ["--steps", "99"],
+            "yes",
+            None,
+            "No verdict: 99 steps and 3 seeds; at least 100 and 3 are needed.\n",
+        ),
+        (
+            ["--seeds", "2"],
+            "yes",
+            None,
+            "No verdict: 100 steps and 2 seeds; at least 100 and 3 are needed.\n",
+        ),
+    ],
+)
+def test_only_a_run_as_long_as_its_claim_needs_prints_and_writes_a_verdict(
+    experiment, experiments, arguments, claimed, verdict, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(experiments("command"), "RESULTS", tmp_path / "results")
+    given = experiments("command").options("some", "text", 100, [*arguments, "--runs", str(tmp_path)])
+    experiment.write("some", given, claimed, ["It is so."], [["head"], ["cell"]], [], {})
+    found = json.loads((given.out / "some.json").read_text())
+    assert found["as_claimed"] == verdict and bool(found.get("no_verdict")) == (verdict is None)
+    printed = capsys.readouterr().out
+    assert printed.startswith(said) and printed.endswith(f"\nResult: {given.out / 'some.json'}\n")
+    assert ("It is so." in printed) == (not given.no_verdict)
+    assert (given.out == tmp_path / "results") == (not given.no_verdict)
 
 
 def test_seconds_are_those_of_the_fastest_step_after_the_first(experiment, monkeypatch):
@@ -175,3 +219,19 @@ def test_peak_memory_grows_with_the_batch(experiment, given):
     with experiment.processes(1, calls=1) as pool:
         first, second = pool.map(experiment.peak_bytes, (small, large))
     assert 0 < first < second / 2 and second > 512 * 64 * 4 * 256  # at least the logits
+
+
+def test_the_module_is_imported_and_a_pool_works_without_what_windows_lacks(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\nsys.modules['resource'] = None\ndel signal.SIGHUP, os.setpgrp\n"
+    )
+    (tmp_path / "main.py").write_text(
+        "from experiments import common\n"
+        "if __name__ == '__main__':\n"
+        "    with common.processes(1) as pool:\n"
+        "        print(pool.submit(abs, -3).result())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, str(tmp_path / "main.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "3\n", done.stderr

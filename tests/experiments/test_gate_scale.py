@@ -32,10 +32,20 @@ def test_the_same_seed_gives_the_same_number_in_any_chunks(experiment, monkeypat
     assert abs(experiment.gate_scale(16, 3, samples=1000, seed=5) - whole) < 0.01
 
 
-def test_the_saved_result_matches_the_presets(experiment, tmp_path, monkeypatch):
+def test_the_saved_result_matches_the_presets(experiment, experiments, tmp_path, monkeypatch, capsys):
+    command = experiments("command")
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(experiment, "SAMPLES", 10)
-    monkeypatch.setattr(experiment, "RESULTS", tmp_path)
+    experiment.main(["--quick"])
+    assert not list(tmp_path.glob("*.json"))
+    path = tmp_path / "runs" / "quick" / "gate_scale.json"
+    assert json.loads(path.read_text())["samples"] == experiment.QUICK_SAMPLES
+    assert capsys.readouterr().out.endswith(
+        f"\nNo verdict: --quick only tests that the experiment runs.\nResult: {path}\n"
+    )
     experiment.main([])
+    assert capsys.readouterr().out.endswith(f"}}\nResult: {tmp_path / 'gate_scale.json'}\n")
     made = json.loads((tmp_path / "gate_scale.json").read_text())
     kept = json.loads((ROOT / "experiments" / "results" / "gate_scale.json").read_text())
     assert made["machine"].keys() == kept["machine"].keys()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,12 +27,25 @@ def test_the_experiment_runs_with_quick(name, tmp_path):
     done = subprocess.run([*COMMAND, name, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-    assert done.stdout.endswith("\n".join(found["answer"]) + "\n")
+    assert "No verdict: --quick only tests " in done.stdout and "As claimed" not in done.stdout
+    assert found["as_claimed"] is None and not any(line in done.stdout for line in found["answer"])
+    assert re.search(r"^\[1/(\d+)\] .*\n(.*\n)*\[\1/\1\] ", done.stdout, re.M)  # a line for each training
+    said = f"\nResult: {tmp_path / 'out' / name}.json\nPicture: {tmp_path / 'out' / name}.png\n"
+    assert done.stdout.endswith(said)
     head, *cells = found["table"]
     assert cells and all(len(row) == len(head) for row in cells)
     rows = found["trainings"]
     assert {row["seed"] for row in rows} == {0, 1} and max(row["steps"] for row in rows) == 8
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 3000
+
+
+def test_every_experiment_takes_quick(experiments, capsys):
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"common", "cli", "command"}
+    assert names == {*WITH_PICTURE, "gate_scale", "training"}
+    for name in names:
+        with pytest.raises(SystemExit):
+            experiments(name).main(["--help"])
+        assert f"usage: lm experiment {name} [-h] [--quick] [--out OUT]" in capsys.readouterr().out
 
 
 def test_a_saved_result_has_at_least_three_seeds():
@@ -41,6 +55,7 @@ def test_a_saved_result_has_at_least_three_seeds():
             models = {row["model"] for row in kept["trainings"]}
             seeds = {(row["model"], row["seed"]) for row in kept["trainings"]}
             assert len(seeds) == len(models) * kept["seeds"] and kept["seeds"] >= 3
+            assert kept["as_claimed"] in ("yes", "no", "seeds differ") or kept["no_verdict"]
 
 
 @pytest.mark.long

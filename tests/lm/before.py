@@ -29,6 +29,19 @@ def hide(module):
     sys.modules[module] = None
 
 
+def close(*streams):
+    """Close standard streams by name, as `lm >&-` does."""
+    for name in streams:
+        getattr(sys, name).close()
+        setattr(sys, name, None)
+
+
+def encode(encoding):
+    """The standard streams of a terminal with another encoding."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=encoding, errors="strict")
+
+
 def kill_at_call(owner, name, number):
     """quick(), and kill the process at call `number` of owner.name, such as os.fsync."""
     quick()

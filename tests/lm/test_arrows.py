@@ -11,10 +11,10 @@ from tests.helpers import ROOT
 
 # Within lm a line imports only from the lines above it, and a package from itself.
 LM = """
-files machine config fp8
-parts tokenizer data optim
+files machine config fp8 console
+parts tokenizer data optim needs
 count model
-loss checkpoint inference
+loss checkpoint inference budget
 evaluate run hub
 train
 report

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.config import Config, Section, preset_names
+from lm.config import FORMAT, Config, Section, preset_names
 from lm.model import Transformer
 from tests.helpers import ROOT, refused
 
@@ -62,7 +62,7 @@ def test_toml_round_trip_keeps_every_value(tmp_path_factory, table, groups, size
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
     assert Config.load(path) == config
-    assert tomllib.loads(config.to_toml()) == dataclasses.asdict(config)
+    assert tomllib.loads(config.to_toml()) == {"format": FORMAT, **dataclasses.asdict(config)}
 
 
 LOSSES = (

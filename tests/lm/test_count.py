@@ -284,6 +284,7 @@ def instantiated(config):
 def test_total_is_what_is_instantiated(config):
     model, total = instantiated(config)
     assert count.total_parameters(config) == total == sum(count.parameters_by_part(config).values())
+    assert count.built_parameters(model) == total
     experts = sum(
         block.mlp.experts.gate_up[0].numel() + block.mlp.experts.down[0].numel()
         for block in model.blocks[config.num_dense_layers :]

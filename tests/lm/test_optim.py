@@ -80,7 +80,11 @@ SCHEDULE = {"steps": 100, "warmup": 10, "learning_rate": 0.5, "final_learning_ra
         ({"decay": 0.5}, 77.5, (0.5 + 0.05) / 2),
         ({"decay": 0.5}, 100, 0.05),
         ({"decay": 0.0}, 99, 0.5),
-        ({"decay": 0.0}, 100, 0.05),
+        ({"decay": 0.0}, 100, 0.5),  # no decay
+        ({"decay": 0.0, "warmup": 0}, 100, 0.5),
+        ({"decay": 0.0, "warmup": 1000}, 100, 0.05),
+        ({"decay": 1e-9}, 99, 0.5),
+        ({"decay": 1e-9}, 100, 0.05),  # at least the last step
         ({"warmup": 0}, 1, None),
         ({"warmup": 0}, 100, 0.05),
         ({"final_learning_rate": 1.0}, 60, 0.5),

@@ -146,7 +146,7 @@ def test_a_second_process_in_the_same_folder_is_rejected(tiny, command, options,
 # --- signals
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     tiny, command, options, tmp_path, number, code
 ):
@@ -192,10 +192,12 @@ def test_a_signal_before_the_first_step_leaves_nothing_half_written(
 
 
 def test_the_callers_signal_handlers_are_restored(tiny, tmp_path, monkeypatch):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
     stop_at(monkeypatch, [2], signal.SIGTERM)
     train.train(tiny(), tmp_path / "run")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_closed_pipe_ends_the_run_with_a_checkpoint(tiny, options, tmp_path):

@@ -1,5 +1,6 @@
 """Converting grouped-query attention to MLA: exact at full size, and the error at smaller sizes."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from mla import GroupedQueryAttention, Llama3, RotaryEmbedding, YaRN, to_mla
 from mla.convert import inputs, relative_error, turned
 from mla.paged import PAGE, Plan, entry_of, step_of
+from tests.moe.pretend import OnMPS, mps, to_mps
 
 BATCH, TIME, DIM, HEADS, HEAD_DIM = 2, 11, 50, 6, 8
 KV_HEADS = pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])  # MHA, GQA twice, MQA
@@ -348,3 +350,14 @@ def test_an_embedding_whose_pairs_are_unknown_is_refused():
     gqa.rope = SomeTurn(gqa.rope, [0])
     with pytest.raises(ValueError, match="rope=SomeTurn must be a RotaryEmbedding"):
         to_mla(gqa)
+
+
+def test_on_a_device_without_float64_it_is_computed_on_the_cpu():
+    gqa, x = make(3, dtype=torch.float32, out_bias=True), some_x(torch.float32)
+    there = to_mps(copy.deepcopy(gqa))
+    with mps():
+        mla, chosen = to_mla(there), to_mla(there, 9, 6, OnMPS(x))
+        errors = [relative_error(there, after, OnMPS(x)) for after in (mla, chosen)]
+    want = [relative_error(gqa, after, x) for after in (to_mla(gqa), to_mla(gqa, 9, 6, x))]
+    assert mla.q.weight.device.type == "mps" and mla.q.weight.dtype == torch.float32
+    assert errors[0] < 1e-5 and errors[1] == pytest.approx(want[1], rel=1e-4) and want[1] > 0.01

@@ -161,3 +161,48 @@ def test_annotations_may_be_dropped_and_the_last_definition_counts():
 def test_a_module_that_is_already_imported_is_refused():
     with pytest.raises(ImportError, match=r"^exercises\.grader\.overlay is already imported"):
         overlay.install([overlay.Piece("exercises.grader.overlay", "find", Path("x.py"))])
+
+
+IMPORTS = [  # at the top of a student's file, and a name that the function uses
+    ("from moe import Routing as R", "R"),
+    ("import moe", "moe.MoE"),
+    ("import moe.layer as made", "made.MoE"),
+    ("from moe.routers import wrong", "wrong"),
+    ("from .layer import MoE", "MoE"),
+    ("from mla import rope, RMSNorm", "RMSNorm"),
+    ("import colorsys, moe.layer", "colorsys.rgb_to_hsv"),
+    ("try:\n    import colorsys as c\nexcept ImportError:\n    c = None", "c.rgb_to_hsv"),
+    ("A, (B, *C) = 1, (2, 3)", "A, B, C"),
+    ("for D in range(3):\n    pass", "D"),
+    ("from __future__ import annotations\nimport colorsys", "colorsys"),
+]
+
+
+@pytest.mark.parametrize("top, used", IMPORTS)
+def test_imports_and_names_at_the_top_of_a_students_file_can_be_used(top, used, tmp_path):
+    path = tmp_path / "router.py"
+    body = f"def sigmoid_(x):\n    {used}\n    return 7 * x\n\n\n"
+    path.write_text(
+        f"{top}\n\n\n{body}class SigmoidRouter:\n    def forward(self, x):\n"
+        f"        {used}\n        return sigmoid_(x)\n"
+    )
+    code = """
+import sys
+from pathlib import Path
+from exercises.grader import overlay
+overlay.install([overlay.Piece("moe.router", "SigmoidRouter.forward", Path(sys.argv[1]))])
+import torch, moe
+assert moe.SigmoidRouter(4, 6, 2).forward(torch.ones(2)).tolist() == [7, 7]
+"""
+    done = run(code, path)
+    if used != "wrong":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert "No module named 'moe.routers'" in done.stderr and f'File "{path}", line 1' in done.stderr
+
+
+def test_a_star_import_of_the_project_is_refused_with_its_line():
+    tree = ast.parse("def f(x):\n    return x\n")
+    answer = "import math\nfrom moe import *\n\n\ndef f(x):\n    return x\n"
+    said = "answer.py:2: from moe import *: import the names that you use"
+    refused(lambda: overlay.merge(tree, answer, "f", Path("answer.py")), said)

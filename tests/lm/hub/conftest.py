@@ -36,7 +36,7 @@ def with_mtp(folder):
     extra["model.layers.2.self_attn.q_a_proj.weight_scale_inv"] = torch.randn(1)
     save_file({**load_file(path), **extra}, path)
     for name in TOKENIZER_FILES:
-        (path.parent / name).write_text(f"this is {name}")
+        (path.parent / name).write_text(f'{{"this is": "{name}"}}')
     (path.parent / "modeling_evil.py").write_text("raise SystemExit")
     return path.parent, extra
 

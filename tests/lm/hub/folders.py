@@ -1,6 +1,9 @@
 """What the tests of lm/hub share: the tiny checkpoints, and ways to change, damage and compare folders."""
 
+import contextlib
 import json
+import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -16,8 +19,41 @@ from tests.lm.hub.reference import make
 REFERENCE = Path(make.__file__).parent
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    "added_tokens.json",
     "chat_template.jinja",
 )
+
+
+def sparse(path):
+    with open(path, "wb") as file:
+        file.truncate(10**12)
+
+
+UNUSUAL = {  # ways to make something that is not a file to read
+    "pipe": os.mkfifo,
+    "endless device": lambda path: os.symlink("/dev/zero", path),
+    "empty device": lambda path: os.symlink("/dev/null", path),
+    "link loop": lambda path: os.symlink(path, path),
+    "dangling link": lambda path: os.symlink(path.with_name("absent"), path),
+    "folder": os.mkdir,
+    "1 TB": sparse,
+}
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """TimeoutError, even inside a call that waits, after some seconds."""
+
+    def late(*_):
+        raise TimeoutError(f"more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def bits(tensors):

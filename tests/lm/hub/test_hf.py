@@ -4,6 +4,9 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ import lm
 from lm import checkpoint, files, fp8
 from lm.hub import hf, shards
 from lm.hub.families import FAMILIES
+from lm.hub.tokenizer import open_tokenizer
 from lm.hub.translate import to_ours
-from tests.helpers import content
+from tests.helpers import ROOT, content
 from tests.lm.hub.folders import REFERENCE, TOKENIZER_FILES, bits, edit, off, refused, stored
 
 
@@ -131,7 +135,7 @@ def test_an_imported_folder_loads_as_the_same_model(with_mtp, tmp_path):
     names = {"config.toml", "model.safetensors", "mtp.safetensors", *TOKENIZER_FILES}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     for name in TOKENIZER_FILES:
-        assert (tmp_path / "out" / name).read_text() == f"this is {name}"
+        assert (tmp_path / "out" / name).read_bytes() == (path / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["config.json", *TOKENIZER_FILES])
@@ -151,8 +155,112 @@ def test_export_copies_the_tokenizer(with_mtp, tmp_path):
     hf.to_hf(lm.load(tmp_path / "ours"), tmp_path / "out", tokenizer_from=tmp_path / "ours")
     names = {"config.json", "model.safetensors", *TOKENIZER_FILES}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
-    hf.to_hf(lm.load(tmp_path / "ours"), tmp_path / "bare", tokenizer_from=tmp_path / "out" / "absent")
+    with pytest.warns(UserWarning, match="the exported folder has no tokenizer"):
+        hf.to_hf(lm.load(tmp_path / "ours"), tmp_path / "bare", tokenizer_from=tmp_path / "out" / "absent")
     assert {file.name for file in (tmp_path / "bare").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 2000])
+def test_export_keeps_the_mtp_tensors_bit_for_bit(with_mtp, tmp_path, monkeypatch, shard_bytes):
+    path, extra = with_mtp
+    held = load_file(path / "model.safetensors")
+    write = shards.write
+    monkeypatch.setattr(
+        shards, "write", lambda into, parts, size, *stem: write(into, parts, min(size, shard_bytes), *stem)
+    )
+    hf.import_folder(path, tmp_path / "ours")
+    hf.to_hf(lm.load(tmp_path / "ours"), tmp_path / "out", tokenizer_from=tmp_path / "ours")
+    assert bits(stored(tmp_path / "out")) == bits(held) and extra.keys() <= held.keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    with pytest.warns(UserWarning, match="skipped 4 tensors of multi-token prediction"):
+        assert off(lm.from_hf(tmp_path / "out"), "deepseek_v3") < 1e-5
+    assert hf.import_folder(tmp_path / "out", tmp_path / "again").keys() == extra.keys()
+
+
+def test_lm_export_keeps_the_mtp_tensors(with_mtp, tmp_path, invoke):
+    path, _ = with_mtp
+    assert invoke("import", path, tmp_path / "ours")[0] == 0
+    assert invoke("export", tmp_path / "ours", tmp_path / "out")[0] == 0
+    assert bits(stored(tmp_path / "out")) == bits(stored(path))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.eh_proj.weight", "model.norm.weight", "extra"])
+def test_mtp_tensors_of_another_model_are_refused_by_name(with_mtp, tmp_path, name):
+    path, _ = with_mtp
+    hf.import_folder(path, tmp_path / "ours")
+    save_file({name: torch.ones(1)}, tmp_path / "ours" / "mtp.safetensors")
+    with pytest.raises(ValueError, match=rf"mtp\.safetensors: {name} is not in a layer after the model's 2"):
+        hf.to_hf(lm.load(tmp_path / "ours"), tmp_path / "out", tokenizer_from=tmp_path / "ours")
+    assert not (tmp_path / "out").exists()
+
+
+def test_end_of_text_tokens_survive_import_and_export(folder, tmp_path):
+    hf.import_folder(folder(eos_token_id=[5, 7]), tmp_path / "ours")
+    hf.to_hf(lm.load(tmp_path / "ours"), tmp_path / "out", tokenizer_from=tmp_path / "ours")
+    for name in ("ours", "out"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == [5, 7]
+
+
+def test_a_whole_file_is_read_rather_than_an_index(folder):
+    """As transformers: the shards may be of another model, and the index damaged."""
+    made = folder()
+    held = {name: tensor + 1 for name, tensor in load_file(made / "model.safetensors").items()}
+    shards.write(made, ((n, t.nbytes, lambda t=t: t) for n, t in held.items()), 4000)
+    assert (made / shards.INDEX).is_file()
+    assert off(lm.from_hf(made), "deepseek_v3") < 1e-5
+    for damaged in ('{"weight_map": {"a": "absent.safetensors"}}', "not JSON"):
+        (made / shards.INDEX).write_text(damaged)
+        assert off(lm.from_hf(made), "deepseek_v3") < 1e-5
+
+
+# --- a byte tokenizer for the models that we train
+
+
+def byte_model(vocab_size):
+    config = replace(lm.Config.preset("nano").model, vocab_size=vocab_size, max_length=64)
+    return lm.Transformer(config)
+
+
+TEXTS = [
+    *(
+        "",
+        "to be or not to be",
+        "  two  spaces\n\n\ttab\r\n",
+        "naïve – “quotes” ă Ā ġ Ġ",
+        "日本語 👩‍👩‍👧",
+        "\0\3\x7f",
+    ),
+    *("don't 123 ...!?", "<s></s><|im_end|>", "e\u0301 \u00e9", "\ufeffBOM \u202e", "a" * 3000),
+]
+
+
+@pytest.mark.parametrize("vocab_size", [256, 300, 512])
+def test_an_exported_byte_model_has_a_tokenizer_that_transformers_loads(tmp_path, invoke, vocab_size):
+    transformers = pytest.importorskip("transformers")
+    lm.save(byte_model(vocab_size), tmp_path / "ours")
+    assert invoke("export", tmp_path / "ours", tmp_path / "out")[0] == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    again = open_tokenizer(tmp_path / "out", vocab_size)
+    assert theirs.is_fast and again.ends == frozenset({3})
+    for text in [*TEXTS, "".join(map(chr, range(0x300)))]:
+        ids = list(text.encode())
+        assert theirs(text)["input_ids"] == ids == again.encode(text)
+        assert theirs.decode(ids) == text == again.decode(ids)
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.eos_token_id == 3
+
+
+@pytest.mark.parametrize("vocab_size, missing", [(255, None), (513, None), (256, "tokenizers")])
+def test_an_export_without_a_tokenizer_is_warned_about(tmp_path, monkeypatch, vocab_size, missing):
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    lm.save(byte_model(vocab_size), tmp_path / "ours")
+    message = "no tokenizer, so AutoTokenizer cannot load it" + (
+        "; pip install tokenizers" if missing else ""
+    )
+    with pytest.warns(UserWarning, match=message):
+        lm.to_hf(lm.load(tmp_path / "ours"), tmp_path / "out", tokenizer_from=tmp_path / "ours")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_without_mtp_no_mtp_file_is_written(tmp_path):
@@ -357,3 +465,100 @@ def test_a_full_disk_while_importing_leaves_nothing(with_mtp, tmp_path, monkeypa
     with pytest.raises(OSError, match="No space left"):
         hf.import_folder(with_mtp[0], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+LIMIT = """
+import resource, sys
+from lm import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5000, 20_000])
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_file_that_cannot_be_written_whole_is_a_one_line_error(with_mtp, tmp_path, command, limit):
+    source, _ = with_mtp
+    if command == "export":
+        hf.import_folder(source, tmp_path / "ours")
+        source = tmp_path / "ours"
+    before = content(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", LIMIT, str(limit), command, str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1, ran.stderr
+    assert ran.stderr.startswith(f"lm {command}: ") and "File too large" in ran.stderr
+    assert content(tmp_path) == before
+
+
+# --- the target
+
+
+def test_a_target_inside_the_source_is_rejected(with_mtp, tmp_path, invoke):
+    source, _ = with_mtp
+    assert invoke("import", source, tmp_path / "ours")[0] == 0
+    (source / "empty").mkdir()
+    before = content(tmp_path)
+    for command, folder in (("import", source), ("export", tmp_path / "ours")):
+        for out in (folder / "out", folder / "a" / "b", folder / "x" / ".." / "y", source / "empty"):
+            if out.is_relative_to(folder):
+                status, _, said = invoke(command, folder, out)
+                assert status == 2 and "is inside" in said and said.count("\n") == 1
+    assert content(tmp_path) == before
+
+
+RACE = """
+import multiprocessing, sys, warnings
+from pathlib import Path
+import lm
+from lm.hub import hf
+one, two, target, rounds = map(Path, sys.argv[1:])
+fork = multiprocessing.get_context("fork")
+barrier = fork.Barrier(2)
+writers = [
+    [lambda out: hf.import_folder(one, out), lambda out: hf.import_folder(two, out)],
+    [lambda out, m=hf.from_hf(one): hf.to_hf(m, out), lambda out, m=hf.from_hf(two): hf.to_hf(m, out)],
+    [lambda out, m=hf.from_hf(one): lm.save(m, out), lambda out, m=hf.from_hf(two): lm.save(m, out)],
+]
+
+def work(me):
+    for number in range(int(str(rounds))):
+        for kind, pair in enumerate(writers):
+            barrier.wait(60)
+            try:
+                pair[me](target / f"{kind}-{number}")
+                (target / f"won-{kind}-{number}-{me}").touch()
+            except ValueError as error:
+                assert "another process" in str(error) or "not an empty folder" in str(error), error
+
+both = [fork.Process(target=work, args=(me,)) for me in range(2)]
+for process in both: process.start()
+for process in both: process.join()
+sys.exit(max(process.exitcode for process in both))
+"""
+
+
+def test_of_two_writers_into_one_folder_one_wins_whole(tmp_path):
+    """import, export and save: never one's weights with the other's config, and never two winners."""
+    rounds, target = 30, tmp_path / "target"
+    one, two = REFERENCE / "llama", REFERENCE / "qwen3_moe"
+    target.mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-c", RACE, str(one), str(two), str(target), str(rounds)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    for me, source in enumerate((one, two)):
+        hf.import_folder(source, tmp_path / f"import-{me}")
+        lm.to_hf(lm.from_hf(source), tmp_path / f"export-{me}")
+        lm.save(lm.from_hf(source), tmp_path / f"save-{me}")
+    for number in range(rounds):
+        for kind, name in enumerate(("import", "export", "save")):
+            (won,) = target.glob(f"won-{kind}-{number}-*")
+            assert content(target / f"{kind}-{number}") == content(tmp_path / f"{name}-{won.name[-1]}")
+    assert not list(target.glob(".*"))

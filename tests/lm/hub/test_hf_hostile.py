@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import lm
 from lm.hub import shards
+from lm.hub.families import FAMILIES
 from tests.helpers import ROOT, content
-from tests.lm.hub.folders import REFERENCE, edit, off, refused
+from tests.lm.hub.folders import REFERENCE, UNUSUAL, edit, off, refused, within
 from tests.lm.hub.reference import make
 
 
@@ -82,6 +83,12 @@ OPTIONS = [  # an architecture, changes to its config.json, words in the error
     ("deepseek_v3", {"num_hidden_layers": -1}, ["num_hidden_layers -1"]),
     ("deepseek_v3", {"num_hidden_layers": 10**6}, ["num_hidden_layers 1000000"]),
     ("deepseek_v3", {"use_magic": True}, ["use_magic True"]),
+    ("deepseek_v3", {"use_magic": False}, ["use_magic False"]),
+    ("deepseek_v3", {"use_rope": 0}, ["use_rope 0"]),
+    ("llama", {"no_rope_layers": []}, ["no_rope_layers []"]),
+    ("llama", {"sliding_window": 4}, ["sliding_window 4", "null"]),
+    ("qwen2", {"attention_chunk_size": 0}, ["attention_chunk_size 0"]),
+    *((kind, {"is_causal": value}, ["is_causal"]) for kind in FAMILIES for value in (False, None, 0, [])),
     ("deepseek_v3", {"index_topk": 2048}, ["index_topk 2048"]),  # V3.2's sparse attention
     (
         "deepseek_v3",
@@ -163,9 +170,46 @@ def test_an_unsupported_rope_option_is_named(folder, kind, changes, said):
 
 def test_harmless_options_are_ignored(folder):
     made = folder(
-        use_cache=False, pretraining_tp=2, auto_map={"AutoModel": "evil.Evil"}, use_magic=False, magic=None
+        use_cache=False, pretraining_tp=2, auto_map={"AutoModel": "evil.Evil"}, is_causal=True, magic=None
     )
     assert off(lm.from_hf(made), "deepseek_v3") < 1e-5
+
+
+FOUND = {  # options of published folders that transformers does not read
+    "Qwen3-Coder": {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0},
+    "unsloth": {"unsloth_fixed": True, "unsloth_version": "2025.3", "pad_token_id": 3},
+    "SmolLM": {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
+    "Falcon 3": {"activation": "swiglu", "sliding_window": None},
+    "vicuna": {"max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "pretraining_tp": 1},
+    "transformers 4": {
+        "return_dict": True,
+        "output_attentions": False,
+        "id2label": {"0": "LABEL_0"},
+        "top_p": 1.0,
+        "chunk_size_feed_forward": 0,
+        "pruned_heads": {},
+        "is_decoder": False,
+        "is_encoder_decoder": False,
+        "add_cross_attention": False,
+        "prefix": None,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", FOUND.values(), ids=FOUND)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_options_that_transformers_does_not_read_are_ignored(folder, kind, changes):
+    own = {name.theirs for name in FAMILIES[kind].names} | {"shared_expert_intermediate_size"}
+    if kind == "qwen2_moe":
+        changes = {key: value for key, value in changes.items() if key not in own}
+    assert off(lm.from_hf(folder(kind, **changes)), kind) < 1e-5
+
+
+@pytest.mark.parametrize("ignored", [{"attn_factor": 1.0}, {"attn_factor": 0.5, "finetuned": True}], ids=str)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2", "llama", "qwen2", "qwen3"])
+def test_rope_options_that_transformers_does_not_read_are_ignored(folder, kind, ignored):
+    made = folder(kind, rope_parameters={**make.CASES[kind]["rope_parameters"], **ignored})
+    assert off(lm.from_hf(made), kind) < 1e-5
 
 
 SIZES = {  # changes to a config with 30 kB of weights
@@ -306,6 +350,24 @@ def in_shards(made):
     parts = ((name, tensor.nbytes, lambda tensor=tensor: tensor) for name, tensor in held.items())
     shards.write(made, parts, 4000)
     return json.loads((made / shards.INDEX).read_text())["weight_map"]
+
+
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", shards.INDEX, "a shard", "tokenizer.json", "chat_template.jinja"],
+)
+def test_a_file_that_is_not_regular_is_a_one_line_error(folder, invoke, name, make):
+    made, out = folder(), folder().parent / "out"
+    if name in (shards.INDEX, "a shard"):
+        placed = in_shards(made)
+        name = min(placed.values()) if name == "a shard" else name
+    (made / name).unlink(missing_ok=True)
+    make(made / name)
+    with within(5):
+        status, _, said = invoke("import", made, out)
+    assert status == 2 and said.count("\n") == 1 and str(made) in said
+    assert [path.name for path in made.parent.iterdir()] == ["model"]
 
 
 def test_shards_are_read_as_one_file(folder):

@@ -15,7 +15,7 @@ import lm
 from lm import files
 from lm.config import Config
 from lm.hub import shards
-from lm.hub.families import FAMILIES
+from lm.hub.families import FAMILIES, MUST
 from lm.hub.translate import parts_of, to_ours, to_theirs
 from mla.rope import frequencies
 from tests.helpers import ROOT
@@ -278,6 +278,52 @@ def test_transformers_reads_our_export_bit_for_bit(oracle, transformers, tmp_pat
         if dtype == torch.float32:
             with torch.no_grad():  # config.json means the same, too
                 assert torch.equal(again(text((2, 20))).logits, theirs(text((2, 20))).logits)
+
+
+READ = [  # keys that transformers may read, beside those of a family's tables
+    *("is_causal", "is_decoder", "is_encoder_decoder", "attention_chunk_size", "per_layer_config"),
+    *(
+        "kv_sharing_modes",
+        "use_qk_norm",
+        "qk_layernorm",
+        "sliding_window",
+        "layer_types",
+        "num_local_experts",
+    ),
+    *(
+        "mlp_layer_types",
+        "mlp_only_layers",
+        "decoder_sparse_step",
+        "first_k_dense_replace",
+        "rope_interleave",
+    ),
+    *("head_dim", "qkv_bias", "pretraining_tp", "chunk_size_feed_forward", "max_window_layers", "use_rope"),
+]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_changed_key_is_refused_or_means_what_it_means_to_transformers(transformers, folder, kind):
+    """Every key with every simple value: where both load the folder, the logits agree."""
+    family, both = FAMILIES[kind], 0
+    keys = [*(name.theirs for name in family.names), *MUST, *family.must, *READ]
+    for key in dict.fromkeys(keys):
+        for value in (None, False, 0, True, ...):
+            made = folder(kind)
+            edit(made, **{key: value})
+            try:
+                ours = lm.from_hf(made)
+                edit(made, model_type="deepseek_v3" if kind == "kimi_k2" else kind)
+                theirs = transformers.AutoModelForCausalLM.from_pretrained(
+                    made, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+                )
+                with torch.no_grad():
+                    wanted = theirs.eval()(expected(kind)["tokens"], use_cache=False).logits
+            except Exception:  # transformers raises everything, from TypeError to its own validation errors
+                continue
+            with torch.no_grad():
+                assert relative(ours(expected(kind)["tokens"]).logits, wanted) < 1e-4, (key, value)
+            both += 1
+    assert both > 20
 
 
 FAR = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 4096}

@@ -1,12 +1,14 @@
 """The engine against each request alone: the same tokens and, in fp32, the same logits bit for bit."""
 
 import random
+import warnings
 
 import pytest
 import torch
 
 from lm.inference import engine as engine_module
 from lm.inference.engine import CHUNK, Engine
+from lm.inference.generate import generate
 from lm.inference.pages import Pages
 from lm.inference.step import Decoder
 from lm.model import Transformer
@@ -231,6 +233,56 @@ def test_a_token_of_ends_stops_the_request(mla):
     assert whole.finished == "length" and len(whole.tokens) == 40
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("token", [7, 0])  # 0 pads a step
+@pytest.mark.parametrize("kind", [*KINDS, "own"])
+def test_a_request_with_nan_logits_ends_alone(tiny, make_model, kind, token, temperature):
+    sections = KINDS.get(kind) or {"attention": {"kind": f"{__name__}:OwnAttention"}}
+    sections = {**sections, "model": {**sections.get("model", {}), "tie_embeddings": False}}
+    model = make_model(tiny(**sections).model, std=0.3).float()
+    sound, broken = [[5, 9, 3], [1] * 70, [6]], [[1, token, 2], [token], [1] * 64 + [token] * 300]
+
+    def complete(prompts):
+        engine = Recorder(model, 8, 1000)
+        requests = [engine.submit(prompt, 8, temperature, seed=3, ends={token}) for prompt in prompts]
+        engine.run()
+        assert engine.nbytes == 0
+        return requests
+
+    want = complete(sound)
+    with torch.no_grad():
+        model.embedding.weight[token] = float("nan")
+    found = complete([prompt for pair in zip(broken, sound) for prompt in pair])
+    for request, alone in zip(found[1::2], want):
+        assert (request.tokens, request.finished, request.error) == (alone.tokens, alone.finished, "")
+        if kind != "own":  # run without pages, it is exact up to rounding
+            assert torch.equal(torch.stack(request.logits), torch.stack(alone.logits))
+    for request in found[::2]:
+        assert (request.tokens, request.finished) == ([], "error")
+    assert found[0].error == "the largest logit after 3 tokens is nan; it must be finite"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_request_may_fail_after_some_tokens(mla, monkeypatch, temperature):
+    engine = Engine(mla, 2, 300)
+    failing, other = (engine.submit(PREFIX[:9], 9, temperature, seed=1) for _ in range(2))
+    for _ in range(4):
+        engine.step()
+    write = engine.write
+
+    def spoilt(requests, logits):
+        logits[requests.index(failing)] = float("-inf")
+        write(requests, logits)
+
+    monkeypatch.setattr(engine, "write", spoilt)
+    assert set(engine.step()) == {failing, other}
+    monkeypatch.undo()
+    engine.run()
+    assert (failing.finished, len(failing.tokens)) == ("error", 4)
+    assert failing.error == "the largest logit after 13 tokens is -inf; it must be finite"
+    assert (other.finished, len(other.tokens)) == ("length", 9)
+
+
 def test_a_failed_forward_pass_leaves_the_caches_as_they_were(tiny, make_model, monkeypatch):
     model = make_model(tiny(attention={"kind": f"{__name__}:OwnAttention"}).model, std=0.3)
     alone, engine = Engine(model, 1, 300), Engine(model, 1, 300)
@@ -300,6 +352,46 @@ def test_a_sequence_of_the_models_context_length_fits(tiny, make_model):
     assert Engine(make_model(tiny().model), 2).max_tokens == 2048
 
 
+@pytest.mark.parametrize("attention", ["mla", "gqa", f"{__name__}:OwnAttention"])
+@pytest.mark.parametrize("tokens", [10**11, 10**15, 10**40])
+def test_a_cache_larger_than_memory_is_refused_at_once(tiny, make_model, attention, tokens):
+    model = make_model(tiny(attention={"kind": attention}).model)
+    refused(lambda: Engine(model, 2, tokens), f"a cache of {tokens:,} tokens needs", "MiB; cpu has")
+
+
+def test_a_cache_that_just_fits_is_made(mla, monkeypatch):
+    page = len(mla.blocks) * 64 * (mla.config.attention.kv_lora_rank + 16) * 4 + 128
+    monkeypatch.setattr("lm.machine.memory", lambda: 20 * page)
+    assert len(Engine(mla, 2, 20 * 64).pages.holders) == 20
+    assert Engine(mla, 64).max_tokens == 20 * 64
+    refused(lambda: Engine(mla, 2, 20 * 64 + 1), "a cache of 1,281 tokens needs")
+    monkeypatch.setattr("lm.machine.memory", lambda: 0)  # unknown
+    assert Engine(mla, 64).max_tokens == 64 * 1024
+
+
+@pytest.mark.parametrize(
+    "prompt, new, window, said",
+    [
+        (40, 1, None, True),
+        (30, 3, None, False),  # the last token is never read
+        (30, 4, None, True),
+        (1, 40, None, True),
+        (40, 9, 32, False),
+        (40, 9, 10, False),
+    ],
+)
+def test_tokens_beyond_the_trained_length_give_a_warning(tiny, make_model, prompt, new, window, said):
+    model = make_model(tiny(model={"max_length": 32}).model)
+    engine = Engine(model, 1, 100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.submit([1] * prompt, new, window=window)
+        generate(model, torch.tensor([[1] * prompt]), new, window=window)
+    line = f"the prompt and max_new_tokens make {prompt + new - 1} tokens; the model was trained for "
+    line += "max_length=32, which window=32 would keep to"
+    assert [str(warning.message) for warning in caught] == [line] * 2 * said
+
+
 @pytest.mark.parametrize("sizes", [(0, 100), (2, 0), (-1, None)])
 def test_sizes_below_1_are_refused(mla, sizes):
     with pytest.raises(ValueError, match="must be at least 1"):
@@ -338,8 +430,9 @@ def test_only_matrices_are_copied_column_major(model):
 
 @torch.no_grad()
 def test_a_model_too_large_for_a_copy_is_run_without_one(model, monkeypatch):
-    monkeypatch.setattr("lm.machine.memory", lambda: 10_000)
-    engine = Recorder(model, 1, 1000)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr("lm.machine.memory", lambda: 4 * size - 1)
+    engine = Recorder(model, 1, 256)
     request = engine.submit(PREFIX, 1)
     engine.run()
     assert engine.decoder.view is model and not engine.decoder.copies

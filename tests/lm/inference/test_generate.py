@@ -122,7 +122,7 @@ def test_the_model_never_sees_more_than_the_window(mla, monkeypatch):
     assert max(seen) == 16
 
 
-def by_hand(logits, temperature=1.0, top_k=None, top_p=1.0):
+def by_hand(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     """The distribution to sample from, in plain Python: sorted, cut, normalised."""
     weights = {i: math.exp((z - max(logits)) / temperature) for i, z in enumerate(logits)}
     ranked = sorted(weights, key=lambda i: -weights[i])[:top_k]
@@ -132,6 +132,7 @@ def by_hand(logits, temperature=1.0, top_k=None, top_p=1.0):
         so_far += weights[i]
         if so_far >= top_p * total:
             break
+    kept = [i for i in kept if weights[i] >= min_p * weights[ranked[0]]]
     total = sum(weights[i] for i in kept)
     return {i: weights[i] / total for i in kept}
 
@@ -140,27 +141,31 @@ LOGITS = [1.3, -0.4, 0.9, 2.1, -3.0, 0.2, 1.1, -1.0]
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p",
+    "temperature, top_k, top_p, min_p",
     [
-        (1.0, None, 1.0),
-        (0.5, None, 1.0),
-        (3.0, None, 1.0),
-        (1.0, 1, 1.0),
-        (1.0, 3, 1.0),
-        (1.0, 100, 1.0),
-        (1.0, None, 0.8),
-        (1.0, None, 0.01),
-        (1.0, None, 5e-324),  # 0 in fp32
-        (2.0, 4, 0.7),
+        (1.0, None, 1.0, 0.0),
+        (0.5, None, 1.0, 0.0),
+        (3.0, None, 1.0, 0.0),
+        (1.0, 1, 1.0, 0.0),
+        (1.0, 3, 1.0, 0.0),
+        (1.0, 100, 1.0, 0.0),
+        (1.0, None, 0.8, 0.0),
+        (1.0, None, 0.01, 0.0),
+        (1.0, None, 5e-324, 0.0),  # 0 in fp32
+        (2.0, 4, 0.7, 0.0),
+        (1.0, None, 1.0, 0.2),
+        (3.0, None, 1.0, 0.4),
+        (1.0, None, 1.0, 1.0),
+        (2.0, 6, 0.9, 0.35),
     ],
 )
-def test_draws_follow_the_distribution(temperature, top_k, top_p):
+def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
     rows = 6000
     generators = [torch.Generator().manual_seed(row) for row in range(rows)]
-    drawn = sampler(temperature, top_k, top_p, generators)(torch.tensor([LOGITS] * rows))
+    drawn = sampler(temperature, top_k, top_p, generators, min_p)(torch.tensor([LOGITS] * rows))
     assert drawn.shape == (rows,) and drawn.dtype == torch.int64
     counts = torch.bincount(drawn, minlength=len(LOGITS)).tolist()
-    want = by_hand(LOGITS, temperature, top_k, top_p)
+    want = by_hand(LOGITS, temperature, top_k, top_p, min_p)
     assert {i for i, number in enumerate(counts) if number} <= set(want)
     chi_square = sum((counts[i] - rows * p) ** 2 / (rows * p) for i, p in want.items())
     assert chi_square < 30  # 7 degrees of freedom: one in ten thousand is above 29.9
@@ -172,13 +177,31 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     temperature=st.sampled_from([0.1, 0.7, 1.0, 4.0]),
     top_k=st.none() | st.integers(1, 9),
     top_p=st.sampled_from([0.05, 0.31, 0.57, 0.83, 0.97, 1.0]),
+    min_p=st.sampled_from([0.0, 0.04, 0.29, 0.71]),
 )
-def test_only_tokens_within_top_k_and_top_p_are_drawn(logits, temperature, top_k, top_p):
-    want = by_hand(logits, temperature, top_k, top_p)
+def test_only_tokens_within_top_k_top_p_and_min_p_are_drawn(logits, temperature, top_k, top_p, min_p):
+    want = by_hand(logits, temperature, top_k, top_p, min_p)
     generators = [torch.Generator().manual_seed(row) for row in range(200)]
-    drawn = set(sampler(temperature, top_k, top_p, generators)(torch.tensor([logits] * 200)).tolist())
+    choose = sampler(temperature, top_k, top_p, generators, min_p)
+    drawn = set(choose(torch.tensor([logits] * 200)).tolist())
     assert drawn <= set(want)
     assert {i for i, p in want.items() if p > 0.2} <= drawn  # missed once in 10^19
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 1.0])
+def test_min_p_keeps_the_tokens_that_transformers_keeps(min_p):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 2 * torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    chain = [process.TopKLogitsWarper(20), process.TopPLogitsWarper(0.9), process.MinPLogitsWarper(min_p)]
+    theirs = logits
+    for warp in chain:
+        theirs = warp(None, theirs)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(40 * 500)]
+    drawn = sampler(1.0, 20, 0.9, generators, min_p)(logits.repeat_interleave(500, 0)).view(40, 500)
+    counts = torch.zeros(40, 30).scatter_add(1, drawn, torch.ones(40, 500))
+    wanted = theirs.softmax(-1)
+    assert not counts[wanted == 0].any()
+    assert counts[wanted > 0.05].all()  # missed once in 10^11
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
@@ -192,6 +215,51 @@ def test_the_highest_temperature_is_uniform():
     drawn = sampler(1e300, None, 1.0, generators)(torch.tensor([LOGITS] * 4000))
     counts = torch.bincount(drawn, minlength=8).tolist()
     assert sum((number - 500) ** 2 / 500 for number in counts) < 30
+
+
+NAN, INF = float("nan"), float("inf")
+BROKEN = {
+    "nan": [0.0, NAN, 1.0, 2.0],
+    "all nan": [NAN] * 4,
+    "inf": [0.0, 1.0, INF, 2.0],
+    "two inf": [INF, 1.0, INF, 2.0],
+    "inf and -inf": [INF, -INF, 0.0, 0.0],
+    "nan and inf": [NAN, INF, 0.0, 0.0],
+    "all -inf": [-INF] * 4,
+}
+SAMPLINGS = [(0, None, 1.0, 0.0), (1.0, None, 1.0, 0.0), (0.7, 2, 0.9, 0.1), (5e-324, None, 5e-324, 1.0)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_finite_maximum_give_no_token_and_change_no_other_row(sampling, dtype):
+    def draw(rows, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return sampler(*sampling[:3], generators, sampling[3])(torch.tensor(rows, dtype=dtype)).tolist()
+
+    sound = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    want = [draw([row], [seed])[0] for seed, row in enumerate(sound)]
+    for broken in BROKEN.values():
+        mixed = [row for one in sound for row in (broken, one)]
+        found = draw(mixed, [seed for own in range(50) for seed in (99, own)])
+        assert found[::2] == [-1] * 50 and found[1::2] == want
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("logits", [[-INF, 2.0, -INF, -INF], [0.0, 3e38, -3e38, -INF], [-3e38, 3e38, 0, 0]])
+def test_infinite_ratios_are_probability_0(sampling, logits):
+    generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
+    rows = torch.tensor([logits] * 20)
+    assert sampler(*sampling[:3], generators, sampling[3])(rows).tolist() == [1] * 20
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_with_nan_weights_raises_one_line(tiny, make_model, temperature):
+    model = make_model(tiny().model)
+    with torch.no_grad():
+        model.embedding.weight[7] = NAN
+    said = "prompt 1: the largest logit after 2 tokens is nan; it must be finite"
+    refused(lambda: list(stream(model, [[1, 2, 3], [7, 1], [4]], 5, temperature)), said)
 
 
 def test_bf16_logits_are_sampled_in_fp32():
@@ -259,6 +327,9 @@ def test_tokens_are_yielded_one_step_at_a_time(mla, monkeypatch):
         ({"top_p": 0.0}, "top_p=0.0 must lie above 0 and at most at 1"),
         ({"top_p": 1.5}, "top_p=1.5 must lie above 0"),
         ({"top_p": math.nan}, "top_p=nan must lie above 0"),
+        ({"min_p": -0.1}, "min_p=-0.1 must lie in 0..1"),
+        ({"min_p": 1.1}, "min_p=1.1 must lie in 0..1"),
+        ({"min_p": math.nan}, "min_p=nan must lie in 0..1"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must lie in 0.."),
         ({"seed": 2**64}, f"seed={2**64} must lie in 0.."),
@@ -266,6 +337,17 @@ def test_tokens_are_yielded_one_step_at_a_time(mla, monkeypatch):
 )
 def test_options_out_of_range_are_refused(mla, options, said):
     refused(lambda: generate(mla, torch.tensor([[1, 2]]), **{"max_new_tokens": 3, **options}), said)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("new", [10**12, 2**63, 10**40])
+def test_more_tokens_than_memory_holds_are_refused_at_once(mla, window, new):
+    said = f"max_new_tokens={new} for 2 rows needs"
+    refused(
+        lambda: generate(mla, torch.tensor([[1, 2], [3, 4]]), new, window=window), said, "this machine has"
+    )
+    if window is None:
+        refused(lambda: next(stream(mla, [[1, 2]], new)), "a cache of", "MiB; cpu has")
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ def test_summary_and_its_text_agree(tiny):
     assert facts["cache_bytes_per_token"] == {
         "this model": 2 * 3 * (8 + 4),
         "MHA": 2 * 3 * 2 * 8 * 6,
-        "GQA, 4 heads a group": 2 * 3 * 2 * 2 * 6,
+        "GQA, 4 key-value heads": 2 * 3 * 2 * 4 * 6,
         "MQA": 2 * 3 * 2 * 6,
         "llama-3.1-405b": 2 * 258_048,
     }
+    assert "in bf16: bytes per token" in info.as_text(facts)
     for name in ("total", "active"):
         assert sum(parameters[f"{name}_by_part"].values()) == parameters[name]
         assert parameters[f"{name}_without_input_embedding"] == parameters[name] - 256 * 16
@@ -42,7 +43,7 @@ def test_summary_and_its_text_agree(tiny):
     assert all(f"{number:,}" in text for number in shown)
     assert f"{2 * 3 * 12 * 1000 / 2**20:,.2f} MiB     1.00 x" in text
     assert f"{2 * 3 * 2 * 8 * 6 / (2 * 3 * 12):.2f} x" in text
-    assert "DeepSeek-V3" not in text
+    assert "DeepSeek-V3's pre-training" not in text
 
 
 def test_a_tied_embedding_is_subtracted_once(tiny):
@@ -58,6 +59,50 @@ def test_caches_have_the_requested_dtype(dtype, size):
     assert caches["MHA"] == 61 * 2 * 128 * 128 * size
     assert caches["llama-3.1-405b"] == 258_048 * size
     assert f"cache in {dtype}:" in info.as_text(info.summary(Config.preset("toy").model, 10, dtype))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_attentions_compared_have_different_caches(name):
+    config = Config.preset(name).model
+    facts = info.summary(config, 10)
+    at_v3_size = facts["v3_cache_bytes_per_token_and_layer"]
+    assert at_v3_size == {"MLA": 1152, "MHA": 65536, "GQA, 8 key-value heads": 4096, "MQA": 512}
+    own, *rivals = list(facts["cache_bytes_per_token"].items())[:-1]
+    assert len({size for _, size in rivals}) == len(rivals) >= 2
+    heads, width = config.attention.num_heads, count.built_in_attention(config).value_dim
+    for rival, size in rivals:
+        kv_heads = {"MHA": heads, "MQA": 1}.get(rival) or int(rival.split()[1])
+        assert heads % kv_heads == 0 and size == 2 * 2 * kv_heads * width * config.num_layers
+        if rival.startswith("GQA"):
+            assert 1 < kv_heads < heads and size != own[1]
+
+
+@pytest.mark.parametrize(
+    "heads, groups", [(1, []), (2, []), (3, []), (4, [2]), (6, [3]), (16, [8]), (20, [5])]
+)
+def test_grouped_query_attention_has_at_most_8_key_value_heads(tiny, heads, groups):
+    names = info.cache_bytes(tiny(attention={"num_heads": heads}).model, "bf16")
+    want = [f"GQA, {number} key-value heads" for number in groups]
+    assert [name for name in names if name.startswith("GQA")] == want
+
+
+def test_custom_parts_are_listed_and_count_as_0(tiny):
+    plain = info.summary(tiny(moe={"router": "hash"}).model, 10)
+    facts = info.summary(tiny(moe={"router": "mine\x1b:Own"}).model, 10)
+    assert facts.pop("not_counted") == {"model.moe.router": "mine\x1b:Own"} and not plain.pop("not_counted")
+    assert facts == plain
+    text = info.as_text({**facts, "not_counted": {"model.moe.router": "mine\x1b:Own"}})
+    assert r"not counted: model.moe.router mine\x1b:Own is your own code" in text
+    config = tiny(attention={"kind": "mine:Own"}).model
+    facts = info.summary(config, 10)
+    parts = facts["parameters"]["total_by_part"]
+    assert parts["attention"] == 0 and parts["norms"] == 7 * 16
+    assert parts["routed experts"] == 2 * 8 * 3 * 16 * 8
+    assert not {"training_flops_per_token", "cache_elements_per_token"} & facts.keys()
+    assert facts["cache_bytes_per_token"]["MHA"] == 2 * 3 * 2 * 2 * 6
+    assert "this model" not in facts["cache_bytes_per_token"]
+    assert "not counted: model.attention.kind mine:Own" in info.as_text(facts)
+    assert json.loads(json.dumps(facts)) == facts
 
 
 def test_v3_is_shown_with_its_published_training_cost():

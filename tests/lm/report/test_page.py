@@ -23,3 +23,10 @@ def test_values_are_escaped_and_the_hash_is_that_of_the_rendered_script(tmp_path
     assert made.endswith('{"a":["\\u003c/script\\u003e",1]}')
     with pytest.raises(jinja2.UndefinedError, match="letters"):
         page.render(template, text="", data=0)
+
+
+def test_control_characters_are_escaped_except_tabs_and_line_breaks(tmp_path):
+    template = tmp_path / "page.html"
+    template.write_text("<pre>{{ text }}</pre>{{ number }}{{ data | tojson }}")
+    made = page.render(template, text="\x00\x1b[31m\t\n\x9b\u202e<\x7f", number=7, data={"a": "\x1b\x7f"})
+    assert made == r"<pre>\x00\x1b[31m" "\t\n" r"\x9b\u202e&lt;\x7f</pre>7" '{"a":"\\u001b\\u007f"}'

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lm import checkpoint, count, data, train
-from lm.report import figures, measure
+from lm.report import figures, info, measure
 from lm.report import run as report
 from lm.run import read_metrics
 from mla import GroupedQueryAttention
@@ -83,7 +83,7 @@ def dense(tiny, tmp_path_factory):
     return folder, run_of(config, folder)
 
 
-TAGS = "html head meta title style body h1 h2 h3 p strong img div span small br table tr th td pre"
+TAGS = "html head meta title style body h1 h2 h3 p strong code img div span small br table tr th td pre"
 
 
 def test_the_page_is_well_formed(page, dense):
@@ -139,23 +139,45 @@ def test_parameters_and_losses_equal_the_models(trained_once, page):
 
 def rows_of(page):
     """The cache table: kind -> (bytes, relative to MHA)."""
+    cells = iter([text for around, text in page.texts if "td" in around])
+    rows = [(kind, (int(size.replace(",", "")), share)) for kind, size, share in zip(cells, cells, cells)]
+    return dict(rows[: [kind for kind, _ in rows].index("MLA")])
+
+
+def v3_rows_of(page):
+    """The second table: kind -> bytes per layer with DeepSeek-V3's heads."""
     cells = [text for around, text in page.texts if "td" in around]
-    return {kind: (int(size.replace(",", "")), share) for kind, size, share in zip(*[iter(cells)] * 3)}
+    return {
+        kind: int(size.replace(",", "")) for kind, size, _ in zip(*[iter(cells[cells.index("MLA") :])] * 3)
+    }
 
 
 def test_cache_sizes_equal_those_of_real_caches(trained_once, page):
     model = checkpoint.load(trained_once)
     found = rows_of(page)
-    ours = sum(cache.entries.nbytes for cache in model.new_caches(1, 50)) // 50
-    assert ours == 3 * (8 + 4) * 4  # layers x (latent + rope) x bytes of fp32
+    caches = model.new_caches(1, 50, torch.bfloat16)
+    ours = sum(cache.entries.nbytes for cache in caches) // 50
+    assert ours == 3 * (8 + 4) * 2  # layers x (latent + rope) x bytes of bf16
     assert found["this model (mla)"][0] == ours
     for kind, heads in (("MHA", 2), ("MQA", 1)):  # two heads of value width 6
-        rival = GroupedQueryAttention(16, 2, heads, 6).new_cache(1, 50)
-        assert found[kind][0] == 3 * rival.entries.nbytes // 50 == 3 * 2 * heads * 6 * 4
-    assert (
-        found["MHA"][1] == "100 %"
-        and found["this model (mla)"][1] == f"{100 * ours / (3 * 2 * 2 * 6 * 4):.0f} %"
-    )
+        rival = GroupedQueryAttention(16, 2, heads, 6).new_cache(1, 50, torch.bfloat16)
+        assert found[kind][0] == 3 * rival.entries.nbytes // 50 == 3 * 2 * heads * 6 * 2
+    assert found["MHA"][1] == "100.0 %"
+    assert found["this model (mla)"][1] == f"{100 * ours / found['MHA'][0]:.1f} %"
+
+
+def test_the_report_and_lm_info_print_the_same_numbers(trained_once, page, capsys):
+    facts = info.summary(info.find_config(str(trained_once)), 10)
+    model = checkpoint.load(trained_once)
+    assert count.built_parameters(model) == facts["parameters"]["total"]
+    assert f"{facts['parameters']['total']:,} parameters" in " ".join(page.text_in("p").split())
+    found = {kind.partition(" (")[0]: size for kind, (size, _) in rows_of(page).items()}
+    at_v3_size = facts["v3_cache_bytes_per_token_and_layer"]
+    caches = facts["cache_bytes_per_token"]
+    del caches["llama-3.1-405b"]
+    assert found == caches
+    assert v3_rows_of(page) == at_v3_size
+    assert "in bf16" in page.text_in("p")
 
 
 def test_a_dense_run_has_a_page_without_experts(dense):
@@ -167,12 +189,9 @@ def test_a_dense_run_has_a_page_without_experts(dense):
     said = " ".join(one.text_in("p").split())
     assert f"{total:,} parameters, of which {total:,} (100 %) are active per token." in said
     found = rows_of(one)
-    assert found["this model (gqa)"][0] == 3 * 2 * 2 * 8 * 4
-    assert (found["MHA"][0], found["GQA"][0], found["MQA"][0]) == (
-        3 * 2 * 4 * 8 * 4,
-        3 * 2 * 8 * 4,
-        3 * 2 * 8 * 4,
-    )
+    sizes = {kind: size for kind, (size, _) in found.items()}
+    a_head = 3 * 2 * 8 * 2  # layers x key and value x width x bytes of bf16
+    assert sizes == {"this model (gqa)": 2 * a_head, "MHA": 4 * a_head, "MQA": a_head}
 
 
 def test_the_passage_shows_each_token_with_the_number_of_its_strongest_expert(trained_once, page):
@@ -247,6 +266,17 @@ def test_hostile_bytes_in_the_held_out_text_stay_text(tiny, tmp_path):
     shown = "".join(text for around, text in one.texts if "span" in around and "small" not in around)
     assert '<img␣src=x␣onerror=alert(1)>&$\\"00ff' in shown
     assert len(one.all("img")) == 4 and not one.all("script")
+
+
+@pytest.mark.usefixtures("plain_pictures")
+def test_control_bytes_in_samples_and_names_are_escaped(trained, tmp_path):
+    (trained / "samples.txt").write_bytes(bytes(range(128)) + "\x9b\u202e".encode())
+    trained.rename(tmp_path / "a\x1b[2J\x07")
+    report.write(tmp_path / "a\x1b[2J\x07")
+    one = Page(tmp_path / "a\x1b[2J\x07" / "report.html")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", one.source)
+    assert one.text_in("h1") == r"a\x1b[2J\x07"
+    assert r"\x00" in one.text_in("pre") and r"\x7f\x9b\u202e" in one.text_in("pre")
 
 
 @pytest.mark.usefixtures("plain_pictures")

@@ -29,9 +29,9 @@ def alone(served_folder):
     """alone(prompt, max_new_tokens, ...) -> the text that the model generates, and the finish reason"""
     model, tokenizer = lm.load(served_folder), ByteTokenizer()
 
-    def write(prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, seed=0):
+    def write(prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, seed=0, min_p=0.0):
         tokens = [tokenizer.encode(prompt)]
-        options = (max_new_tokens, temperature, top_k, top_p, seed, 96)
+        options = (max_new_tokens, temperature, top_k, top_p, seed, 96, min_p)
         made = [int(token) for token in decode.stream(model, tokens, *options)]
         kept = list(itertools.takewhile(lambda token: token not in tokenizer.ends, made))
         return bytes(kept).decode("utf-8", "replace"), "stop" if len(kept) < len(made) else "length"

@@ -172,10 +172,66 @@ def test_messages_beyond_the_context_are_left_out_and_marked(browser, running):
         "message assistant",
     ]
     assert page.shown()[3][1] == api(running, "b" * 60, temperature=0, max_tokens=5)
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('.message')].map(e => getComputedStyle(e, '::after').content)"
+    )
+    assert marks == ['"No longer in the model\'s context"'] * 2 + ["none"] * 2
     page.say("c" * 97)  # does not fit even alone: shown as an error and put back
     assert page.shown()[-1] == ("message error", "messages: 98 tokens exceed the model's context of 96")
     assert page.get("text").get_attribute("value") == "c" * 97
     assert len([kind for kind, _ in page.shown() if "user" in kind]) == 2
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}"])
+def test_the_page_says_what_kind_of_model_answers_and_what_it_sees(browser, serving, make_served, template):
+    served = make_served()
+    served.tokenizer.chat_template = template
+    with serving(served) as running:
+        page = Page(browser, running)
+        page.wait_for(lambda: page.get("about").text)
+        base = "This is a base model: it continues your text rather than answering it. "
+        window = (
+            "The model sees the newest 96 tokens; in a longer conversation the oldest messages are left out"
+        )
+        assert page.get("about").text == (base if template is None else "") + window + ", and marked."
+        assert page.console() == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window_or_too_faint(browser, running, width, theme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page = Page(browser, running)
+        page.wait_for(lambda: page.get("about").text)
+        assert contrast(browser, "#about") > 4.5 and contrast(browser, "#empty") > 4.5
+        page.set("max-tokens", 5)
+        page.say("a" * 60)
+        page.say("b" * 60)
+        assert contrast(browser, ".user.left-out") > 4.5 and contrast(browser, ".assistant.left-out") > 4.5
+        assert page.get("about").is_displayed()
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def contrast(browser, selector):
+    """The contrast ratio of an element's text and background (WCAG 2)."""
+    script = (
+        "let e = document.querySelector(arguments[0]), back = 'rgba(0, 0, 0, 0)';"
+        "const colour = getComputedStyle(e).color;"
+        "for (; back === 'rgba(0, 0, 0, 0)'; e = e.parentElement) back = getComputedStyle(e).backgroundColor;"
+        "return [colour, back]"
+    )
+    levels = []
+    for colour in browser.execute_script(script, selector):
+        parts = [int(number) / 255 for number in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(levels) + 0.05) / (min(levels) + 0.05)
 
 
 def test_errors_are_shown_and_the_message_can_be_sent_again(browser, serving, make_served, scripted):

@@ -6,6 +6,7 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from lm.serve.protocol import Message
 from tests.lm.serve.client import HI, HTTP, SECONDS, error_of, post
 
 
@@ -27,14 +28,18 @@ from tests.lm.serve.client import HI, HTTP, SECONDS, error_of, post
         ({"temperature": 2.1}, "temperature", "less than or equal to 2, got 2.1"),
         ({"temperature": "hot"}, "temperature", "got 'hot'"),
         ({"temperature": 10**400}, "temperature", "temperature"),
-        ({"top_p": 0}, "top_p", "greater than 0, got 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0, got -0.1"),
         ({"top_p": 1.1}, "top_p", "less than or equal to 1, got 1.1"),
         ({"top_k": 0}, "top_k", "greater than or equal to 1, got 0"),
+        ({"min_p": 1.1}, "min_p", "less than or equal to 1, got 1.1"),
+        ({"min_p": -0.1}, "min_p", "greater than or equal to 0, got -0.1"),
         ({"n": 0}, "n", "got 0"),
         ({"n": 9}, "n", "less than or equal to 8, got 9"),
         ({"n": 1000}, "n", "less than or equal to 8, got 1000"),
-        ({"seed": -1}, "seed", "got -1"),
+        ({"seed": -(2**63) - 1}, "seed", "greater than or equal to"),
         ({"seed": 2**63}, "seed", "less than"),
+        ({"n": 10**40}, "n", "less than or equal to 8"),
+        ({"max_tokens": 10**40}, "max_tokens", "is more than 4096"),
         ({"seed": "x"}, "seed", "got 'x'"),
         ({"stop": ""}, "stop", "expected a string or up to 4 strings, each of 1 to 256 characters, got ''"),
         ({"stop": ["a", ""]}, "stop", "expected a string or up to 4 strings"),
@@ -109,29 +114,124 @@ def test_a_prompt_longer_than_the_context_has_its_own_code(running, client):
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_other_models_and_unsupported_parameters_are_rejected(running):
+def test_other_models_are_rejected(running):
     told = error_of(post(running, {"prompt": "a", "model": "gpt-9"}), 404, "model", "model_not_found")
     assert told == "model 'gpt-9': must be drawn"
-    wrong = {
-        "echo": True,
-        "best_of": 3,
-        "logprobs": 5,
-        "presence_penalty": 0.5,
-        "suffix": "x",
-        "logit_bias": {"1": 2},
-    }
-    for name, value in wrong.items():
-        told = error_of(post(running, {"prompt": "a", name: value}), 400, name, "unsupported_parameter")
+
+
+UNSUPPORTED = {
+    "echo": True,
+    "best_of": 3,
+    "logprobs": 5,
+    "presence_penalty": 0.5,
+    "suffix": "x",
+    "logit_bias": {"1": 2},
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "reasoning_effort": "high",
+    "repetition_penalty": 1.1,
+    "stop_token_ids": [3],
+    "ignore_eos": True,
+    "min_tokens": 5,
+    "typical_p": 0.9,
+    "mirostat": 2,
+    "guided_json": {"type": "object"},
+    "skip_special_tokens": False,
+    "add_generation_prompt": False,
+    "chat_template_kwargs": {"enable_thinking": True},
+    "n_predict": 5,
+    "options": {"num_ctx": 9},
+    "unheard_of": 1,
+    "zero": 0,
+    "no": False,
+    "stream_options.continuous_usage_stats": True,
+}
+NEUTRAL = [
+    ("echo", False),
+    ("best_of", 1),
+    ("presence_penalty", 0.0),
+    ("repetition_penalty", 1.0),
+    ("stop_token_ids", []),
+    ("ignore_eos", False),
+    ("logit_bias", {}),
+    ("tools", []),
+    ("tool_choice", "auto"),
+    ("response_format", {"type": "text"}),
+    ("unheard_of", None),
+    ("user", "me"),
+    ("metadata", {"a": "b"}),
+    ("store", True),
+    ("service_tier", "auto"),
+    ("parallel_tool_calls", False),
+    ("stream_options", {"include_usage": None, "include_obfuscation": False}),
+]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_parameters_that_are_not_supported_are_named(running, path):
+    needed = {"prompt": "a"} if path == "completions" else {"messages": HI}
+    for name, value in UNSUPPORTED.items():
+        field, _, inner = name.partition(".")
+        body = {**needed, field: {inner: value} if inner else value}
+        told = error_of(post(running, body, path), 400, name, "unsupported_parameter")
         assert told == f"{name}: not supported; leave it out"
-    fine = {
-        "echo": False,
-        "best_of": 1,
-        "presence_penalty": 0,
-        "logit_bias": {},
-        "user": "me",
-        "unheard_of": 1,
-    }
-    assert post(running, {"prompt": "a", "max_tokens": 1, **fine}).status_code == 200
+    for name in ("best_of", "logprobs", "echo", "top_logprobs"):  # JSON's true is not 1
+        value = {"best_of": True, "logprobs": 0, "echo": 0, "top_logprobs": False}[name]
+        error_of(post(running, {**needed, name: value}, path), 400, name, "unsupported_parameter")
+    assert post(running, {**needed, "max_tokens": 1, **dict(NEUTRAL)}, path).status_code == 200
+
+
+def test_the_other_endpoints_input_is_not_ignored(running):
+    both = {"prompt": "a", "messages": HI}
+    error_of(post(running, both), 400, "messages", "unsupported_parameter")
+    error_of(post(running, both, "chat/completions"), 400, "prompt", "unsupported_parameter")
+
+
+def test_messages_as_clients_send_them(client, alone):
+    """A developer's message, an empty answer, and an answer sent back with all its fields."""
+
+    def write(*messages):
+        answer = client.chat.completions.create(model="drawn", messages=messages, max_tokens=9, seed=-1)
+        return answer.choices[0].message
+
+    user = {"role": "user", "content": "ab", "name": "me"}
+    first = write({"role": "developer", "content": "é"}, user, {"role": "assistant", "content": None}, user)
+    assert first.content == alone("é\nab\n\nab\n", 9, seed=2**63 - 1)[0]
+    again = write(user, first, {"role": "assistant"}, user)
+    assert again == write(user, first.model_dump(), {"role": "assistant"}, user)
+    assert again.content == alone(f"ab\n{first.content}\n\nab\n", 9, seed=2**63 - 1)[0]
+    assert Message(role="developer", content="x").plain() == {"role": "system", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "name, value", [("tool_calls", [{"id": "1"}]), ("prefix", True), ("audio", {"id": "a"})]
+)
+def test_a_field_of_a_message_that_is_not_supported_is_named(running, name, value):
+    messages = [*HI, {"role": "assistant", "content": None, name: value}, *HI]
+    answer = post(running, {"messages": messages}, "chat/completions")
+    error_of(answer, 400, f"messages[1].{name}", "unsupported_parameter")
+
+
+def test_a_top_p_of_0_keeps_only_the_most_likely_token(client, alone):
+    answer = client.completions.create(model="drawn", prompt="to be", max_tokens=9, seed=-(2**63), top_p=0)
+    assert answer.choices[0].text == alone("to be", 9, temperature=0)[0]
+
+
+def test_min_p_is_an_extension(client, alone):
+    for min_p in (0.0, 0.2, 1.0):
+        asked = {"model": "drawn", "prompt": "to be", "max_tokens": 20, "seed": 5}
+        answer = client.completions.create(**asked, extra_body={"min_p": min_p})
+        assert answer.choices[0].text == alone("to be", 20, seed=5, min_p=min_p)[0]
+
+
+def test_a_model_is_found_by_its_name(client, running):
+    assert client.models.retrieve("drawn") == client.models.list().data[0]
+    for name in ("gpt-4", "meta/llama", "drawn/", "../drawn"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.retrieve(name)
+        assert caught.value.code == "model_not_found"
+    error_of(HTTP.delete(f"{running.url}/v1/models/drawn"), 405)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Whole characters and stop strings, the queue, disconnects, time limits and engine failures."""
 
+import copy
 import itertools
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -7,9 +8,11 @@ from unittest import mock
 
 import openai
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.inference.engine import Engine
 from lm.serve import answers
 from lm.serve.worker import Full, Job, Visible
 from lm.tokenizer import ByteTokenizer
@@ -17,6 +20,7 @@ from tests.lm.serve.client import (
     HEAD,
     HTTP,
     SECONDS,
+    Posted,
     client_of,
     error_of,
     jobs_of,
@@ -377,3 +381,47 @@ def test_creating_a_new_engine_is_retried_at_the_next_request(held):
     worker.make_engine = make
     permits.release(3)
     assert post(running, {"prompt": "x", "max_tokens": 3}).json()["choices"][0]["text"] == "012"
+
+
+def test_nan_logits_fail_only_their_own_request(serving, served_folder, make_served, alone, capfd):
+    served = make_served()
+    worker = served.worker
+    broken, text = copy.deepcopy(worker.engine.model), alone("to be", 60, seed=3)[0]
+    mark = next(chr(code) for code in range(33, 127) if chr(code) not in text + "to be")
+    with torch.no_grad():
+        broken.embedding.weight[ord(mark)] = float("nan")
+    worker.engine = Engine(broken, 8)
+    told = "the model failed: the largest logit after 2 tokens is nan; it must be finite"
+    with serving(served) as running:
+        long = Posted(running, prompt="to be", max_tokens=60, seed=3)
+        for sampling in ({"temperature": 0}, {"seed": 1}):
+            for more in ({}, {"stream": True}, {"n": 2}, {"prompt": ["a", f"a{mark}"]}):
+                answer = post(running, {"prompt": f"a{mark}", "max_tokens": 5, **sampling, **more})
+                assert error_of(answer, 500) == told
+        assert long.wait().json()["choices"][0]["text"] == text
+        wait_for(lambda: not jobs_of(running) and not worker.engine.busy)
+        assert worker.engine.model is broken  # not replaced
+        assert worker.running == {}
+    assert capfd.readouterr().err.splitlines() == [f"lm serve: {told}"] * 8
+
+
+def test_an_error_after_some_tokens_ends_a_stream(held):
+    running, permits = held()
+    engine = running.served.worker.engine
+    permits.release(2)
+    stream = client_of(running).completions.create(model="drawn", prompt="x", max_tokens=50, stream=True)
+    assert [next(stream).choices[0].text for _ in range(2)] == ["0", "1"]
+    request, step = engine.requests[0], engine.step
+
+    def fail():
+        step()
+        request.error, request.finished = "the largest logit is nan", "error"
+
+    engine.step = fail  # the step in progress is still sound
+    permits.release(2)
+    with pytest.raises(openai.APIError, match=r"^the model failed: the largest logit is nan$"):
+        list(stream)
+    engine.step = step
+    permits.release(3)
+    assert post(running, {"prompt": "x", "max_tokens": 3}).json()["choices"][0]["text"] == "012"
+    assert running.served.worker.engine is engine
