@@ -222,6 +222,7 @@ def mark_diverged(checkpoint: Path) -> None:
 
 
 def as_json(state: dict[str, Any]) -> str:
+    """The text of state.json."""
     return json.dumps(state, indent=1, allow_nan=False)
 
 

@@ -117,7 +117,7 @@ class Serve(OfModel):
 
 @dataclass
 class Eval(OfModel):
-    """Compute the loss on the whole held-out text: nats and bits per byte, perplexity."""
+    """Compute the loss on the held-out text: nats and bits per byte, perplexity."""
 
     data: Path | None = None  # a text file to use instead of the held-out text
 

@@ -7,7 +7,7 @@ from .config import ModelConfig, nearest
 from .parts import ATTENTIONS, ROUTERS, AttentionCounts, RouterKind
 
 if TYPE_CHECKING:
-    from .model import Transformer
+    from torch import nn
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1}  # per number in a cache
 GQA_HEADS = 8  # key-value heads of Llama 3.1, Qwen2.5 and Mixtral
@@ -19,7 +19,7 @@ def total_parameters(config: ModelConfig) -> int:
     return sum(parameters_by_part(config).values())
 
 
-def built_parameters(model: "Transformer") -> int:
+def built_parameters(model: "nn.Module") -> int:
     """`total_parameters` of a built model, custom parts included: what a checkpoint stores."""
     stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.numel() for tensor in stored.values())  # a tied head and embedding are one tensor

@@ -10,6 +10,7 @@ from mla.paged import PAGE, pages_for
 
 from . import data, machine
 from .console import visible
+from .evaluate import coverage
 from .evaluate import evaluate as mean_loss
 from .hub.folder import Tokenizer, open_folder
 from .hub.tokenizer import Plain, encode_chat
@@ -156,4 +157,5 @@ def evaluate(options: Any) -> int:
         loss *= len(tokens) / len(text)
     print(f"loss {loss:.4f} nats per byte on a text of {len(text):,} bytes")
     print(f"{loss / math.log(2):.4f} bits per byte, perplexity {math.exp(loss):.3f}")
+    print(coverage(windows))
     return 0

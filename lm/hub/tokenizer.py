@@ -31,7 +31,8 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ValueError(f"{folder}: its tokenizer.json needs the extra hf: pip install -c constraints.txt -e '.[lm,hf]'") from None
+            needed = "pip install -c constraints.txt -e '.[lm,hf]'"
+            raise ValueError(f"{folder}: its tokenizer.json needs the extra hf: {needed}") from None
         path = folder / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(path))

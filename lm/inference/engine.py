@@ -111,6 +111,8 @@ class Engine:
         self.max_batch = max_batch
         self.decoder = Decoder(model)
         self.paged = self.decoder.paged
+        if compile and not self.paged:
+            raise ValueError("compile: the model's attention has no step over pages to compile")
         if self.paged:
             size = sum(
                 heads * PAGE * width * dtype.itemsize for heads, width, dtype, _ in self.decoder.entries
@@ -121,8 +123,6 @@ class Engine:
         self.max_tokens = capacity(max_tokens, default, size, self.device)
         self.pages = Pages(pages_for(self.max_tokens))
         self.pools = [self.pages.new_pool(*entry) for entry in self.decoder.entries] if self.paged else []
-        if compile and not self.paged:
-            raise ValueError("compile: the model's attention has no step over pages to compile")
         self.compiled = CompiledStep(self.decoder, self.device) if compile else None
         self.weights = 0  # version of the weights in the known pages
         self.fresh = False  # weights already checked in this step

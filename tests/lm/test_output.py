@@ -66,6 +66,7 @@ def test_an_incomplete_character_is_shown_before_the_next_sample(monkeypatch):
     assert sys.stdout.buffer.getvalue().decode() == "a\ufffd\nb"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_commands_write_visible_text_to_a_terminal(trained_once, command):
     """The model's text is that of a prompt with control characters, and whatever it draws."""

@@ -95,6 +95,7 @@ def tensors(folder):
 # --- streams
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "redirects, code",
     [

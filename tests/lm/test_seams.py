@@ -205,6 +205,7 @@ def test_torch_func_differentiates_the_losses_sample_by_sample(tiny, make_model,
     torch.testing.assert_close(along, sum((each[name][0] * d).sum() for name, d in direction.items()))
 
 
+@pytest.mark.long
 @KINDS
 def test_an_exported_model_takes_any_batch_and_time(tiny, make_model, kind):
     model = make_model(tiny(attention={"kind": kind}).model, torch.float32)

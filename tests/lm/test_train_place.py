@@ -193,6 +193,7 @@ def test_a_run_of_an_earlier_version_stores_its_place_and_text(tmp_path, monkeyp
     assert state["text"]["training"] == data.fingerprint(data.load(config.data, 256)[0])
 
 
+@pytest.mark.long
 def test_a_huge_text_is_hashed_in_part(monkeypatch):
     tokens = data.np.zeros(3 * 2**20 + 5, dtype=data.np.uint8)
     whole = data.fingerprint(tokens)

@@ -90,6 +90,7 @@ def test_dual_tensors_work_as_jvp_does(name):
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", [name for name in LAYERS if "cache" not in name])
 def test_an_exported_layer_takes_any_batch_and_time(name, strict):

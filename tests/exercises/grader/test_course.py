@@ -141,6 +141,7 @@ def test_an_unusable_answer_is_reported_in_one_line(lm_exercise, tmp_path, conte
     assert path.read_bytes() == content
 
 
+@pytest.mark.long
 def test_a_file_is_checked_by_its_path_and_matched_by_its_name(lm_exercise, tmp_path):
     path = solve(tmp_path / "elsewhere", "rms-norm").rename(tmp_path / "elsewhere" / "My RMS_Norm (1).py")
     code, said, _ = lm_exercise("check", path)
@@ -186,6 +187,7 @@ def test_an_unreadable_progress_file_is_named(lm_exercise, tmp_path):
     assert complaint.endswith("); delete it to reset the progress\n")
 
 
+@pytest.mark.long
 def test_a_folder_of_submissions_is_graded(lm_exercise, tmp_path):
     folder = tmp_path / "submissions"
     for student in ("ann", "bob", "cyd", "dee", "eve"):
@@ -223,6 +225,7 @@ def test_a_folder_of_submissions_is_graded(lm_exercise, tmp_path):
         assert next(csv.DictReader(file))["score"] == "10.0"
 
 
+@pytest.mark.long
 def test_one_submission_is_written_for_gradescope(lm_exercise, tmp_path):
     solve(tmp_path / "hers", "gate-scale")
     out = tmp_path / "results.json"

@@ -178,6 +178,7 @@ IMPORTS = [  # at the top of a student's file, and a name that the function uses
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("top, used", IMPORTS)
 def test_imports_and_names_at_the_top_of_a_students_file_can_be_used(top, used, tmp_path):
     path = tmp_path / "router.py"

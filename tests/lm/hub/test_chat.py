@@ -51,6 +51,7 @@ def count(tokenizer, ids):
     return [ids.count(tokenizer.tokenizer.token_to_id(token)) for token in CONTROL + TEMPLATE_ONLY]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("template", [CHATML, MISTRAL], ids=["ChatML", "Mistral"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_in_messages_are_text_as_transformers_makes_them(kind, template, folder, transformers):

@@ -92,7 +92,7 @@ def test_a_missing_part_of_a_hugging_face_folder_is_named(published, invoke, mon
     (path / "weights").rename(path / "model.safetensors")
     (path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert "pip install tokenizers" in failed(invoke(command, path))
+    assert "-e '.[lm,hf]'" in failed(invoke(command, path))
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "chat"])

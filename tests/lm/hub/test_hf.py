@@ -475,6 +475,7 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [0, 100, 5000, 20_000])
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_a_file_that_cannot_be_written_whole_is_a_one_line_error(with_mtp, tmp_path, command, limit):

@@ -56,6 +56,7 @@ def passes(model, run, inputs, dtype=torch.float32):
 LONG = pytest.mark.long
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, router, dtype, recompute",
     [
@@ -89,6 +90,7 @@ def test_compiled_blocks_are_one_graph_each_and_equal_plain_ones(
     assert without_code.frame_count == 2  # one dense block, one with experts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, router", [("mla", "sigmoid"), ("gqa", "softmax")])
 def test_the_whole_model_is_one_graph_for_every_expert_load(tiny, make_model, without_code, kind, router):
     config = tiny(attention={"kind": kind}, moe={"router": router}).model

@@ -151,6 +151,7 @@ def test_a_later_turn_reuses_the_pages_of_the_turn_before(mla, monkeypatch):
     assert sum(read) == 133 - 128
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_batch, max_tokens", [(1, 64), (3, 200), (64, 1000)])
 def test_ten_thousand_requests_leave_no_page_behind(mla, monkeypatch, max_batch, max_tokens):
     monkeypatch.setattr(Decoder, "step", lambda _, tokens, pools, plan: torch.zeros(plan.rows, 1, 256))

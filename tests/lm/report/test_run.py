@@ -219,7 +219,7 @@ def test_the_load_is_measured_on_the_held_out_text(trained_once):
     windows = data.Windows(data.load(config.data, 256)[1], 16)
     got = measure.expert_load(model, windows)
     assert got.shape == (2, 8)
-    counts = torch.zeros(2, 8, dtype=torch.float64)
+    counts = torch.zeros(2, 8)
     for index in range(len(windows)):
         for layer, routing in enumerate(model(windows[index][:-1].unsqueeze(0)).routings):
             counts[layer] += balance.tokens_per_expert(routing)

@@ -107,6 +107,7 @@ def test_a_request_in_progress_has_no_limit_on_connections(held):
     assert posted.wait().json()["choices"][0]["text"] == "01234"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sent", [b"", GET, HEAD + b"Content-Length: 9\r\n\r\n{"], ids=["idle", "headers", "body"]
 )
@@ -187,6 +188,7 @@ def test_the_same_line_is_printed_once_a_minute(capfd, monkeypatch):
     assert capfd.readouterr().err.splitlines() == [line] * 3
 
 
+@pytest.mark.long
 def test_a_process_with_few_descriptors_answers_and_stays_quiet(served_folder, tmp_path):
     """600 connections at once to a process that may open 128 files."""
     run = (
