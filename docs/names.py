@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lm.hub import families
 from lm.hub.families import BLOCK, FAMILIES, Q_NORM, ROPE, WHOLE, Name
+from lm.hub.keys import MUST
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def options() -> list[str]:
 def constants() -> list[str]:
     """The values that do not differ within a family."""
     lines = ["These values are the same in all models of a family. A key of theirs may be missing, but with"]
-    lines += [f"a different value the model is rejected. In all families: {listed(families.MUST)}.", ""]
+    lines += [f"a different value the model is rejected. In all families: {listed(MUST)}.", ""]
     lines += ["| family | ours | theirs |", "| --- | --- | --- |"]
     for model_type, family in FAMILIES.items():
         lines.append(f"| {model_type} | {listed(family.ours)} | {listed(family.must)} |")

@@ -26,7 +26,7 @@ import matplotlib
 import matplotlib.ticker
 import torch
 
-from lm import checkpoint, count, data, files, machine, train
+from lm import checkpoint, count, data, files, history, machine, train
 from lm import run as runs
 from lm.config import Config, ModelConfig
 from lm.model import Transformer
@@ -195,7 +195,7 @@ def trained(config: Config, folder: Path, measure: Measure | None) -> dict[str, 
     kept = run / "config.toml"
     if kept.exists() and kept.read_text("utf-8") != config.to_toml():
         raise ValueError(f"{run}: holds a different training than its name says; remove it to train again")
-    since = checkpoint.newest_checkpoint(run).stat().st_mtime if kept.exists() else None
+    since = history.newest_checkpoint(run).stat().st_mtime if kept.exists() else None
     with contextlib.redirect_stdout(io.StringIO()):
         status = train.train(config, run, resume=kept.exists())
     if status:  # stopped by a signal, and saved

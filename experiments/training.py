@@ -11,7 +11,7 @@ import copy
 import json
 from pathlib import Path
 
-from lm import checkpoint, count, data, files, machine
+from lm import count, data, files, history, machine
 from lm.config import Config, preset_names
 from lm.run import read_metrics
 
@@ -21,7 +21,7 @@ from . import command, common
 def summary(run: Path) -> dict:
     """Losses, time and sizes of a run, with the machine of this process."""
     config = Config.load(run / "config.toml")
-    state = checkpoint.read_state(checkpoint.newest_checkpoint(run))
+    state = history.read_state(history.newest_checkpoint(run))
     rows = read_metrics(run)
     if not rows or "val_loss" not in rows[-1] or rows[-1]["step"] != config.train.steps:
         missing = f"has no row of step {config.train.steps} with val_loss; is the run finished?"

@@ -1,7 +1,7 @@
 """The toy transformer: `moe` and `mla` composed into a model that trains, generates, saves and loads.
 
 Modules in reading order: config, parts, model, loss, count, fp8; tokenizer, data, optim, evaluate, train,
-run, checkpoint, files, machine, budget; console, needs, terminal, cli. Four packages stand beside them:
+run, checkpoint, history, files, machine, budget; console, terminal, cli. Four packages stand beside them:
 inference generates text, hub reads and writes Hugging Face folders, serve answers over HTTP, report makes
 HTML pages.
 

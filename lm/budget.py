@@ -1,10 +1,41 @@
-"""The memory that a training needs at least, compared with what the machine has before it starts."""
+"""The memory that a command needs at least, compared with what the machine has before it starts.
 
-import torch
+Imports torch only in what a training needs.
+"""
 
-from . import count, machine
+import contextlib
+
+from . import count
 from .config import ModelConfig, TrainConfig
-from .model import Transformer
+
+TORCH_BYTES = 600 * 2**20  # address space that importing torch takes; with less, it may abort
+SAMPLE_BYTES, TOKEN_BYTES = 8192, 36  # of a request with its random generator, and of each token in it
+
+
+def check_address_space() -> None:
+    """Raise MemoryError if `ulimit -v` leaves too little for torch, whose import could then abort."""
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows, which has no such limit
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY and limit < TORCH_BYTES:
+            raise MemoryError(
+                f"the address space is limited to {limit / 2**20:,.0f} MiB (ulimit -v); "
+                f"PyTorch needs {TORCH_BYTES / 2**20:,.0f} MiB"
+            )
+
+
+def check_output(samples: int, max_new_tokens: int) -> None:
+    """Raise ValueError if the tokens to generate do not fit into this machine's memory."""
+    from . import machine
+
+    needed = max(samples, 0) * (SAMPLE_BYTES + TOKEN_BYTES * max(max_new_tokens, 0))
+    here = machine.memory() or 2**40
+    if needed > here:
+        raise ValueError(
+            f"{samples:,} x {max_new_tokens:,} generated tokens take {needed / 2**30:,.0f} GiB; "
+            f"this machine has {here / 2**30:,.0f} GiB; lower --num-samples or --max-new-tokens"
+        )
 
 
 def check_memory(config: ModelConfig, train: TrainConfig | None = None) -> None:
@@ -13,6 +44,8 @@ def check_memory(config: ModelConfig, train: TrainConfig | None = None) -> None:
     Weights, gradients and two moments take 16 bytes per parameter. With `train`, the activations of a batch
     are added.
     """
+    from . import machine
+
     parameters, here = num_parameters(config), machine.memory()
     needed = 16 * parameters
     if 0 < here < needed:
@@ -36,8 +69,12 @@ def num_parameters(config: ModelConfig) -> int:
     try:
         return count.total_parameters(config)
     except ValueError:
+        import torch
+
+        from .model import Transformer
+
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in Transformer(config).parameters())
+            return count.built_parameters(Transformer(config))
 
 
 def activation_bytes(config: ModelConfig, train: TrainConfig) -> int:

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from . import __version__, console, needs
-from .console import visible
+from . import __version__, console
+from .console import reason, visible
 
 try:
     import tyro
 
+    from . import budget
     from .config import PRESETS, Config, nearest, preset_names
     from .parts import import_here
 except ModuleNotFoundError as error:
-    raise SystemExit(f"lm: {needs.reason(error)}") from None
+    raise SystemExit(f"lm: {reason(error)}") from None
 
 RECIPES = [name for name in preset_names() if "[train]" in (PRESETS / f"{name}.toml").read_text("utf-8")]
 PUBLISHED = [name for name in preset_names() if name not in RECIPES]
@@ -76,7 +77,7 @@ class Generate(Writing):
     num_samples: int = 1  # samples per prompt
 
     def start(self) -> int:
-        needs.check_output(max(1, len(self.prompt)) * self.num_samples, self.max_new_tokens)
+        budget.check_output(max(1, len(self.prompt)) * self.num_samples, self.max_new_tokens)
         from . import terminal
 
         return terminal.generate(self)
@@ -89,7 +90,7 @@ class Chat(Writing):
     max_new_tokens: int = 200  # tokens per answer, at most
 
     def start(self) -> int:
-        needs.check_output(1, self.max_new_tokens)
+        budget.check_output(1, self.max_new_tokens)
         from . import terminal
 
         return terminal.chat(self)
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()  # here, where an error can be reported, rather than at exit
     except (ValueError, ModuleNotFoundError) as error:
         known = name in COMMANDS or name in added()
-        said = str(error) if isinstance(error, ValueError) else needs.reason(error)
+        said = str(error) if isinstance(error, ValueError) else reason(error)
         console.complain(f"{f'lm {name}' if known else 'lm'}: {said}")
         return 2
     except KeyboardInterrupt:
@@ -275,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader is gone
         return 141
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        console.complain(f"lm {name}: {needs.reason(error)}")
+        console.complain(f"lm {name}: {reason(error)}")
         return 1
     finally:
         console.discard(sys.stdout)
@@ -307,7 +308,7 @@ def command_of(name: str) -> Callable[[list[str]], int]:
 def run_command(options: Any) -> int:
     """Run a command with its parsed options."""
     if not isinstance(options, Info):  # all others import torch
-        needs.check_address_space()
+        budget.check_address_space()
     return options.start()
 
 
@@ -363,7 +364,7 @@ def run_train(arguments: list[str]) -> int:
         run = Path(out_dir) if out_dir else run_folder(preset, first_free(preset))
         base = Config.preset(preset)
     options = parse(Train, "train", arguments, Train(config=base))
-    needs.check_address_space()
+    budget.check_address_space()
     if options.config.train.tensorboard:
         importlib.import_module("torch.utils.tensorboard")  # missing: an error before anything is written
     from . import checkpoint, train

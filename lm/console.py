@@ -1,4 +1,4 @@
-"""The standard streams: closed or broken ones, other encodings, control characters in names."""
+"""What the `lm` command writes: errors in one line, on streams that may be closed, broken or ASCII."""
 
 import contextlib
 import io
@@ -10,6 +10,12 @@ from typing import Any
 
 # C0 and C1 controls, DEL, and the marks that reorder the text after them
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+EXTRAS = {  # package -> the extras that install it
+    **dict.fromkeys(("filelock", "jinja2", "matplotlib", "safetensors", "tomli_w", "tqdm", "tyro"), "lm"),
+    **dict.fromkeys(("fastapi", "pydantic", "starlette", "uvicorn"), "lm,serve"),
+    "tokenizers": "lm,hf",
+    "tensorboard": "lm,tensorboard",
+}
 
 
 def prepare() -> None:
@@ -38,6 +44,17 @@ def visible(text: object, keep: str = "") -> str:
         return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
 
     return HIDDEN.sub(escaped, str(text))
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; a missing optional package is named with the extra that installs it."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
+        return f"needs {package}: pip install -c constraints.txt -e '.[{EXTRAS[package]}]'"
+    if isinstance(error, MemoryError) and not str(error):
+        return "out of memory"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def complain(line: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from . import checkpoint, files
+from . import checkpoint, files, history
 from .config import Config
 
 GRACE = 10  # seconds that a step may take after a signal; then it is abandoned
@@ -127,7 +127,7 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             if of_weights and self.saved == step - 1 > 0:
                 with contextlib.suppress(OSError, ValueError):
-                    checkpoint.mark_diverged(self.folder / "checkpoints" / checkpoint.name_of(self.saved))
+                    history.mark_diverged(self.folder / "checkpoints" / history.name_of(self.saved))
             listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
             raise RunFailed(f"step {step}: {listed}; {self.last_checkpoint()}")
 
@@ -136,7 +136,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return f"the last checkpoint is {checkpoint.newest_checkpoint(self.folder)}"
+                return f"the last checkpoint is {history.newest_checkpoint(self.folder)}"
             except ValueError:
                 return "no checkpoint yet"
 

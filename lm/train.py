@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe import balance, metrics
 
-from . import checkpoint, console, count, data, files, loss, machine, parts
+from . import checkpoint, console, count, data, files, history, loss, machine, parts
 from .budget import check_memory
 from .config import Config, TrainConfig
 from .evaluate import evaluate
@@ -123,11 +123,11 @@ class Trainer:
             ValueError: no checkpoint is intact, or the run does not match the config or the text.
         """
         train, folder = self.config.train, self.run.folder
-        if not checkpoint.checkpoints(folder):
+        if not history.checkpoints(folder):
             self.run.say(f"{folder}: stopped before its first checkpoint; starting over")
             self.run.start(self.config)
             return
-        newest = checkpoint.newest_checkpoint(folder)
+        newest = history.newest_checkpoint(folder)
         earlier, ahead = self.restore(newest), self.loss_ahead()
         if not math.isfinite(ahead):
             warnings.warn(f"checkpoint skipped: {newest}: its next loss is not finite", stacklevel=2)
@@ -143,13 +143,13 @@ class Trainer:
             warnings.warn(f"the last bits may differ from an uninterrupted run: {listed}", stacklevel=2)
         self.state |= now
         self.run.go_on(self.config, earlier["step"])
-        checkpoint.prune(folder, train.keep, newest)
+        history.prune(folder, train.keep, newest)
         self.run.say(f"resuming from {newest} ({earlier['step']} of {train.steps} steps)")
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint that this config and text can continue -> its state"""
         train = self.config.train
-        before = checkpoint.read_state(folder)
+        before = history.read_state(folder)
         if before["step"] > train.steps:
             raise ValueError(
                 f"train.steps {train.steps} is less than the {before['step']} steps already done"
@@ -178,8 +178,8 @@ class Trainer:
 
     def restore_earlier(self, failed: Path) -> tuple[Path, dict[str, Any], float]:
         """Load the newest checkpoint before this one whose next loss is finite -> folder, state, loss"""
-        found = checkpoint.checkpoints(self.run.folder)
-        for path in checkpoint.whole_checkpoints(found[: found.index(failed)]):
+        found = history.checkpoints(self.run.folder)
+        for path in history.whole_checkpoints(found[: found.index(failed)]):
             earlier, ahead = self.restore(path), self.loss_ahead()
             if math.isfinite(ahead):
                 return path, earlier, ahead
@@ -253,16 +253,16 @@ class Trainer:
         self.optimizer.zero_grad()
         if train.bias_update_rate:
             kinds = {kind: train.bias_update == kind for kind in ("centred", "proportional")}
-            for router, count in zip(self.model.routers(), counts):
+            for router, load in zip(self.model.routers(), counts):
                 if balance.selection_bias(router) is not None:
-                    balance.update_bias_(router, count, train.bias_update_rate, **kinds)
+                    balance.update_bias_(router, load, train.bias_update_rate, **kinds)
         tokens = train.batch_size * train.accumulation * train.context
         windows = self.state["windows"] + train.batch_size * train.accumulation
         self.state.update(step=step, tokens=self.state["tokens"] + tokens, windows=windows)
         if step == 1:
             self.state["first_loss"] = main
-        counts = [count.cpu() for count in counts]
-        violations = [float(balance.max_violation(count)) for count in counts]
+        counts = [load.cpu() for load in counts]
+        violations = [float(balance.max_violation(load)) for load in counts]
         return {
             "step": step,
             "tokens": self.state["tokens"],
@@ -272,8 +272,8 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "max_violation": sum(violations) / max(1, len(violations)),
             "max_violations": violations,  # one per MoE layer
-            "load_entropies": [float(metrics.load_entropy(count)) for count in counts],
-            "dead_experts": [int(metrics.dead_experts(count)) for count in counts],
+            "load_entropies": [float(metrics.load_entropy(load)) for load in counts],
+            "dead_experts": [int(metrics.dead_experts(load)) for load in counts],
             "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
         }
 

@@ -15,19 +15,17 @@ from .families import (
     FAMILIES,
     FIRST_DENSE,
     GQA,
-    HARMLESS,
     MLA,
-    MUST,
     NULL,
     Q_NORM,
     ROPE,
-    ROPE_HARMLESS,
     SYNONYMS,
     WHOLE,
     Family,
     has_experts,
     whole_number,
 )
+from .keys import HARMLESS, MUST, ROPE_HARMLESS
 
 TAILS = {name.ours: name.theirs for name in BLOCK}
 

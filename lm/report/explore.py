@@ -11,7 +11,7 @@ from torch import Tensor
 from moe import Capacity, SigmoidRouter, SoftmaxRouter
 from moe.router import described
 
-from .. import checkpoint, data, files
+from .. import checkpoint, data, files, history
 from ..config import Config
 from ..console import visible
 from ..hub import folder
@@ -61,7 +61,7 @@ def write(path: Path, trust_code: bool = False) -> Path:
     read = []
     for place in (stored[index] for index in kept):
         there = model if place == stored[-1] else read_model(path, place, config, trust_code)
-        step = None if place is None else checkpoint.read_state(place)["step"]
+        step = None if place is None else history.read_state(place)["step"]
         read.append({"step": step, "layers": scores_of(there, tokens[:count])})
     text = render(name, {**head, "tokens": shown[:count], "checkpoints": read})
     files.write_file(path / "explore.html", text)
@@ -120,11 +120,11 @@ def whole_checkpoints(run: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    found = checkpoint.checkpoints(run)
+    found = history.checkpoints(run)
     whole = []
     for path in found:
         try:
-            checkpoint.check_whole(path)
+            history.check_whole(path)
             whole.append(path)
         except ValueError as error:
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)

@@ -4,8 +4,9 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, data, files
+from .. import checkpoint, data, files, history
 from ..hub import folder
+from ..model import Transformer
 from ..run import read_metrics
 from . import figures, info, measure, page
 
@@ -18,9 +19,11 @@ def write(run: Path, trust_code: bool = False) -> Path:
     """
     folder.need(run, folder.RUN)
     config = checkpoint.read_config(run, trust_code)
-    newest = checkpoint.newest_checkpoint(run)
-    state = checkpoint.read_state(newest)
-    model = checkpoint.load_model(config.model, newest / "model.safetensors")
+
+    def read(newest: Path) -> tuple[dict[str, Any], Transformer]:
+        return history.read_state(newest), checkpoint.load_model(config.model, newest / "model.safetensors")
+
+    state, model = history.read_newest(run, read)  # of one checkpoint, even beside a training that prunes
     rows = read_metrics(run)
     if not rows:
         raise ValueError(f"{run / 'metrics.jsonl'}: has no rows yet")

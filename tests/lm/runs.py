@@ -7,7 +7,7 @@ import os
 import torch
 from safetensors.torch import load_file
 
-from lm import checkpoint
+from lm import history
 from lm.model import Transformer
 from lm.optim import build_optimizer
 from lm.run import read_metrics
@@ -34,7 +34,7 @@ def logged(run):
 
 def stored(run):
     """sha256 of every tensor of the newest checkpoint, and its state without the times."""
-    newest = checkpoint.newest_checkpoint(run)
+    newest = history.newest_checkpoint(run)
     sums = {}
     for name in ("model.safetensors", "optimizer.safetensors"):
         for key, tensor in load_file(newest / name).items():

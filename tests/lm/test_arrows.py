@@ -12,9 +12,10 @@ from tests.helpers import ROOT
 # Within lm a line imports only from the lines above it, and a package from itself.
 LM = """
 files machine config fp8 console
-parts tokenizer data optim needs
+parts tokenizer data optim
 count model
-loss checkpoint inference budget
+loss history inference budget
+checkpoint
 evaluate run hub
 train
 report

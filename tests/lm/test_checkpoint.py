@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm import checkpoint
-from lm.checkpoint import load, load_checkpoint, newest_checkpoint, save, save_checkpoint
+from lm import checkpoint, history
+from lm.checkpoint import load, load_checkpoint, save, save_checkpoint
 from lm.config import Config
+from lm.history import newest_checkpoint
 from lm.hub.hf import from_hf, to_hf
 from lm.inference.generate import generate
 from lm.optim import build_optimizer
@@ -175,7 +176,7 @@ def test_the_millionth_step_sorts_after_the_one_before(tiny, run):
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save_checkpoint(run, model, optimizer, state_of(step), keep=2)
         assert newest_checkpoint(run).name == f"step-{step:06d}"
-    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-1000000", "step-1000001"]
+    assert [path.name for path in history.checkpoints(run)] == ["step-1000000", "step-1000001"]
 
 
 def test_the_next_save_removes_what_a_killed_one_left(tiny, run):

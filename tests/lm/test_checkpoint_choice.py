@@ -9,9 +9,10 @@ import warnings
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lm import checkpoint, train
-from lm.checkpoint import load, newest_checkpoint, save_checkpoint
+from lm import checkpoint, files, history, train
+from lm.checkpoint import load, save_checkpoint
 from lm.config import FORMAT, Config
+from lm.history import newest_checkpoint
 from lm.run import RunFailed
 from tests.helpers import content, refused
 from tests.lm.command import one_line, run_python
@@ -50,7 +51,7 @@ def test_a_folder_of_another_name_is_no_checkpoint_and_is_never_removed(tiny, ru
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert newest_checkpoint(run) == folder
-        assert checkpoint.checkpoints(run) == [folder]
+        assert history.checkpoints(run) == [folder]
         save_checkpoint(run, model, optimizer, state_of(3), keep=1)
     assert stray.is_dir() and names(run) == sorted([name, "step-000003"])
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_pruned_while_it_is_read_is_read_anew(tiny, run, monkeypatc
     config = tiny()
     models = [stepped(config, steps=steps) for steps in (1, 2)]
     save_checkpoint(run, *models[0], state_of(1), keep=1)
-    owner, name = {"check": (checkpoint, "sha256"), "read": (checkpoint, "load_model")}[at]
+    owner, name = {"check": (history, "sha256"), "read": (checkpoint, "load_model")}[at]
     original, pruned = getattr(owner, name), []
 
     def prune_first(*given):
@@ -171,7 +172,7 @@ def with_numbers(folder, name, value):
     next(iter(tensors.values())).view(-1)[0] = value
     save_file(tensors, folder / name)
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"][name] = checkpoint.sha256(folder / name)
+    state["sha256"][name] = files.sha256(folder / name)
     (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -211,12 +212,12 @@ def test_after_a_run_diverged_resuming_with_a_sane_rate_starts_from_the_last_goo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         newest = newest_checkpoint(run)
-        state = checkpoint.read_state(newest)
+        state = history.read_state(newest)
         assert state["step"] == 12 and not state.get("diverged")
         load(run)
         sane = tiny(train={"steps": 14, "learning_rate": 1e-3})
         assert train.train(sane, run, resume=True) == 0
-    assert checkpoint.read_state(newest_checkpoint(run))["step"] == 14
+    assert history.read_state(newest_checkpoint(run))["step"] == 14
 
 
 def test_pruning_keeps_the_last_good_checkpoint(tiny, run):
@@ -243,12 +244,12 @@ def test_a_checkpoint_whose_next_step_fails_is_marked(tiny, tmp_path):
     config = tiny(moe={"router": "tests.lm.own_routers:NanGradientAtStep7"}, train={"save_every": 3})
     with pytest.raises(RunFailed, match=r"step 7: .*gradient norm nan; the last checkpoint is .*step-000003"):
         train.train(config, tmp_path / "run")
-    marked = {path.name: checkpoint.read_state(path)["diverged"] for path in checkpoints_of(tmp_path)}
+    marked = {path.name: history.read_state(path)["diverged"] for path in checkpoints_of(tmp_path)}
     assert marked == {"step-000003": False, "step-000006": True}
 
 
 def checkpoints_of(folder):
-    return checkpoint.checkpoints(folder / "run")
+    return history.checkpoints(folder / "run")
 
 
 # --- killed while pruning

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import lm
-from lm import cli, needs
+from lm import budget, cli, console
 from tests.helpers import content
 from tests.lm.command import PATH, SCRIPT, one_line, run_python
 
@@ -53,7 +53,7 @@ def test_without_the_lm_extra_the_command_is_one_line():
 
 def test_every_extra_is_one_that_the_package_has():
     extras = importlib.metadata.metadata("moe-mla").get_all("Provides-Extra")
-    assert {name for extra in needs.EXTRAS.values() for name in extra.split(",")} <= set(extras)
+    assert {name for extra in console.EXTRAS.values() for name in extra.split(",")} <= set(extras)
 
 
 @pytest.mark.parametrize("megabytes", [150, 400, 500])
@@ -113,11 +113,11 @@ def test_numbers_beyond_any_machine_are_refused(command, trained, monkeypatch, a
 
 
 def test_the_bound_on_the_output_is_the_machines_memory(monkeypatch):
-    monkeypatch.setattr("lm.machine.memory", lambda: needs.SAMPLE_BYTES + 10 * needs.TOKEN_BYTES)
-    needs.check_output(1, 10)
+    monkeypatch.setattr("lm.machine.memory", lambda: budget.SAMPLE_BYTES + 10 * budget.TOKEN_BYTES)
+    budget.check_output(1, 10)
     for samples, tokens in ((1, 11), (2, 0)):
         with pytest.raises(ValueError, match="lower --num-samples or --max-new-tokens"):
-            needs.check_output(samples, tokens)
+            budget.check_output(samples, tokens)
     monkeypatch.setattr("lm.machine.memory", lambda: 0)  # unknown
-    needs.check_output(1000, 1000)
-    needs.check_output(-1, -1)  # reported by the command itself
+    budget.check_output(1000, 1000)
+    budget.check_output(-1, -1)  # reported by the command itself

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lm import checkpoint, files
-from lm.checkpoint import newest_checkpoint, save, save_checkpoint
+from lm.checkpoint import save, save_checkpoint
+from lm.history import newest_checkpoint
 from tests.helpers import ROOT, content
 from tests.lm.hub.folders import UNUSUAL, within
 from tests.lm.runs import state_of, stepped
@@ -54,7 +55,7 @@ def test_data_is_on_disk_before_its_name(tiny, run, monkeypatch):
 PLACES = [("os", "fsync", number) for number in range(5)] + [
     ("checkpoint", "save_file", 0),
     ("checkpoint", "save_file", 1),
-    ("checkpoint", "sha256", 1),
+    ("files", "sha256", 1),
     ("Path", "rename", 0),
     ("Path", "mkdir", 1),
     ("Path", "write_text", 0),
@@ -71,7 +72,7 @@ def test_a_failed_save_leaves_everything_intact(tiny, run, monkeypatch, owner, f
     model, optimizer = stepped(tiny())
     first = save_checkpoint(run, model, optimizer, state_of(1), keep=1)
     before = content(run)
-    owned = {"os": os, "checkpoint": checkpoint, "Path": Path}[owner]
+    owned = {"os": os, "checkpoint": checkpoint, "files": files, "Path": Path}[owner]
     original, calls = getattr(owned, function), itertools.count()
 
     def failing(*arguments, **options):

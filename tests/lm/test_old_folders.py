@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lm
-from lm import checkpoint, train
+from lm import history, train
 from lm.config import Config
 from lm.run import read_metrics
 from tests.helpers import ROOT
@@ -40,5 +40,5 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     rows, before = read_metrics(tmp_path / "old/run"), read_metrics(OLD / "run")
     assert [row["step"] for row in rows] == list(range(1, 9)) and "losses" in rows[-1]
     assert rows[-1]["val_loss"] == pytest.approx(before[-1]["val_loss"], rel=1e-4)
-    saved = [path.name for path in checkpoint.checkpoints(tmp_path / "old/run")]
+    saved = [path.name for path in history.checkpoints(tmp_path / "old/run")]
     assert saved == ["step-000004", "step-000008"]

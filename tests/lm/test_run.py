@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm import checkpoint, train
+from lm import checkpoint, history, train
 from lm.run import RunFailed, open_run, read_metrics, same_model
 from tests.helpers import content, refused
 from tests.lm.command import lm_into_head
@@ -156,13 +156,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     os.kill(pid, number)
     ended = command.wait()
     assert ended.code == code and ended.err == ""
-    (saved,) = checkpoint.checkpoints(run)
+    (saved,) = history.checkpoints(run)
     step = int(saved.name.removeprefix("step-"))
     assert (
         f"stopped after step {step}, saved; resume with: lm train --resume --out-dir {run}"
         in ended.out.decode()
     )
-    assert read_metrics(run)[-1]["step"] == checkpoint.read_state(saved)["step"] == step
+    assert read_metrics(run)[-1]["step"] == history.read_state(saved)["step"] == step
     checkpoint.load(run)
 
 
@@ -175,7 +175,7 @@ def test_a_second_signal_exits_immediately_and_damages_nothing(tiny, command, op
     os.kill(pid, signal.SIGINT)
     ended = command.wait()
     assert ended.code == 130 and ended.err == "" and b"stopped after step" not in ended.out
-    assert checkpoint.checkpoints(run)[-1].name >= "step-000010"
+    assert history.checkpoints(run)[-1].name >= "step-000010"
     checkpoint.load(run)
 
 
@@ -221,7 +221,7 @@ def test_nan_stops_the_run_before_it_reaches_the_weights(tiny, command, options,
     assert ended.code == 1
     assert ended.err.startswith("lm train: step 7: ") and said in ended.err and ended.err.count("\n") == 1
     assert f"the last checkpoint is {run / 'checkpoints' / 'step-000005'}" in ended.err
-    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-000005"]
+    assert [path.name for path in history.checkpoints(run)] == ["step-000005"]
     for name in ("model.safetensors", "optimizer.safetensors"):
         held = load_file(run / "checkpoints" / "step-000005" / name)
         assert all(tensor.isfinite().all() for tensor in held.values())
@@ -246,7 +246,7 @@ def test_weights_that_overflow_are_never_saved(tiny, tmp_path, save_every):
     config = tiny(train={"learning_rate": 1e300, "warmup": 0, "save_every": save_every, "eval_every": 12})
     with pytest.raises(RunFailed, match=r"step [12]: .*(inf|nan).*no checkpoint yet"):
         train.train(config, tmp_path / "run")
-    assert not checkpoint.checkpoints(tmp_path / "run")
+    assert not history.checkpoints(tmp_path / "run")
 
 
 def test_a_nan_held_out_loss_stops_the_run(tiny, tmp_path, monkeypatch):

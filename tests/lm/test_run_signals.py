@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm import budget, checkpoint, count, loss, run, train
+from lm import budget, checkpoint, count, history, loss, machine, run, train
 from lm.config import Config
 from lm.console import Tolerant
 from tests.helpers import refused
@@ -78,7 +78,7 @@ def test_a_long_step_is_abandoned_and_leaves_no_trace(tiny, tmp_path, monkeypatc
         began = time.monotonic()
         assert train.train(config, tmp_path / "run") == 143
         assert time.monotonic() - began < 30
-    found = [path.name for path in checkpoint.checkpoints(tmp_path / "run")]
+    found = [path.name for path in history.checkpoints(tmp_path / "run")]
     assert found == ([f"step-{saved:06d}"] if saved else [])
     assert train.train(config, tmp_path / "run", resume=True) == 0
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
@@ -87,7 +87,7 @@ def test_a_long_step_is_abandoned_and_leaves_no_trace(tiny, tmp_path, monkeypatc
 
 def tensors(folder):
     """The bytes of every tensor of the newest checkpoint, numbers without a dimension included."""
-    newest = checkpoint.newest_checkpoint(folder)
+    newest = history.newest_checkpoint(folder)
     files = [load_file(newest / f"{name}.safetensors") for name in ("model", "optimizer")]
     return [{name: tensor.numpy().tobytes() for name, tensor in file.items()} for file in files]
 
@@ -115,7 +115,7 @@ def test_closed_and_broken_streams_never_end_in_a_traceback(tiny, options, tmp_p
     with open(errors, "wb") as file:
         ended = subprocess.run(shell, stdout=file, stderr=file, env={**os.environ, **PATH})
     assert ended.returncode == code and "Traceback" not in errors.read_text()
-    state = checkpoint.read_state(checkpoint.newest_checkpoint(folder))
+    state = history.read_state(history.newest_checkpoint(folder))
     assert 1 <= state["step"] <= 30 and (code or state["step"] == 30)
     assert len(run.read_metrics(folder)) == state["step"]  # nothing else was written into the log
 
@@ -150,7 +150,7 @@ def test_a_stream_that_fails_does_not_stop_the_run(tiny, tmp_path, trained_once,
 def test_a_broken_pipe_for_output_stops_the_run_after_the_step_and_saves(tiny, tmp_path):
     with contextlib.redirect_stdout(Failing(BrokenPipeError(errno.EPIPE, "gone"))):
         assert train.train(tiny(), tmp_path / "run") == 141
-    assert checkpoint.checkpoints(tmp_path / "run")
+    assert history.checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
@@ -281,14 +281,14 @@ def test_a_batch_that_fits_is_accepted(tiny, monkeypatch):
     config = tiny()
     needed = 16 * count.total_parameters(config.model)
     needed += budget.activation_bytes(config.model, config.train)
-    monkeypatch.setattr(budget.machine, "memory", lambda: needed)
+    monkeypatch.setattr(machine, "memory", lambda: needed)
     budget.check_memory(config.model, config.train)
-    monkeypatch.setattr(budget.machine, "memory", lambda: needed - 1)
+    monkeypatch.setattr(machine, "memory", lambda: needed - 1)
     refused(lambda: budget.check_memory(config.model, config.train), "train.batch_size 4")
 
 
 @pytest.mark.parametrize("name", ["nano", "toy"])
 def test_presets_fit_into_a_small_machine(monkeypatch, name):
-    monkeypatch.setattr(budget.machine, "memory", lambda: 4 * 2**30)
+    monkeypatch.setattr(machine, "memory", lambda: 4 * 2**30)
     config = Config.preset(name)
     budget.check_memory(config.model, config.train)

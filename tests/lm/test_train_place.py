@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm import checkpoint, data, loss, train
+from lm import data, history, loss, train
 from lm.config import Config
 from tests.helpers import ROOT, content, refused
 from tests.lm.command import one_line
@@ -74,7 +74,7 @@ def test_every_window_is_used_once_an_epoch_however_the_batch_changes(tiny, tmp_
     seed = parts[0][3]["seed"] if len(parts[0]) > 3 else 0
     windows = data.Windows(data.open_text(Path(texts["path"])), CONTEXT, seed)
     assert seen == [tuple(windows.train(index)[:-1].tolist()) for index in range(EPOCH)]
-    assert checkpoint.read_state(checkpoint.newest_checkpoint(tmp_path / "run"))["windows"] == EPOCH
+    assert history.read_state(history.newest_checkpoint(tmp_path / "run"))["windows"] == EPOCH
 
 
 def test_random_changes_keep_the_order_of_an_uninterrupted_run(tiny, tmp_path, texts, seen):
@@ -93,7 +93,7 @@ def test_random_changes_keep_the_order_of_an_uninterrupted_run(tiny, tmp_path, t
 
 def without(run, *keys):
     """Make the newest state one of an earlier version."""
-    path = checkpoint.newest_checkpoint(run) / "state.json"
+    path = history.newest_checkpoint(run) / "state.json"
     state = {key: value for key, value in json.loads(path.read_text()).items() if key not in keys}
     path.write_text(json.dumps(state))
 
@@ -108,7 +108,7 @@ def test_a_state_of_an_earlier_version_goes_on_at_its_window(tiny, tmp_path, tex
     options = {"batch_size": 8, "accumulation": 1, "steps": 8, "warmup": 1, "seed": 1}
     assert train.train(tiny(data=texts, train=options), run, resume=True) == 0
     assert len(seen) == len(set(seen)) == EPOCH
-    state = checkpoint.read_state(checkpoint.newest_checkpoint(run))
+    state = history.read_state(history.newest_checkpoint(run))
     assert (state["windows"], state["seed"], state["context"]) == (EPOCH, 9, CONTEXT)
 
 
@@ -188,7 +188,7 @@ def test_a_run_of_an_earlier_version_stores_its_place_and_text(tmp_path, monkeyp
     shutil.rmtree("run/checkpoints/step-000008")
     config = Config.load("run/config.toml")
     assert train.train(config, tmp_path / "old" / "run", resume=True) == 0
-    state = checkpoint.read_state(checkpoint.newest_checkpoint(tmp_path / "old" / "run"))
+    state = history.read_state(history.newest_checkpoint(tmp_path / "old" / "run"))
     assert state["windows"] * config.train.context == state["tokens"]
     assert state["text"]["training"] == data.fingerprint(data.load(config.data, 256)[0])
 

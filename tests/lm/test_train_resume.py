@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from lm import checkpoint, train
+from lm import history, train
 from lm.config import Config
 from lm.report import explore
 from lm.report import run as report
@@ -160,7 +160,7 @@ def test_resuming_keeps_the_dtype_that_was_chosen(tiny, tmp_path, monkeypatch):
 def test_a_resumed_run_continues_counting_seconds(tiny, tmp_path, monkeypatch):
     stop_at(monkeypatch, [6], signal.SIGINT)
     train.train(tiny(), tmp_path / "run")
-    path = checkpoint.checkpoints(tmp_path / "run")[-1] / "state.json"
+    path = history.checkpoints(tmp_path / "run")[-1] / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1000.0}))
     train.train(tiny(), tmp_path / "run", resume=True)
     rows = read_metrics(tmp_path / "run")

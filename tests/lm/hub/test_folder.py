@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lm
-from lm import checkpoint, cli
+from lm import checkpoint, cli, history
 from lm.hub import folder
 from lm.hub.families import FAMILIES
 from tests.helpers import refused
@@ -31,7 +31,7 @@ def folders(published, tiny, make_model, tmp_path_factory):
     (root / "run").mkdir()
     (root / "run" / "config.toml").write_text(tiny().to_toml())
     model = make_model(tiny().model, torch.float32)
-    state = {key: kind(1) for key, kind in checkpoint.STATE.items() if kind is not dict}
+    state = {key: kind(1) for key, kind in history.STATE.items() if kind is not dict}
     state["dtype"] = "torch.float32"
     checkpoint.save_checkpoint(root / "run", model, torch.optim.AdamW(model.parameters()), state, keep=1)
     return {folder.RUN: root / "run", folder.SAVED: root / "saved", folder.HUB: published}

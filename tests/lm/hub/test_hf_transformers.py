@@ -15,7 +15,8 @@ import lm
 from lm import files
 from lm.config import Config
 from lm.hub import shards
-from lm.hub.families import FAMILIES, MUST
+from lm.hub.families import FAMILIES
+from lm.hub.keys import MUST
 from lm.hub.translate import parts_of, to_ours, to_theirs
 from mla.rope import frequencies
 from tests.helpers import ROOT

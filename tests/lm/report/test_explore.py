@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lm
-from lm import checkpoint, data
+from lm import checkpoint, data, history
 from lm.report import explore, measure
 from moe import Capacity, SigmoidRouter
 from tests.helpers import content, refused
@@ -26,7 +26,7 @@ def test_scores_and_biases_equal_the_models_bit_for_bit(kind, request):
     run = request.getfixturevalue(kind)
     held = Source(run / "explore.html").data
     tokens = ids(held["tokens"])
-    folders = checkpoint.checkpoints(run)
+    folders = history.checkpoints(run)
     assert [one["step"] for one in held["checkpoints"]] == [int(path.name[5:]) for path in folders]
     for folder, one in zip(folders, held["checkpoints"]):
         model = checkpoint.load_model(checkpoint.read_config(run, False).model, folder / "model.safetensors")
@@ -146,7 +146,7 @@ def test_tokens_of_a_hub_folder_are_those_of_its_tokenizer(saved_or_hub):
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    folders = checkpoint.checkpoints(copy)
+    folders = history.checkpoints(copy)
     damaged = folders[1] / "model.safetensors"
     # the last byte of a float, which only the checksum detects
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from lm import checkpoint, count, data, train
+from lm import checkpoint, count, data, history, train
 from lm.report import figures, info, measure
 from lm.report import run as report
 from lm.run import read_metrics
@@ -342,3 +342,18 @@ def test_the_tied_weights_of_a_bf16_run_count_once(tiny, tmp_path):
     one = run_of(config, tmp_path / "run")
     assert f"{count.total_parameters(config.model):,} parameters" in " ".join(one.text_in("p").split())
     assert "torch.bfloat16" in one.text_in("p")
+
+
+def test_a_checkpoint_pruned_while_the_report_reads_it_is_replaced_by_the_newer_one(trained, monkeypatch):
+    """As beside a training: the newest checkpoint goes away after its state was read."""
+    found = history.checkpoints(trained)
+    original, pruned = checkpoint.load_model, []
+
+    def prune_first(config, weights):
+        if not pruned:
+            pruned.append(shutil.rmtree(weights.parent))
+        return original(config, weights)
+
+    monkeypatch.setattr(checkpoint, "load_model", prune_first)
+    page = report.write(trained).read_text()
+    assert len(found) > 1 and f"{history.read_state(found[-2])['step']} steps" in page
