@@ -131,7 +131,7 @@ before, after = use(untrained)[-1], use(trained)[-1]
 even = config.model.moe.top_k / config.model.moe.num_experts
 for name, shares in zip(texts, after):
     print(f"{name:7} favourite: expert {int(shares.argmax()):2}, {shares.max():.1%} (even: {even:.1%})")
-assert torch.allclose(after.sum(-1), torch.tensor(3.0).double())  # three experts per byte
+assert torch.allclose(after.sum(-1), torch.tensor(3.0))  # three experts per byte
 assert (after.amax(-1) > 2 * even).all()
 
 # %% [markdown]
