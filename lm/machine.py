@@ -4,6 +4,8 @@ import os
 import platform
 import shutil
 import sys
+import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -24,6 +26,22 @@ def pick_device(name: str) -> torch.device:
     if name in found or f"{name}:0" in found:
         return torch.device(name)
     raise ValueError(f"device {name!r} was not found; available: {', '.join(found)}")
+
+
+def or_cpu(name: str, device: torch.device, trial: Callable[[torch.device], object]) -> torch.device:
+    """The device, or the CPU if `name` is "auto" and a trial on an MPS device fails.
+
+    PyTorch's MPS backend lacks operators, and float64; which ones a model needs shows only when it runs.
+    """
+    if name != "auto" or device.type != "mps":
+        return device
+    try:
+        trial(device)
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        warnings.warn(f"using the CPU: a trial on {device} fails: {said:.200}", stacklevel=2)
+        return torch.device("cpu")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Training: from a config to a run folder. A run can be stopped at any step and resumed."""
 
 import contextlib
+import copy
 import functools
 import math
 import time
@@ -47,6 +48,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     model = Transformer(config.model)  # an invalid config fails here, before anything is written
     model.initialize(torch.Generator().manual_seed(config.train.seed))
     parts.try_parts(model)
+    device = machine.or_cpu(config.train.device, device, functools.partial(trial_step, model, config.train))
     texts = data.load(config.data, config.model.vocab_size)
     windows = data.Windows(texts[0], config.train.context, config.train.seed)
     validation = data.Windows(texts[1], config.train.context)
@@ -58,6 +60,20 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
         else:
             files.write_file(run / "config.toml", config.to_toml())
         return trainer.run_steps()
+
+
+def trial_step(model: Transformer, config: TrainConfig, device: torch.device) -> None:
+    """Run what training needs on a device once, on a copy of the model: a step, its bias update, a sample."""
+    with torch.random.fork_rng(devices=[]):
+        model = copy.deepcopy(model).to(device)
+        tokens = torch.zeros(1, min(16, config.context), dtype=torch.int64, device=device)
+        dtype = machine.pick_dtype(config.dtype, device)
+        losses = loss.training_losses(model, tokens, tokens, config, (), dtype, run_block(config))
+        sum_of(losses.named).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        build_optimizer(model, config).step()
+        update_biases(model, losses.counts, config)
+        list(stream(model.eval(), [[0]], 2))
 
 
 def run_block(config: TrainConfig) -> Callable[..., Any]:
@@ -251,11 +267,7 @@ class Trainer:
         self.run.check_finite(step, of_weights=True, loss=main, gradient_norm=float(grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if train.bias_update_rate:
-            kinds = {kind: train.bias_update == kind for kind in ("centred", "proportional")}
-            for router, load in zip(self.model.routers(), counts):
-                if balance.selection_bias(router) is not None:
-                    balance.update_bias_(router, load, train.bias_update_rate, **kinds)
+        update_biases(self.model, counts, train)
         tokens = train.batch_size * train.accumulation * train.context
         windows = self.state["windows"] + train.batch_size * train.accumulation
         self.state.update(step=step, tokens=self.state["tokens"] + tokens, windows=windows)
@@ -354,6 +366,16 @@ class Trainer:
         self.run.log(row, shown)
         if "val_loss" in row and not self.run.bar.disable:
             self.run.say(f"step {row['step']}: held-out loss {row['val_loss']:.4f} nats per byte")
+
+
+def update_biases(model: Transformer, counts: list[Tensor], config: TrainConfig) -> None:
+    """Update the selection biases from each MoE layer's tokens per expert, as the config says."""
+    if not config.bias_update_rate:
+        return
+    kinds = {kind: config.bias_update == kind for kind in ("centred", "proportional")}
+    for router, load in zip(model.routers(), counts):
+        if balance.selection_bias(router) is not None:
+            balance.update_bias_(router, load, config.bias_update_rate, **kinds)
 
 
 def sum_of(losses: dict[str, Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -360,6 +361,38 @@ def test_tensorboard_files_are_written_when_enabled(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     train.train(tiny(train={"tensorboard": True}), tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_auto_takes_a_macs_gpu_only_if_a_step_runs_there(tiny, trained_once, tmp_path, monkeypatch):
+    """There is none here, so that moving the model to it fails."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="using the CPU: a trial on mps fails: "):
+        train.train(tiny(train={"device": "auto"}), tmp_path / "run")
+    equal_runs(tmp_path / "run", trained_once)
+    with pytest.raises(RuntimeError):
+        train.train(tiny(train={"device": "mps"}), tmp_path / "asked")
+
+
+@pytest.mark.parametrize("part", ["training_losses", "build_optimizer", "update_biases", "stream"])
+def test_the_trial_runs_every_part_of_training_on_a_copy(tiny, make_model, monkeypatch, part):
+    config = tiny(train={"bias_update_rate": 0.1})
+    model, before = make_model(config.model, torch.float32), torch.random.get_rng_state()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train.trial_step(model, config.train, torch.device("cpu"))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), before) and next(model.parameters()).grad is None
+
+    def fail(*args, **options):
+        raise TypeError("no float64\nsecond line")
+
+    monkeypatch.setattr(train.loss if part == "training_losses" else train, part, fail)
+    trial = partial(train.trial_step, model, config.train)
+    on_cpu = lambda device: trial(torch.device("cpu"))  # noqa: E731
+    with pytest.warns(UserWarning, match="a trial on mps fails: no float64$"):
+        assert machine.or_cpu("auto", torch.device("mps"), on_cpu) == torch.device("cpu")
+    assert machine.or_cpu("mps", torch.device("mps"), on_cpu) == torch.device("mps")
+    monkeypatch.undo()
+    assert machine.or_cpu("auto", torch.device("mps"), on_cpu) == torch.device("mps")
 
 
 def test_the_device_is_checked_first(tiny, tmp_path, monkeypatch):

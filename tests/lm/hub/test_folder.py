@@ -163,3 +163,13 @@ def test_a_folder_of_no_kind_is_rejected(tmp_path, opener):
         path = tmp_path / name
         message = refused(partial(opener, path))
         assert message == f"{path}: {reason}; expected a run, a saved model or a Hugging Face folder"
+
+
+def test_auto_takes_a_macs_gpu_only_if_the_model_runs_there(folders, monkeypatch):
+    """There is none here."""
+    want = bits(folder.open_folder(folders[folder.RUN], device="cpu").model.state_dict())
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="using the CPU: a trial on mps fails: "):
+        assert bits(folder.open_folder(folders[folder.RUN]).model.state_dict()) == want
+    with pytest.raises(RuntimeError):
+        folder.open_folder(folders[folder.RUN], device="mps")
