@@ -150,7 +150,7 @@ def evaluate(options: Any) -> int:
         text = data.open_text(options.data)
     tokens = tokenizer.encode_array(text)
     windows = data.Windows(tokens, min(config.model.max_length or config.train.context, 1024))
-    dtype = machine.pick_dtype(config.train.dtype, machine.pick_device(options.device))
+    dtype = machine.pick_dtype(config.train.dtype, model.embedding.weight.device)
     loss = mean_loss(model, windows, None, dtype, config.train.batch_size)
     if len(tokens) != len(text):
         print(f"loss {loss:.4f} nats per token, {len(tokens):,} tokens")

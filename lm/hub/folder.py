@@ -83,6 +83,9 @@ def open_folder(folder: Path, trust_code: bool = False, device: str = "auto") ->
     place = machine.pick_device(device)
     model, config = load(folder, trust_code), read_config(folder, trust_code)
     tokenizer = open_tokenizer(folder, config.model.vocab_size)
+    trial = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.inference_mode():
+        place = machine.or_cpu(device, place, lambda place: model.to(place)(trial.to(place)))
     if model.embedding.weight.dtype.itemsize == 2 and machine.pick_dtype("auto", place) == torch.float32:
         model = model.float()
     return Opened(model.to(place), config, tokenizer)
