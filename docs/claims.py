@@ -29,10 +29,10 @@ runs/experiments are reused.
 
 def section(name: str) -> str:
     """What is claimed, what was found."""
-    doc = ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text())) or ""
+    doc = ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text("utf-8"))) or ""
     question, _, *said = doc.split("\n\n")
     claim, why = ([text for text in said if text.startswith(NOT_HERE) == late] for late in (False, True))
-    found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
+    found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text("utf-8"))
     machine = f"{found['machine']['cores']} cores, {found['machine']['cpu_capability']}"
     made = f"{found['steps']:,} steps at most, {found['seeds']} seeds; {machine}; `lm experiment {name}`."
     verdict = (
@@ -65,7 +65,7 @@ def page() -> str:
 
 def cell(name: str, row: str, column: str) -> str:
     """A cell of an experiment's table, without its standard error."""
-    head, *rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["table"]
+    head, *rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text("utf-8"))["table"]
     return next(one for one in rows if one[0] == row)[head.index(column)].partition(" ± ")[0]
 
 
@@ -75,13 +75,13 @@ def loss(name: str, row: str) -> str:
 
 def by_loss(name: str) -> list[str]:
     """An experiment's models, from the lowest held-out loss to the highest."""
-    rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["table"][1:]
+    rows = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text("utf-8"))["table"][1:]
     return sorted((row[0] for row in rows), key=lambda row: float(loss(name, row)))
 
 
 def brief() -> dict[str, tuple[str, str, str]]:
     """The README's rows: the question, what was found here, what others found."""
-    needed = json.loads((EXPERIMENTS / "results" / "faster.json").read_text())["summary"]["dense"]
+    needed = json.loads((EXPERIMENTS / "results" / "faster.json").read_text("utf-8"))["summary"]["dense"]
     flops, seconds = (f"{needed[unit]['mean']:.2f}" for unit in ("flops", "seconds"))
     cache = float(cell("cache", "MLA, rank 8", "of MHA's"))
     violation = [cell("balance", row, "global MaxVio") for row in ("none", "Switch loss, 0.01")]
@@ -169,19 +169,18 @@ def readme() -> str:
     """README.md with its table of claims."""
     rows = [["question", "holds here?", "found here", "found elsewhere"]]
     for name, (question, here, elsewhere) in brief().items():
-        doc = ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text())) or ""
+        doc = ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text("utf-8"))) or ""
         anchor = re.sub(r"[^\w -]", "", doc.splitlines()[0].lower()).replace(" ", "-")
-        holds = (
-            json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["as_claimed"] or "no verdict"
-        )
+        found = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text("utf-8"))
+        holds = found["as_claimed"] or "no verdict"
         rows.append([f"[{question}](docs/claims.md#{anchor})", holds, here, elsewhere])
     place = re.compile(r"(?<=<!-- claims -->\n).*?(?=<!-- end of claims -->)", re.S)
-    text, places = place.subn(lambda _: table(rows), (ROOT / "README.md").read_text())
+    text, places = place.subn(lambda _: table(rows), (ROOT / "README.md").read_text("utf-8"))
     if places != 1:
         raise ValueError(f"README.md: {places} places for the claims; there must be one")
     return text
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "claims.md").write_text(page())
-    (ROOT / "README.md").write_text(readme())
+    (ROOT / "docs" / "claims.md").write_text(page(), "utf-8")
+    (ROOT / "README.md").write_text(readme(), "utf-8")

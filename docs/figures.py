@@ -18,7 +18,7 @@ Table = list[tuple[str, ...]]
 
 def read(path: str) -> dict:
     """A result file, by its path relative to the root."""
-    return json.loads((ROOT / path).read_text())
+    return json.loads((ROOT / path).read_text("utf-8"))
 
 
 def machine(found: dict) -> str:
@@ -29,7 +29,7 @@ def machine(found: dict) -> str:
 
 def results(kind: str) -> list[dict]:
     """The results of a benchmark, one per machine."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
 
 
 def entries(kind: str, start: str) -> Iterator[tuple[dict, str, Any]]:
@@ -194,7 +194,7 @@ PLACES: dict[str, dict[str, Callable[[], Table]]] = {
 
 def page(path: str) -> str:
     """The text of a page with new tables."""
-    text = (ROOT / path).read_text()
+    text = (ROOT / path).read_text("utf-8")
     for name, table in PLACES[path].items():
         head, *rows = table()
         lines = [head, ("---",) * len(head), *rows]
@@ -251,6 +251,6 @@ def save(figure: Any, name: str) -> None:
 
 if __name__ == "__main__":
     for path in PLACES:
-        (ROOT / path).write_text(page(path))
+        (ROOT / path).write_text(page(path), "utf-8")
     if "--pictures" in sys.argv:
         pictures()

@@ -12,14 +12,14 @@ LEARN = "The norm divides by the root mean square, computed in fp32 even when th
 HINTS = (
     "LayerNorm subtracts the mean, divides by the standard deviation and adds a bias. Which two does RMSNorm drop?",
     "Take the mean of the squares over the last axis and add eps inside the root: one factor per row (..., 1). "
-    "Compute in fp32, and cast the result back to x's dtype. Return the factor as well, in fp32.",
+    "Compute in fp32, and cast the final result back to x's dtype. Return the factor as well, in fp32.",
     "float, square, mean(-1, keepdim=True), rsqrt, type_as",
 )
 EXPECTS = {
     "x": "(..., dim), fp32, bf16 or fp16; any number of leading axes",
     "weight": "(dim,), fp32 or the dtype of x",
     "eps": "a float",
-    "returns": "normed (..., dim) in the dtype of x, and the factor 1 / root mean square (..., 1) in fp32",
+    "returns": "normed (..., dim), computed in fp32 and rounded once, at the end, to the dtype of x; and the factor 1 / root mean square (..., 1) in fp32",
 }
 MISTAKES = (
     (
@@ -78,6 +78,21 @@ MISTAKES = (
         "x.square().to(wide.dtype).mean",
         "the squares are rounded to the dtype of x: cast x before squaring it",
     ),
+    (
+        "(wide * scale * weight).to(x.dtype)",
+        "((wide * scale).to(x.dtype) * weight).to(x.dtype)",
+        "x times the factor is rounded before the weight is applied: cast once, at the end",
+    ),
+    (
+        "torch.promote_types(x.dtype, torch.float32)",
+        "torch.float32 if x.dtype == torch.bfloat16 else x.dtype",
+        "fp16 is not converted to fp32: squares above 65504 overflow",
+    ),
+    (
+        ".to(x.dtype), scale",
+        ".to(x.dtype), scale.detach()",
+        "the returned factor is detached: its gradient is needed for the second derivative",
+    ),
 )
 RIGHT = (
     """
@@ -121,7 +136,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Rows whose mean is far from zero, an eps large enough to matter, and bf16."""
+    """Rows whose mean is far from zero, eps that matter, bf16, and large numbers in fp16."""
     found = {}
     x = (torch.randn(3, 5, 7, generator=generator) + 0.7) / 3
     weight = torch.randn(7, generator=generator)
@@ -130,9 +145,16 @@ def probe(module, generator):
     y, scale = module.rms_norm(x, weight, 0.01)
     backward((y * torch.randn(y.shape, generator=generator)).sum())
     found |= {"y": y, "scale": scale, "gradient of x": x.grad, "gradient of the weight": weight.grad}
+    x.grad = None
+    backward(module.rms_norm(x, weight, 0.01)[1].square().sum())
+    found["gradient of x through the factor"] = x.grad
+    found["y of small x"] = module.rms_norm(x.detach() / 2000, weight.detach(), 1e-6)[0]
     for name, dim in (("of bf16", 999), ("of bf16, short rows", 5)):
         half = (torch.randn(4, dim, generator=generator) + 0.5).bfloat16()
         y, scale = module.rms_norm(half, torch.randn(dim, generator=generator), 1e-6)
         found |= {f"y {name}": y, f"scale {name}": scale}
+    half = (300 * torch.randn(4, 9, generator=generator)).half()  # the squares exceed fp16
+    y, scale = module.rms_norm(half, torch.randn(9, generator=generator), 1e-6)
+    found |= {"y of fp16": y, "scale of fp16": scale}
     found["scale of zeros"] = module.rms_norm(torch.zeros(1, 3), torch.ones(3), 1e-2)[1]
     return found

@@ -6,7 +6,9 @@ TARGET = "mla.rope:frequencies"
 TESTS = ("tests/mla/test_rope.py",)
 WHICH = "(frequenc or angle or turn or position) and not 131072"
 EQUATION = "RoFormer eq. 15"
-LEARN = "Pair i rotates by theta^(-2i/dim) radians per position: the first pair fast, the last one very slowly."
+LEARN = (
+    "Pair i rotates by theta^(-2i/dim) radians per position: the first pair fast, the last one very slowly."
+)
 HINTS = (
     "How many pairs does a head of dim features have, and what is the exponent of the last one?",
     "(dim/2,) frequencies in fp32 on the device, from 1 down to nearly 1/theta: one over theta to the power of "
@@ -71,6 +73,11 @@ MISTAKES = (
         "dtype=torch.float32",
         "the device is ignored: create the frequencies on it",
     ),
+    (
+        "scaling.slow_down(turn, theta)",
+        "scaling.slow_down(turn, 10000.0)",
+        "the scaling is given another base: pass theta",
+    ),
 )
 RIGHT = (
     """
@@ -118,7 +125,7 @@ def probe(module, generator):
     return {
         "of 14 features": turn,
         "of 14 features, relative": turn * 10000.0 ** (torch.arange(0, 14, 2) / 14),
-        "of 6 features": module.frequencies(6, 300.0, None, cpu),
-        "slowed down": module.frequencies(10, 500.0, module.Linear(3.0), cpu),
+        "of 6 features": module.frequencies(6, 2.5, None, cpu),
+        "slowed down": module.frequencies(10, 500.0, module.YaRN(3.0, 100), cpu),
         "it is on the given device": torch.tensor(module.frequencies(6, 300.0, None, meta).device == meta),
     }

@@ -6,7 +6,7 @@ from exercises.grader.watch import backward
 
 TARGET = "mla.rope:RotaryEmbedding.turn"
 TESTS = ("tests/mla/test_rope.py",)
-WHICH = "not transformers and not permutation and not fp32_angles and not position_0 and not heads_share and not not_cos"
+WHICH = "not transformers and not permutation and not fp32_angles and not position_0 and not heads_share and not not_cos and not papers_yarn"
 EQUATION = "RoFormer eq. 15"
 LEARN = "Two features form a plane that rotates; which two depends on the checkpoint's layout, so you have to know it."
 HINTS = (
@@ -141,6 +141,14 @@ RIGHT = (
         columns[a] = wide[..., a] * cos[..., i] - wide[..., b] * sin[..., i]
         columns[b] = wide[..., a] * sin[..., i] + wide[..., b] * cos[..., i]
     return torch.stack(columns, dim=-1).to(x.dtype)
+    """,
+    """
+    wide = x.float()
+    a, b = (wide[..., ::2], wide[..., 1::2]) if self.interleaved else wide.chunk(2, -1)
+    z = torch.polar((a * a + b * b).sqrt(), torch.atan2(b, a)) * torch.complex(cos, sin)
+    if self.interleaved:
+        return torch.view_as_real(z).flatten(-2).to(x.dtype)
+    return torch.cat((z.real, z.imag), -1).to(x.dtype)
     """,
 )
 

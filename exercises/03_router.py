@@ -6,7 +6,7 @@ from exercises.grader.watch import backward
 
 TARGET = "moe.router:SigmoidRouter.forward"
 TESTS = ("tests/moe/test_router.py",)
-WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming and not autocast and not gradients_of_the_logits"
+WHICH = "SigmoidRouter and not last_bit and not rounded and not renaming and not autocast and not gradients_of_the_logits and not loop_over and not finite_diff"
 EQUATION = "DeepSeek-V3 eq. 13-16"
 LEARN = "The selection bias affects which experts are chosen; their weights come from the scores without it."
 HINTS = (
@@ -20,7 +20,7 @@ EXPECTS = {
     "self.weight, self.bias": "(experts, dim), and (experts,) in fp32, added to the scores to choose by",
     "self.top_k": "experts of a token",
     "self.num_groups, self.top_groups, self.group_best": "arguments of keep_best_groups",
-    "self.normalize": "True: divide the chosen weights by their sum",
+    "self.normalize": "True: divide the chosen weights by their sum, which can be as small as 1e-9",
     "self.routed_scaling_factor": "a float, multiplied last",
     "returns": "Routing(experts (..., top_k) int64, weights (..., top_k), scores (..., experts), logits (..., experts)), fp32 for bf16 x",
 }
@@ -100,6 +100,26 @@ MISTAKES = (
         "keep_best_groups(scores.add_(self.bias),",
         "the bias is added to the scores in place: the weights and the returned scores are biased too",
     ),
+    (
+        "weights * self.routed_scaling_factor, scores, logits)",
+        "weights * self.routed_scaling_factor, scores.detach(), logits)",
+        "the returned scores are detached: the balance losses need their gradient",
+    ),
+    (
+        "weights * self.routed_scaling_factor, scores, logits)",
+        "weights * self.routed_scaling_factor, scores, logits.detach())",
+        "the returned logits are detached: the z-loss needs their gradient",
+    ),
+    (
+        "scores + self.bias,",
+        "scores + self.bias.to(x.dtype),",
+        "the bias is rounded to the dtype of x: close biases become ties; keep fp32",
+    ),
+    (
+        "(weights.sum(-1, keepdim=True) + 1e-20)",
+        "weights.sum(-1, keepdim=True).clamp(min=1e-6)",
+        "the sum is clamped too high: sums can be as small as 1e-9",
+    ),
 )
 RIGHT = (
     """
@@ -169,11 +189,21 @@ RIGHT = (
     weights = torch.stack(paid).reshape(shape) * self.routed_scaling_factor
     return Routing(torch.stack(chosen).reshape(shape), weights, scores, logits)
     """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = logits.double().sigmoid().float()
+    choice = keep_best_groups(scores + self.bias, self.num_groups, self.top_groups, self.group_best)
+    experts = choice.topk(self.top_k).indices
+    weights = scores.gather(-1, experts)
+    if self.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(experts, weights * self.routed_scaling_factor, scores, logits)
+    """,
 )
 
 
 def probe(module, generator):
-    """Uneven biases, with and without a group limit, a scale, scores far below the biases, bf16."""
+    """Uneven biases, with and without a group limit, a scale, scores far below close biases, bf16."""
     found = {}
     for kind, options in {
         "grouped": {"num_groups": 3, "top_groups": 2, "routed_scaling_factor": 2.5},
@@ -191,12 +221,16 @@ def probe(module, generator):
         found |= {f"{kind}: scores": routing.scores, f"{kind}: logits": routing.logits}
         backward((weights * torch.randn(weights.shape, generator=generator)).sum())
         found |= {f"gradient of x, {kind}": x.grad, f"gradient of the weight, {kind}": router.weight.grad}
+        for part in ("scores", "logits"):
+            x.grad, values = None, getattr(router(x), part)
+            backward((values * torch.randn(values.shape, generator=generator)).sum())
+            found[f"gradient of x through the {part}, {kind}"] = x.grad
     router = module.SigmoidRouter(7, 12, 3)
     with torch.no_grad():
-        router.weight.copy_(-1.5 - torch.rand(12, 7, generator=generator) / 4)
-        router.bias.copy_(torch.randn(12, generator=generator) + 2)
+        router.weight.copy_(-2.5 - torch.rand(12, 7, generator=generator) / 4)
+        router.bias.copy_(2 + torch.randn(12, generator=generator) / 100)
     x = (1 + torch.rand(4, 7, generator=generator) / 4).bfloat16()
-    routing = router(x)  # scores near 1e-6, biases near 2
+    routing = router(x)  # scores near 1e-9, close biases near 2
     experts, order = routing.experts.sort(-1)
     found |= {"tiny scores: experts": experts, "tiny scores: weights": routing.weights.gather(-1, order)}
     return found | {"tiny scores: scores": routing.scores}

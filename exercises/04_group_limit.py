@@ -16,7 +16,7 @@ HINTS = (
     "unflatten, topk(...).values.sum, topk(...).indices, scatter, masked_fill, flatten",
 )
 EXPECTS = {
-    "choice": "(..., experts), fp32: scores plus bias, of either sign",
+    "choice": "(..., experts), fp32: scores plus bias, of either sign; any number of leading axes",
     "num_groups": "divides experts; a group is experts / num_groups consecutive experts",
     "top_groups": "the groups to keep, 1..num_groups",
     "group_best": "a group's score is the sum of this many of its best scores",
@@ -78,6 +78,11 @@ MISTAKES = (
         "-1.0",
         "excluded groups get -1: a biased score can be lower than that; use minus infinity",
     ),
+    (
+        "grouped = choice.unflatten(-1, (num_groups, -1))",
+        "batch, time, _ = choice.shape\n    grouped = choice.view(batch, time, num_groups, -1)",
+        "exactly two leading axes are assumed: choice can have any number",
+    ),
 )
 RIGHT = (
     """
@@ -132,7 +137,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Scores on both sides of zero and close ones, groups scored by one and two experts, none excluded."""
+    """Scores on both sides of zero and close ones, other shapes, groups scored by one and two experts."""
     choice = torch.randn(3, 5, 12, generator=generator, requires_grad=True)
     limited = module.keep_best_groups(choice, 4, 2, 2)
     backward((limited * torch.randn(12, generator=generator)).where(limited.isfinite(), 0).sum())
@@ -141,5 +146,7 @@ def probe(module, generator):
     found["best by one"] = module.keep_best_groups(choice, 5, 1, 1)
     close = 3 + torch.randn(2, 7, 12, generator=generator) / 1000  # bf16 has steps of 0.016 there
     found["close scores"] = module.keep_best_groups(close, 4, 2, 2)
+    found["one token"] = module.keep_best_groups(choice[0, 0], 3, 1, 2)
+    found["rows of tokens"] = module.keep_best_groups(choice[0], 5, 2, 2)
     found["none closed"] = module.keep_best_groups(choice, 3, 3, 2)
     return found

@@ -6,7 +6,7 @@ from exercises.grader.watch import backward
 
 TARGET = "moe.balance:load_and_share"
 TESTS = ("tests/moe/test_balance.py",)
-WHICH = "loss and not capacity and not dropped and not autocast and not without_tokens"
+WHICH = "loss and not capacity and not dropped and not autocast and not without_tokens and not loop_over and not global_counts"
 BEGIN = "scores = scores.where("
 EQUATION = "DeepSeek-V3 eq. 17-20"
 LEARN = "f counts choices and has no gradient; the gradient reaches the router through P, the mean normalised score."
@@ -83,6 +83,21 @@ MISTAKES = (
         "load = relative_load(count).double()",
         "the load is float64: keep the dtype of the scores",
     ),
+    (
+        "one_hot(experts, num_experts)",
+        "one_hot(experts.clamp(min=0), num_experts)",
+        "an empty slot (-1) is counted for expert 0: it counts for none",
+    ),
+    (
+        "chosen.sum(1).to(scores.dtype)",
+        "chosen.sum(1).half().to(scores.dtype)",
+        "the counts are rounded to fp16, which cannot represent 2049: convert them to fp32",
+    ),
+    (
+        "scores.where(real.unsqueeze(-1), 0)",
+        "scores.nan_to_num()",
+        "only NaN is removed from the padding: set all scores of padding to 0",
+    ),
 )
 RIGHT = (
     """
@@ -142,27 +157,37 @@ RIGHT = (
         total = total + now / (now.sum(-1, keepdim=True) + 1e-20)
     return load, total / real.sum(-1, keepdim=True).clamp(min=1), real
     """,
+    """
+    scores = scores.where(real.unsqueeze(-1), 0)
+    hot = torch.nn.functional.one_hot(experts.clamp(min=0), num_experts) * (experts >= 0).unsqueeze(-1)
+    count = (hot.sum(2) * real.unsqueeze(-1)).sum(1).float()
+    load = relative_load(count)
+    share = (scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+    return load, share, real
+    """,
 )
 
 
 def probe(module, generator):
-    """Uneven loads, an expert that is never chosen, lengths down to 1 and 0, NaN in the padding, a long one."""
+    """Uneven loads, an expert that is never chosen, empty slots, lengths down to 0, NaN in the padding, a long one."""
     logits = torch.randn(4, 11, 7, generator=generator)
     logits[..., 2] += 1.5
     logits[..., 5] -= 9
     logits.requires_grad_()
     scores = logits.sigmoid()
     experts = (scores + torch.linspace(0, 0.2, 7)).topk(3).indices
+    experts[0, 4, 1] = experts[1, 2, 0] = -1
     mask = torch.arange(11) < torch.tensor([[11], [8], [1], [0]])
-    spoilt = scores.masked_fill(~mask.unsqueeze(-1), float("nan"))
-    routing = module.Routing(experts, spoilt.gather(-1, experts), spoilt, logits)
+    padding = ~mask & (torch.arange(11) % 2 == 0)  # half of it: finite scores must not count either
+    spoilt = scores.masked_fill(padding.unsqueeze(-1), float("nan"))
+    routing = module.Routing(experts, spoilt.gather(-1, experts.clamp(min=0)), spoilt, logits)
     load, share, real = module.load_and_share(routing, mask)
     loss = module.sequence_loss(routing, mask)
     backward(loss)
-    whole = module.Routing(experts, scores.gather(-1, experts), scores.detach(), logits)
+    whole = module.Routing(experts, scores.gather(-1, experts.clamp(min=0)), scores.detach(), logits)
     found = {"load": load, "share": share, "real": real, "loss": loss, "gradient of the logits": logits.grad}
     found["loss without padding"] = module.sequence_loss(whole)
-    scores = torch.rand(2, 700, 7, generator=generator) + torch.linspace(0, 0.5, 7)
-    experts = scores.topk(3).indices  # loads above 256, the last whole number before bf16 has gaps
+    scores = torch.rand(2, 5000, 7, generator=generator) + torch.linspace(0, 0.5, 7)
+    experts = scores.topk(3).indices  # loads above 2048: bf16 and fp16 cannot represent them
     long = module.Routing(experts, scores.gather(-1, experts), scores, scores)
-    return found | {"load of 700 tokens": module.load_and_share(long, None)[0]}
+    return found | {"load of 5000 tokens": module.load_and_share(long, None)[0]}

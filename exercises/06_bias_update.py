@@ -84,6 +84,11 @@ MISTAKES = (
         "bias.copy_((bias + rate * step).bfloat16())",
         "the bias is rounded to bf16: steps of 0.001 are lost in it",
     ),
+    (
+        "-violations(tokens_per_expert.to(bias.device), bias.dtype)",
+        "-violations(tokens_per_expert.to(bias.device, torch.int16), bias.dtype)",
+        "the counts overflow int16: keep int64, or convert them to fp32",
+    ),
 )
 RIGHT = (
     """
@@ -157,11 +162,14 @@ def probe(module, generator):
         "centred": {"centred": True},
         "proportional": {"proportional": True},
         "large counts": {},
+        "counts of a large batch": {},
     }.items():
-        tokens = counts + 70_000 * (name == "large counts")
+        tokens = counts * 7001 if "batch" in name else counts + 70_000 * (name == "large counts")
         bias = torch.randn(7, generator=generator)
         router = Router(bias.clone())
-        held = router.bias
+        held = router.bias[:]
         module.update_bias_(router, tokens, 0.03, **options)
         found |= {f"change, {name}": router.bias - bias, f"the buffer itself, {name}": held}
-    return found
+    router = Router(torch.ones(7))
+    module.update_bias_(router, torch.zeros(7, dtype=torch.int64), 0.03, proportional=True)
+    return found | {"bias after no tokens": router.bias}

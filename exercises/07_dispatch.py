@@ -1,5 +1,7 @@
 """Tokens are sorted by expert: which token is in which row, and how do the results get back?"""
 
+import contextlib
+
 import torch
 
 TARGET = "moe.dispatch:sort"
@@ -14,7 +16,7 @@ HINTS = (
     "new_zeros, empty_like, index_copy_ (or assigning by index), //, view_as, Order",
 )
 EXPECTS = {
-    "experts": "(tokens, top_k) int64, -1 for an empty slot",
+    "experts": "(tokens, top_k) int64, -1 for an empty slot; there may be no tokens",
     "num_experts, multiple": "ints; used above",
     "slots, order, rows, num_rows": "given above: (tokens x top_k,) each, and the number of rows with padding",
     "returns": "Order(sizes as given above, source (num_rows,) int64, target (tokens, top_k) int64)",
@@ -80,6 +82,11 @@ MISTAKES = (
         "order / top_k",
         "slots are divided with true division, which returns floats: use //",
     ),
+    (
+        "order // top_k",
+        "(order.half() / top_k).long()",
+        "slots are divided in fp16, which cannot represent 2049: use integer division",
+    ),
 )
 RIGHT = (
     """
@@ -126,7 +133,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Uneven loads, an expert without tokens, empty slots, with and without padding, many slots."""
+    """Uneven loads, an expert without tokens, empty slots, with and without padding, many slots and none."""
     found = {}
     experts = torch.rand(11, 7, generator=generator).topk(3).indices
     experts = torch.where(experts == 4, 6, experts)
@@ -134,10 +141,14 @@ def probe(module, generator):
     x = torch.randn(11, 5, generator=generator)
     for multiple in (1, 4):
         order = module.sort(experts, 7, multiple)
-        rows = module.gather(x, order)
-        back = module.scatter(rows * 2, order, torch.rand(11, 3, generator=generator))
         name = "filled up" if multiple > 1 else "as they are"
-        found |= {f"source, {name}": order.source, f"target, {name}": order.target}
-        found |= {f"rows, {name}": rows, f"back, {name}": back}
-    order = module.sort(torch.rand(140, 7, generator=generator).topk(3).indices, 7)
-    return found | {"source of 420 slots": order.source, "target of 420 slots": order.target}
+        found |= {f"{part}, {name}": getattr(order, part) for part in ("sizes", "source", "target")}
+        weights = torch.rand(11, 3, generator=generator)
+        with contextlib.suppress(Exception):  # the source and the target say what is wrong
+            rows = module.gather(x, order)
+            back = module.scatter(rows * 2, order, weights)
+            found |= {f"rows, {name}": rows, f"back, {name}": back}
+    order = module.sort(torch.rand(1100, 7, generator=generator).topk(3).indices, 7)
+    found |= {"source of 3300 slots": order.source, "target of 3300 slots": order.target}
+    order = module.sort(experts[:0], 7)
+    return found | {"source of no tokens": order.source, "target of no tokens": order.target}

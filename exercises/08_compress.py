@@ -1,12 +1,14 @@
 """What does MLA cache for a token?"""
 
+import contextlib
+
 import torch
 
 from exercises.grader.watch import backward
 
 TARGET = "mla.attention:MultiheadLatentAttention.compress"
 TESTS = ("tests/mla/test_attention.py",)
-WHICH = "cache or latent or (equation or compressions) and expanded"
+WHICH = "(cache or latent or (equation or compressions) and expanded) and not autocast"
 EQUATION = "DeepSeek-V3 eq. 1, 3"
 LEARN = "One projection produces both cached parts; the latent is normed, the rope key is not."
 HINTS = (
@@ -17,7 +19,7 @@ HINTS = (
 )
 EXPECTS = {
     "x": "(batch, time, dim), the dtype of the weights: fp32, bf16 or float64",
-    "self.kv_a": "a linear layer, dim -> latent + rope; self.kv_norm: the norm of the latent",
+    "self.kv_a": "a linear layer, dim -> latent + rope, with or without bias; self.kv_norm: the norm of the latent",
     "returns": "latent (batch, time, latent), k_rope (batch, time, rope), in the dtype of x",
 }
 MISTAKES = (
@@ -69,6 +71,21 @@ MISTAKES = (
         "self.kv_norm(latent), k_rope.mul_(k_rope.square().mean(-1, keepdim=True).rsqrt())",
         "the rope key is scaled in place: it stays as it is",
     ),
+    (
+        "self.kv_a(x)",
+        "(x @ self.kv_a.weight.T)",
+        "the bias of kv_a is missing: call the layer",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "torch.nn.functional.rms_norm(latent, latent.shape[-1:], self.kv_norm.weight), k_rope",
+        "the norm's eps is missing: call self.kv_norm, or pass self.kv_norm.eps",
+    ),
+    (
+        "self.kv_norm(latent), k_rope",
+        "self.kv_norm(latent.float()).to(x.dtype), k_rope",
+        "the norm runs in fp32 for float64 too: keep the dtype of x, which self.kv_norm handles",
+    ),
 )
 RIGHT = (
     """
@@ -105,12 +122,19 @@ RIGHT = (
         parts.append(torch.nn.functional.linear(x, self.kv_a.weight[start : start + width], bias))
     return self.kv_norm(parts[0]), parts[1]
     """,
+    """
+    both = torch.func.functional_call(self.kv_a, dict(self.kv_a.named_parameters()), (x,))
+    latent, k_rope = both.tensor_split((self.kv_lora_rank,), -1)
+    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.kv_norm.eps) * self.kv_norm.weight
+    return normed.to(x.dtype), k_rope
+    """,
 )
 
 
 def attention(module, generator):
     """A small attention whose sizes all differ and whose norm weights are not 1."""
-    made = module.MultiheadLatentAttention(11, 3, 7, 5, 2, 4, q_lora_rank=6)
+    made = module.MultiheadLatentAttention(11, 3, 7, 5, 2, 4, q_lora_rank=6, qkv_bias=True)
     with torch.no_grad():
         for weight in made.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator) / 2)
@@ -118,13 +142,21 @@ def attention(module, generator):
 
 
 def probe(module, generator):
-    """Both parts with their gradients, the output of a whole call, and the dtypes for bf16."""
+    """Both parts with their gradients, a whole call, small x, no bias, float64, and the dtypes for bf16."""
     made = attention(module, generator)
     x = torch.randn(3, 5, 11, generator=generator, requires_grad=True)
     latent, k_rope = made.compress(x)
     found = {"latent": latent, "rope key": k_rope}
     loss = (latent * torch.randn(latent.shape, generator=generator)).sum()
     backward(loss + k_rope.square().sum())
-    found |= {"gradient of x": x.grad, "gradient of the projection": made.kv_a.weight.grad, "y": made(x)}
+    found |= {"gradient of x": x.grad, "gradient of the projection": made.kv_a.weight.grad}
+    with contextlib.suppress(Exception):  # the latent and the rope key say what is wrong
+        found["y"] = made(x)
+    with torch.no_grad():
+        made.kv_a.bias.zero_()
+    found["latent of small x"] = made.compress(x.detach() / 2000)[0]  # where the norm's eps matters
+    made.kv_a.bias = None
+    latent, k_rope = made.double().compress(x.detach().double())
+    found |= {"latent of float64": latent, "rope key of float64": k_rope}
     latent, k_rope = made.bfloat16().compress(x.detach().bfloat16())
     return found | {"latent of bf16": latent[:0], "rope key of bf16": k_rope[:0]}

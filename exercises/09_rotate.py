@@ -77,6 +77,16 @@ MISTAKES = (
         "return q_rope.flip(2), k_rope.squeeze(2)",
         "the heads come back in a different order",
     ),
+    (
+        "self.rope(both, positions)",
+        "self.rope(both, positions.squeeze())",
+        "positions is squeezed: a single token has positions (1,) or (1, 1)",
+    ),
+    (
+        "self.rope(both, positions)",
+        "self.rope(both, positions.half())",
+        "the positions are cast to fp16, which cannot represent 2049; they stay integers",
+    ),
 )
 RIGHT = (
     """
@@ -114,7 +124,7 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Positions that do not start at 0 and differ between rows, positions that bf16 cannot hold, float64."""
+    """Positions that do not start at 0 and differ between rows, positions that bf16 and fp16 cannot hold, float64, one token."""
     made = module.MultiheadLatentAttention(11, 3, 7, 5, 4, 6)
     q_rope = torch.randn(2, 5, 3, 4, generator=generator, requires_grad=True)
     k_rope = torch.randn(2, 5, 4, generator=generator, requires_grad=True)
@@ -126,8 +136,10 @@ def probe(module, generator):
     found |= {"gradient of the query": q_rope.grad, "gradient of the key": k_rope.grad}
     q, k = made.rotate(q_rope, k_rope, torch.arange(2, 7))
     found |= {"query, one row of positions": q, "key, one row of positions": k}
-    late = torch.tensor([257, 301, 515, 771, 1001])
+    late = torch.tensor([257, 301, 2049, 771, 70001])
     q, k = made.rotate(q_rope.detach().bfloat16(), k_rope.detach().bfloat16(), late)
     found |= {"query of bf16": q, "key of bf16": k}
     q, k = made.rotate(q_rope.detach().double(), k_rope.detach().double(), late)
-    return found | {"query of float64": q, "key of float64": k}
+    found |= {"query of float64": q, "key of float64": k}
+    q, k = made.rotate(q_rope[:1, :1], k_rope[:1, :1], torch.tensor([6]))
+    return found | {"query of one token": q, "key of one token": k}

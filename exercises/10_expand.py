@@ -8,7 +8,9 @@ TARGET = "mla.attention:MultiheadLatentAttention.expanded"
 TESTS = ("tests/mla/test_attention.py",)
 WHICH = "expanded and not transformers"
 EQUATION = "DeepSeek-V3 eq. 2, 4, 5, 9, 10"
-LEARN = "Each head's key is its own rows of W_UK times the latent, followed by the rope key that all heads share."
+LEARN = (
+    "Each head's key is its own rows of W_UK times the latent, followed by the rope key that all heads share."
+)
 HINTS = (
     "kv_b computes a key part and a value part for each head. How wide are they, and which comes first?",
     "kv is (batch, total, heads, nope + value). The rope key (batch, total, rope) is the same for every head. Query "
@@ -19,7 +21,7 @@ EXPECTS = {
     "q_nope, q_rope": "(batch, time, heads, nope) and (batch, time, heads, rope), fp32, bf16 or float64",
     "latent, k_rope": "(batch, total, latent), already normed, and (batch, total, rope), already rotated",
     "visible": "None: causal, and total = time unless time is 1; or bool, (time, total) or (batch, time, total), True where a query may look",
-    "self.scale": "the softmax scale; softmax_attention(query, key, value, scale, visible) applies it and handles visible",
+    "self.scale": "the softmax scale, which YaRN can change; softmax_attention(query, key, value, scale, visible) applies it and handles visible",
     "returns": "(batch, time, heads, value), the dtype of the query",
 }
 MISTAKES = (
@@ -82,6 +84,16 @@ MISTAKES = (
         "self.scale, visible)",
         "self.scale, visible).float()",
         "the result is fp32: keep the dtype of the query",
+    ),
+    (
+        "self.scale, visible)",
+        "(self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5, visible)",
+        "the scale is recomputed: use self.scale, which YaRN can change",
+    ),
+    (
+        "self.scale, visible)",
+        "self.scale, torch.ones(query.shape[1], key.shape[1]).tril().bool() if visible is None else visible)",
+        "a single query sees only the first key: without visible it sees itself and all earlier tokens",
     ),
 )
 RIGHT = (
@@ -150,8 +162,9 @@ RIGHT = (
 
 
 def probe(module, generator):
-    """Widths that all differ, with the causal mask alone and with other masks, float64, and the dtype for bf16."""
+    """Widths that all differ, with masks, one query over a past, float64, large scores, and the dtype for bf16."""
     made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4)
+    made.scale *= 1.3  # as YaRN does
     with torch.no_grad():
         made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator))
         made.kv_norm.weight.copy_(torch.rand(13, generator=generator))
@@ -165,10 +178,14 @@ def probe(module, generator):
         "masked": made.expanded(*parts, visible),
         "masked, one mask": made.expanded(*parts, visible[0].clone()),
     }
+    last = [part[:, -1:] for part in parts[:2]]
+    found["one query"] = made.expanded(*last, *parts[2:], None)
     weights = torch.randn(4, generator=generator)
     backward(sum((y * weights).sum() for y in found.values()))
     names = ("q_nope", "q_rope", "the latent", "the rope key")
     found |= {f"gradient of {name}": part.grad for name, part in zip(names, parts)}
     found["causal, float64"] = made.double().expanded(*(part.detach().double() for part in parts), None)
+    large = [part.detach().double() * 300 for part in parts]
+    found["causal, large scores"] = made.expanded(*large, None)
     y = made.bfloat16().expanded(*(part.detach().bfloat16() for part in parts), None)
     return found | {"causal, bf16": y[:0]}

@@ -6,7 +6,7 @@ from exercises.grader.watch import backward
 
 TARGET = "mla.attention:MultiheadLatentAttention.absorbed"
 TESTS = ("tests/mla/test_attention.py",)
-WHICH = "(absorb or chunk or cache) and not transformers and not biases"
+WHICH = "(absorb or chunk or cache) and not transformers and not biases and not multiply_adds"
 EQUATION = "DeepSeek-V2 section 2.1.2, DeepSeek-V3 eq. 9, 10"
 LEARN = "q (W c) = (q W) c: the key and value matrices move to the query and the output, and the cache is read directly."
 HINTS = (
@@ -19,7 +19,7 @@ EXPECTS = {
     "q_nope, q_rope": "(batch, time, heads, nope) and (batch, time, heads, rope), fp32, bf16 or float64",
     "entries": "(batch, total, latent + rope), the cache's entries, latent first, in the dtype of the query",
     "visible": "None: causal, and total = time unless time is 1; or bool, (time, total) or (batch, time, total), True where a query may look",
-    "self.scale": "the softmax scale; self.split_kv_b() -> (heads, nope, latent), (heads, value, latent)",
+    "self.scale": "the softmax scale, which YaRN can change; self.split_kv_b() -> (heads, nope, latent), (heads, value, latent)",
     "returns": "(batch, time, heads, value), the dtype of the entries; softmax in fp32, or float64 for float64",
 }
 MISTAKES = (
@@ -94,6 +94,21 @@ MISTAKES = (
         "torch.cat((q_latent, q_rope.transpose(1, 2)), dim=-1)",
         "torch.cat((q_latent, q_rope.repeat_interleave(2, 2)[:, :, :heads].transpose(1, 2)), dim=-1)",
         "the rope queries of other heads are used: head h has its own",
+    ),
+    (
+        "* self.scale",
+        "* (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5",
+        "the scale is recomputed: use self.scale, which YaRN can change",
+    ),
+    (
+        "if visible is None and time > 1:  # no past: total == time\n            visible = torch.ones(time, time,",
+        "if visible is None:\n            visible = torch.ones(time, entries.shape[1],",
+        "a single query sees only the first entry: without visible it sees itself and all earlier tokens",
+    ),
+    (
+        "scores.softmax(-1)",
+        "(scores.exp() / scores.exp().sum(-1, keepdim=True))",
+        "exp overflows for large scores: use softmax, or subtract the maximum first",
     ),
 )
 RIGHT = (
@@ -189,12 +204,19 @@ RIGHT = (
         out.append((context.unsqueeze(2) @ w_value.mT).squeeze(2))
     return torch.stack(out, dim=1)
     """,
+    """
+    w_key, w_value = self.split_kv_b()
+    q = torch.cat((torch.einsum('bthn,hnl->bthl', q_nope, w_key), q_rope), -1)
+    y = softmax_attention(q, entries.unsqueeze(2), entries[..., : self.kv_lora_rank].unsqueeze(2), self.scale, visible)
+    return torch.einsum('bthl,hvl->bthv', y, w_value)
+    """,
 )
 
 
 def probe(module, generator):
-    """A latent wider than nope + rope, the causal mask, other masks, one query over a past, float64, bf16."""
+    """A latent wider than nope + rope, the causal mask, other masks, one query over a past, float64, large scores, bf16."""
     made = module.MultiheadLatentAttention(11, 3, 13, 5, 2, 4)
+    made.scale *= 1.3  # as YaRN does
     with torch.no_grad():
         made.kv_b.weight.copy_(torch.randn(made.kv_b.weight.shape, generator=generator))
     parts = [
@@ -215,5 +237,7 @@ def probe(module, generator):
     names = ("q_nope", "q_rope", "the entries")
     found |= {f"gradient of {name}": part.grad for name, part in zip(names, parts)}
     found["causal, float64"] = made.double().absorbed(*(part.detach().double() for part in parts), None)
+    large = [part.detach().double() * 300 for part in parts]
+    found["causal, large scores"] = made.absorbed(*large, None)
     y = made.bfloat16().absorbed(*(part.detach().bfloat16() for part in parts), None)
     return found | {"causal, bf16": y[:0]}

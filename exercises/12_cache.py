@@ -20,7 +20,7 @@ HINTS = (
 EXPECTS = {
     "new": "(batch, time, width), the dtype of the entries; the caller may overwrite it afterwards",
     "self.entries": "(batch, max_length, width); given above: batch, time, total, and start, each row's length",
-    "self.lengths": "a list of ints, one per row",
+    "self.lengths": "a list of ints, one per row; entries beyond a row's length are undefined",
     "returns": "(batch, total, width): all entries so far, without gradients also valid if it is a view",
 }
 MISTAKES = (
@@ -84,6 +84,16 @@ MISTAKES = (
         "return self.entries[:, :total].double()",
         "the result is float64: keep the dtype of the cache",
     ),
+    (
+        "if torch.is_grad_enabled():",
+        "if new.requires_grad:",
+        "entries without gradients are written in place: backward of earlier calls needs the old ones; copy whenever gradients are enabled",
+    ),
+    (
+        "self.lengths = [row + time for row in start]",
+        "self.lengths = torch.tensor(start) + time",
+        "the lengths become a tensor: they are a list of ints",
+    ),
 )
 RIGHT = (
     """
@@ -135,28 +145,42 @@ RIGHT = (
     self.lengths = [length + time for length in self.lengths]
     return self.entries[:, :total]
     """,
+    """
+    entries = torch.full_like(self.entries, 7.0)
+    rows = []
+    for b, s in enumerate(start):
+        filled = torch.cat((self.entries[b, :s], new[b]))
+        rows.append(torch.cat((filled, entries[b, len(filled):])))
+    self.entries = torch.stack(rows)
+    self.lengths = [s + time for s in start]
+    return self.entries[:, :total]
+    """,
 )
 
 
 def probe(module, generator):
-    """Three calls, rows of different lengths, with and without gradients; the caller reuses its memory."""
+    """Four calls, rows of different lengths, with and without gradients; the caller reuses its memory."""
     found = {}
     new = [torch.randn(2, time, 3, generator=generator, requires_grad=True) for time in (2, 1, 3)]
+    plain = torch.randn(2, 1, 3, generator=generator)  # needs no gradient, but comes after those that do
     for name, enabled in (("with gradients", True), ("without", False)):
         cache = module.Cache(2, 9, 3, torch.float32)
-        parts = []
+        parts, losses = [], []
         with torch.set_grad_enabled(enabled):
-            for call, given in enumerate(new):
+            for call, given in enumerate([*new, plain]):
                 if call == 2:
                     cache.truncate(torch.tensor([3, 1]))
                 given = given if enabled else given.detach().clone()
                 part = cache.write(given)
-                parts.append(part if enabled else part.clone())  # a view may change in later calls
+                held = torch.arange(part.shape[1]) < torch.as_tensor(cache.lengths)[:, None]
+                parts.append(part.where(held.unsqueeze(-1), 0))  # a copy: a view may change in later calls
+                losses.append((part.square() * (call + 1)).sum())
                 if not enabled:
                     given.fill_(float("nan"))
         found |= {f"call {call}, {name}": part for call, part in enumerate(parts, 1)}
-        found[f"lengths, {name}"] = cache.length
+        found[f"lengths, {name}"] = torch.as_tensor(cache.lengths)
+        found[f"lengths are ints, {name}"] = torch.tensor(all(type(n) is int for n in cache.lengths))
         if enabled:
-            backward(sum((part.square() * (i + 1)).sum() for i, part in enumerate(parts)))
+            backward(sum(losses))
             found |= {f"gradient of call {i}": part.grad for i, part in enumerate(new, 1)}
     return found

@@ -70,6 +70,11 @@ MISTAKES = (
         "kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1).round()",
         "the ramp is rounded to 0 and 1: pairs in between are slowed down partly",
     ),
+    (
+        "max(high - low, 0.001)",
+        "(high - low)",
+        "the ramp is divided by high - low, which can be 0 or negative: by at least 0.001",
+    ),
 )
 RIGHT = (
     """
@@ -125,16 +130,26 @@ RIGHT = (
             new[pair] = turn[pair] * (1 - slow + slow / self.factor)
     return new
     """,
+    """
+    dim = 2 * len(turn)
+    low = max(math.floor(self.pair_with(self.beta_fast, dim, theta)), 0)
+    high = min(math.ceil(self.pair_with(self.beta_slow, dim, theta)), dim - 1)
+    i = torch.arange(len(turn), device=turn.device).double()
+    ramp = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
+    return (turn.double() * (1 - ramp) + turn.double() / self.factor * ramp).to(turn.dtype)
+    """,
 )
 
 
 def probe(module, generator):
-    """Ramps in the middle, one that starts before the first pair, other betas."""
+    """Ramps in the middle, before the first pair and after the last, other betas."""
     found = {}
     for name, dim, theta, yarn in (
         ("as in DeepSeek", 64, 10000.0, module.YaRN(40.0, 4096)),
         ("short context", 34, 500.0, module.YaRN(4.0, 128)),
         ("ramp beyond the last pair", 22, 10.0, module.YaRN(4.0, 690)),
+        ("a context far beyond the ramp", 22, 10.0, module.YaRN(4.0, 10**9)),
+        ("no context to speak of", 22, 10000.0, module.YaRN(4.0, 4)),
         ("other betas", 22, 10000.0, module.YaRN(7.0, 700, beta_fast=9.0, beta_slow=2.0)),
     ):
         turn = theta ** (-torch.arange(0, dim, 2) / dim)

@@ -69,6 +69,16 @@ MISTAKES = (
         "1 / p.norm(dim=-1).double().mean() * len(p)",
         "the mean norm is inverted: average the inverses, 1 over the norm of each token",
     ),
+    (
+        "generator = torch.Generator().manual_seed(seed)",
+        "generator = torch.manual_seed(seed)",
+        "the global generator is seeded: create a torch.Generator",
+    ),
+    (
+        "logits = torch.randn(",
+        "generator = torch.Generator().manual_seed(seed)\n        logits = torch.randn(",
+        "the generator is created anew in each round, so all rounds draw the same numbers",
+    ),
 )
 RIGHT = (
     """
@@ -138,4 +148,11 @@ def probe(module, generator):
     """Moonlight's 6 of 64, and sizes that no model uses."""
     cases = {"6 of 64": (64, 6, 3000, 0), "3 of 11": (11, 3, 1700, 5), "1 of 4": (4, 1, 500, 2)}
     cases |= {"2 of 2": (2, 2, 900, 3), "in two rounds": (4, 3, 20_100, 4)}
-    return {name: torch.tensor(module.gate_scale(*case), dtype=torch.float32) for name, case in cases.items()}
+    state = torch.get_rng_state()
+    values = {name: module.gate_scale(*case) for name, case in cases.items()}
+    module.CHUNK = 400
+    values["in five rounds"] = module.gate_scale(11, 3, 1700, 5)
+    found = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
+    found["the results are floats"] = torch.tensor(all(type(value) is float for value in values.values()))
+    unchanged = torch.equal(state, torch.get_rng_state())
+    return found | {"the global random state is unchanged": torch.tensor(unchanged)}

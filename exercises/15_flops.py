@@ -132,6 +132,7 @@ def probe(module, generator):
         model = Config.preset(name).model
         for tied in (False, True):
             flops = module.training_flops_per_token(dataclasses.replace(model, tie_embeddings=tied), context)
-            found[f"{name}, {'tied' if tied else 'not tied'}"] = torch.tensor(flops)
+            found[f"{name}, {'tied' if tied else 'not tied'}"] = torch.as_tensor(flops)
+            found[f"{name}, {tied}, is an int"] = torch.tensor(type(flops) is int)
     biased = dataclasses.replace(model, attention=dataclasses.replace(model.attention, out_bias=True))
     return found | {"with biases": torch.tensor(module.training_flops_per_token(biased, 50))}

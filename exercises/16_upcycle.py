@@ -1,5 +1,7 @@
 """How can one trained MLP be split into experts whose sum equals it?"""
 
+import contextlib
+
 import torch
 
 TARGET = "moe.upcycle:shards_of"
@@ -15,7 +17,7 @@ HINTS = (
 )
 EXPECTS = {
     "mlp": "a SwiGLU: mlp.gate_up.weight (2 hidden, dim), gate first, and mlp.down.weight (dim, hidden)",
-    "num_shards": "an int that divides hidden; width = hidden / num_shards",
+    "num_shards": "an int that divides hidden, 1 or more; width = hidden / num_shards",
     "returns": "gate_up (shards, 2 width, dim), down (shards, dim, width), in the dtype of the weights",
 }
 MISTAKES = (
@@ -68,6 +70,11 @@ MISTAKES = (
         "gate_up.transpose(0, 1).flatten(1, 2)",
         "gate_up.transpose(0, 1).flatten(1, 2).half().to(gate_up.dtype)",
         "the weights are rounded to fp16: keep every bit",
+    ),
+    (
+        "down.transpose(0, 1)",
+        "down.transpose(0, 1).squeeze(0)",
+        "the axis of the shards is squeezed: with one shard it stays, of size 1",
     ),
 )
 RIGHT = (
@@ -125,7 +132,11 @@ def probe(module, generator):
     for shards in (3, 4):
         gate_up, down = module.shards_of(mlp, shards)
         found |= {f"gate_up, {shards} shards": gate_up, f"down, {shards} shards": down}
+    gate_up_1, down_1 = module.shards_of(mlp, 1)
+    found |= {"gate_up, 1 shard": gate_up_1, "down, 1 shard": down_1}
     x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
-    gates = [(part @ x.T).chunk(2) for part in gate_up]
-    y = sum(d @ (torch.nn.functional.silu(gate) * up) for (gate, up), d in zip(gates, down))
-    return found | {"sum of the shards": y.detach()}
+    with contextlib.suppress(Exception):  # the shards say what is wrong
+        gates = [(part @ x.T).chunk(2) for part in gate_up]
+        y = sum(d @ (torch.nn.functional.silu(gate) * up) for (gate, up), d in zip(gates, down))
+        found["sum of the shards"] = y.detach()
+    return found

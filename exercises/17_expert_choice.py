@@ -6,7 +6,7 @@ from exercises.grader.watch import backward
 
 TARGET = "moe.zoo:ExpertChoiceRouter.forward"
 TESTS = ("tests/moe/test_zoo.py",)
-WHICH = "expert_choice and not refused and not at_most_all"
+WHICH = "expert_choice and not refused and not at_most_all and not loop_over and not gradient_of"
 EQUATION = "Expert Choice (arXiv 2202.09368) eq. 1, 2"
 LEARN = "Every expert takes the same number of tokens: balance is perfect, but a token's experts depend on all other tokens."
 HINTS = (
@@ -77,6 +77,21 @@ MISTAKES = (
         "scores.mul_(chosen)",
         "the scores are overwritten: the balance losses need those of all experts; use where",
     ),
+    (
+        "scores.where(chosen, 0), scores, logits)",
+        "scores.where(chosen, 0), scores.detach(), logits)",
+        "the returned scores are detached: the balance losses need their gradient",
+    ),
+    (
+        "scores.where(chosen, 0), scores, logits)",
+        "scores.where(chosen, 0), scores, logits.detach())",
+        "the returned logits are detached: the z-loss needs their gradient",
+    ),
+    (
+        "rows.topk(taken, dim=0)",
+        "rows.bfloat16().topk(taken, dim=0)",
+        "the tokens are chosen by scores in bf16: close scores become ties; keep fp32",
+    ),
 )
 RIGHT = (
     """
@@ -144,11 +159,21 @@ RIGHT = (
     return Routing(torch.where(chosen, torch.arange(self.num_experts, device=x.device), -1),
                    scores.masked_fill(~chosen, 0), scores, logits)
     """,
+    """
+    logits = router_logits(x, self.weight)
+    scores = torch.softmax(logits.double(), -1).float()
+    rows = scores.reshape(-1, self.num_experts)
+    taken = room(len(rows), self.num_experts, self.capacity_factor)
+    best = rows.T.topk(taken, -1, sorted=False).indices
+    chosen = torch.nn.functional.one_hot(best, len(rows)).sum(1).T.bool().view_as(scores)
+    experts = torch.where(chosen, torch.arange(self.num_experts, device=x.device), -1)
+    return Routing(experts=experts, weights=scores.masked_fill(~chosen, 0), scores=scores, logits=logits)
+    """,
 )
 
 
 def probe(module, generator):
-    """Two batches of different shapes, capacities that do not divide evenly."""
+    """Two batches of different shapes, capacities that do not divide evenly, close scores."""
     found = {}
     for name, shape, factor in (("two sequences", (2, 5), 1.5), ("one row", (7,), 2.0)):
         router = module.ExpertChoiceRouter(6, 4, factor)
@@ -157,9 +182,15 @@ def probe(module, generator):
         x = torch.randn(*shape, 6, generator=generator, requires_grad=True)
         routing = router(x)
         found |= {f"experts, {name}": routing.experts, f"weights, {name}": routing.weights}
-        found |= {f"scores, {name}": routing.scores}
+        found |= {f"scores, {name}": routing.scores, f"logits, {name}": routing.logits}
         backward((routing.weights * torch.randn(4, generator=generator)).sum())
         found |= {f"gradient of x, {name}": x.grad, f"gradient of the weight, {name}": router.weight.grad}
+        for part in ("scores", "logits"):
+            x.grad, values = None, getattr(router(x), part)
+            backward((values * torch.randn(4, generator=generator)).sum())
+            found[f"gradient of x through the {part}, {name}"] = x.grad
+        close = router(x.detach() / 1000)
+        found |= {f"experts for close scores, {name}": close.experts}
         routing = router(x.detach().bfloat16())
         found |= {f"weights of bf16, {name}": routing.weights, f"scores of bf16, {name}": routing.scores}
     return found

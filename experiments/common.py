@@ -271,8 +271,10 @@ def peak_resident() -> int:
     status = Path("/proc/self/status")  # unlike getrusage, not inherited from the parent process
     if status.exists():
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        raise RuntimeError("peak memory is measured only on Linux and macOS") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -26,7 +26,7 @@ def summary(run: Path) -> dict:
     if not rows or "val_loss" not in rows[-1] or rows[-1]["step"] != config.train.steps:
         missing = f"has no row of step {config.train.steps} with val_loss; is the run finished?"
         raise ValueError(f"{run / 'metrics.jsonl'}: {missing}")
-    baseline = json.loads((data.CORPUS / "baselines.json").read_text())
+    baseline = json.loads((data.CORPUS / "baselines.json").read_text("utf-8"))
     return {
         "machine": machine.describe(),
         "dtype": state["dtype"],

@@ -5,7 +5,6 @@ Imports torch only in what a training needs.
 
 import contextlib
 
-from . import count
 from .config import ModelConfig, TrainConfig
 
 TORCH_BYTES = 600 * 2**20  # address space that importing torch takes; with less, it may abort
@@ -66,6 +65,8 @@ def check_memory(config: ModelConfig, train: TrainConfig | None = None) -> None:
 
 def num_parameters(config: ModelConfig) -> int:
     """All parameters; a model with custom parts is built without memory to count them."""
+    from . import count
+
     try:
         return count.total_parameters(config)
     except ValueError:

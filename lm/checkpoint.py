@@ -139,7 +139,8 @@ def save_checkpoint(
     def write(into: Path) -> None:
         save_file(contiguous(model_tensors(model)), into / "model.safetensors")
         save_file(contiguous(optimizer_tensors(model, optimizer)), into / "optimizer.safetensors")
-        sums = {name: files.sha256(into / name) for name in ("model.safetensors", "optimizer.safetensors")}
+        names = ("model.safetensors", "optimizer.safetensors")
+        sums = {name: files.sha256(into / name, strict=True) for name in names}
         text = history.as_json({**state, "sha256": sums})
         (into / "state.json").write_text(text, encoding="utf-8")
         history.discard(final)  # a damaged checkpoint of the same step
@@ -150,8 +151,13 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load a checkpoint's weights and optimizer state into place -> its state.json"""
+def load_checkpoint(
+    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, updates: int = 1
+) -> dict[str, Any]:
+    """Load a checkpoint's weights and optimizer state into place -> its state.json
+
+    updates: updates of the weights in a step, which the moments' bias correction counts.
+    """
     ours = model_tensors(model)
     theirs = read_tensors(folder / "model.safetensors", {name: tuple(t.shape) for name, t in ours.items()})
     with torch.no_grad():
@@ -165,7 +171,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
     state = history.read_state(folder)
     for name, parameter in model.named_parameters():
         values: dict[str, Tensor] = {m: stored[f"{name}.{m}"].to(parameter.device) for m in moments}
-        step = torch.tensor(float(state["step"]), device=parameter.device)
+        step = torch.tensor(float(state["step"] * updates), device=parameter.device)
         optimizer.state[parameter] = {"step": step, **values}
     return state
 

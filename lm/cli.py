@@ -1,9 +1,12 @@
 """The `lm` command. Imports torch only where a command needs it, so that --help and errors are fast."""
 
+import errno
 import importlib
 import importlib.metadata
 import inspect
 import itertools
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -63,6 +66,7 @@ class Writing(OfModel):
     temperature: float = 0.8  # 0: greedy, always the most likely token
     top_k: int | None = None  # sample from the K most likely tokens
     top_p: float = 1.0  # sample from the smallest set of likely tokens with at least this total probability
+    min_p: float = 0.0  # sample from the tokens at least this fraction as likely as the most likely one
     seed: int | None = None  # the same seed gives the same text; by default a new one each time
     compile: bool = False  # compile the decode step: half a minute at the first token, then faster
 
@@ -269,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ModuleNotFoundError) as error:
         known = name in COMMANDS or name in added()
         said = str(error) if isinstance(error, ValueError) else reason(error)
+        if said.endswith("(--trust-code)"):  # and not yet the whole command
+            said = f"{said}: {shlex.join(['lm', *arguments, '--trust-code'])}"
         console.complain(f"{f'lm {name}' if known else 'lm'}: {said}")
         return 2
     except KeyboardInterrupt:
@@ -276,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader is gone
         return 141
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if os.name == "nt" and getattr(error, "errno", None) == errno.EINVAL:  # how Windows says BrokenPipe
+            return 141
         console.complain(f"lm {name}: {reason(error)}")
         return 1
     finally:

@@ -15,7 +15,10 @@ from typing import Any, ClassVar, Self
 
 import tomli_w
 
+from .files import read_text
+
 PRESETS = Path(__file__).parent / "presets"
+LONGEST = 2**20  # bytes of a TOML file
 FORMAT = 1  # of config.toml and state.json; raised when an older version could misread them
 
 
@@ -213,6 +216,8 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile the blocks: slow start, then faster; needs a C++ compiler
     recompute: bool = False  # recompute each block in the backward pass: slower, less memory
     tensorboard: bool = False  # also write event files; needs the extra tensorboard
+    document_mask: bool = False  # attend only within a document, which ends with data.document_end
+    answers_only: bool = False  # the loss counts only tokens of a document after its data.answer_start
 
     def __post_init__(self):
         super().__post_init__()
@@ -220,6 +225,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.top_devices {self.top_devices} is more than num_devices {self.num_devices}"
             )
+        if self.answers_only and not self.document_mask:
+            raise ValueError("train.answers_only: where an answer ends needs train.document_mask")
         for name in ("device_loss", "communication_loss"):
             if getattr(self, name) and self.num_devices == 1:
                 raise ValueError(f"train.{name}: one device has nothing to balance; set train.num_devices")
@@ -233,6 +240,18 @@ class DataConfig(Section):
     path: str = ""  # any file, read as bytes; "": the plays and poems in the package
     validation: str = ""  # held-out file; "": the package's four held-out plays, or the last tenth of path
     tokenizer: str = choice("bytes")
+    generator: str = ""  # instead of path: a text written by code, such as "sums" (entry points "lm.texts")
+    document_end: str = "\x03"  # the byte that ends a document, for train.document_mask and answers_only
+    answer_start: str = "="  # the byte before an answer, for train.answers_only
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("document_end", "answer_start"):
+            if len(getattr(self, name).encode()) != 1:
+                raise ValueError(f"data.{name} {getattr(self, name)!r:.80}: expected a single byte")
+        if self.generator and (self.path or self.validation):
+            said = f"data.generator {self.generator!r:.80} writes both texts"
+            raise ValueError(f"{said}; leave out data.path and data.validation")
 
 
 @dataclass(frozen=True)
@@ -269,8 +288,9 @@ class Config(Section):
             ValueError: the file is not readable TOML, or has an unknown key or an invalid value.
         """
         try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError, ValueError) as error:
+            text = read_text(Path(path), LONGEST)
+            table = tomllib.loads(text.removeprefix("\ufeff"))  # a mark that some editors write
+        except (OSError, RecursionError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
             raise ValueError(f"{path}: not a readable TOML file: {reason}") from None
         try:

@@ -1,6 +1,7 @@
 """What the `lm` command writes: errors in one line, on streams that may be closed, broken or ASCII."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -102,8 +103,8 @@ class Tolerant:
             self.lose(error)
 
     def lose(self, error: Exception) -> None:
-        """Send all further text to /dev/null, also what Python flushes when it ends."""
-        self.broken |= isinstance(error, BrokenPipeError)
+        """Send all further text to the null device, also what Python flushes when it ends."""
+        self.broken |= getattr(error, "errno", None) in (errno.EPIPE, errno.EINVAL)  # Windows: EINVAL
         with contextlib.suppress(OSError, ValueError):  # a closed file has no number
             handle = os.open(os.devnull, os.O_WRONLY)
             os.dup2(handle, self.stream.fileno())

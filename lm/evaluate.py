@@ -20,14 +20,18 @@ def evaluate(
     chosen = [starts[index * len(starts) // count] for index in range(count)]
     device = next(model.parameters()).device
     model.eval()
-    total = 0.0
+    total, scored = 0.0, 0
     for at in tqdm(range(0, count, batch_size), unit="batch", leave=False, disable=None):
         batch = torch.stack([windows.cut(start) for start in chosen[at : at + batch_size]]).to(device)
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        visible, counted = windows.masks(inputs, targets)
+        counted = None if counted is None else counted[:, known:]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = model.norm(model.trunk(batch[:, :-1])[0][:, known:])
-            mean = loss.head_cross_entropy(hidden, model.head.weight, batch[:, known + 1 :])
-        total += float(mean) * len(batch)
-    return total / count
+            hidden = model.norm(model.trunk(inputs, mask=visible)[0][:, known:])
+            mean = loss.head_cross_entropy(hidden, model.head.weight, targets[:, known:], counted)
+        size = len(batch) if counted is None else int(counted.sum())
+        total, scored = total + float(mean) * size, scored + size
+    return total / max(1, scored)
 
 
 def spread(windows: data.Windows) -> tuple[int, range]:
@@ -42,4 +46,5 @@ def coverage(windows: data.Windows) -> str:
     scored, total = len(starts) * (windows.context - known), len(windows.tokens)
     first = 1 + known
     tail = f" and the last {total - first - scored:,}" if total > first + scored else ""
-    return f"{scored:,} of {total:,} tokens are scored; the first {first:,}{tail} are left out"
+    only = "" if windows.answer_start is None else "of their answers only, "
+    return f"{only}{scored:,} of {total:,} tokens are scored; the first {first:,}{tail} are left out"

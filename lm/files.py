@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +34,7 @@ DTYPES = {  # safetensors' names -> torch's
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
 }
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk is full or failing; the path is not at fault
 LONGEST_HEADER = 64 * 2**20  # bytes; V3's 91,000 tensors need 13 MB
 
 
@@ -65,12 +67,12 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
                 path.chmod(mode)  # safetensors ignores the umask
                 sync(path)
             sync(temporary)
-            if os.name == "nt" and final.is_dir():
+            if fcntl is None and final.is_dir():
                 final.rmdir()  # Windows never renames onto a folder
-            temporary.rename(final)  # fails unless `final` is absent or an empty folder
+            rename(temporary, final)  # fails unless `final` is absent or an empty folder
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, SafetensorError):
+            if isinstance(error, SafetensorError) or type(error) is Exception:  # as `tokenizers` raises
                 raise OSError(f"{final}: cannot be written: {str(error).splitlines()[0]}") from None
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise ValueError(f"{final}: was created by another process meanwhile; it is kept") from None
@@ -81,13 +83,15 @@ def commit(final: Path, write: Callable[[Path], None]) -> None:
 @contextlib.contextmanager
 def claimed(temporary: Path, final: Path) -> Iterator[None]:
     """Create an empty folder that no other process uses; what a killed process left there is removed."""
+    busy = f"{final}: another process is writing it; choose another folder"
     if fcntl is None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with lock_beside(temporary, busy):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield
         return
     temporary.mkdir(parents=True, exist_ok=True)
-    busy = f"{final}: another process is writing it; choose another folder"
     try:
         handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:  # renamed or removed by its owner just now
@@ -104,8 +108,6 @@ def claimed(temporary: Path, final: Path) -> Iterator[None]:
 
 def lock(handle: int, path: Path, wait: bool) -> bool:
     """Lock an open file or folder until it is closed -> whether it is ours, and still at `path`"""
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -118,9 +120,49 @@ def lock(handle: int, path: Path, wait: bool) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def lock_beside(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Lock path.lock, for Windows: it locks no folders, and renames no open files.
+
+    Args:
+        busy: raise ValueError with this message if another process holds the lock; None: wait for it.
+    """
+    import filelock
+
+    lock = filelock.FileLock(f"{path}.lock", timeout=-1 if busy is None else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(busy) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename; on Windows, try for a second while another process, such as a virus scanner, has it open."""
+    for _ in range(10 if fcntl is None else 0):
+        with contextlib.suppress(PermissionError):
+            path.rename(target)
+            return
+        time.sleep(0.1)
+    path.rename(target)
+
+
 def write_file(path: Path, text: str, new: bool = False) -> None:
     """Write or replace a small file atomically. With `new`, raise FileExistsError if it exists."""
     temporary = path.with_name(f".{path.name}.tmp")
+    if fcntl is None:
+        with lock_beside(temporary):
+            try:
+                temporary.write_text(text, encoding="utf-8", newline="")
+                sync(temporary)
+                temporary.rename(path) if new else temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        return
     while True:
         with open(temporary, "a", encoding="utf-8", newline="") as file:
             if not lock(file.fileno(), temporary, wait=True):
@@ -133,22 +175,20 @@ def write_file(path: Path, text: str, new: bool = False) -> None:
                 if new:
                     os.link(temporary, path)  # unlike a rename, fails if the file exists
                     temporary.unlink()
-                elif fcntl is not None:
+                else:
                     temporary.rename(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        if fcntl is None and not new:
-            temporary.replace(path)  # Windows renames no open file
         break
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
-    if os.name == "nt" and path.is_dir():
+    if fcntl is None and path.is_dir():
         return  # Windows opens no folders
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if fcntl is None else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -164,24 +204,26 @@ def check_new(folder: Path, source: Path | None = None) -> None:
         raise ValueError(f"{folder}: is not an empty folder; choose another (nothing was written)")
 
 
-def sha256(path: Path) -> str:
-    """A file's SHA-256 in hexadecimal, or "" if it cannot be read."""
-    if not path.is_file():
+def sha256(path: Path, strict: bool = False) -> str:
+    """A file's SHA-256 in hexadecimal. If it cannot be read, "", or with `strict` an OSError."""
+    if not strict and not path.is_file():
         return ""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" and not strict:
             read_header(path)  # of the wrong size: perhaps too large to hash
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError):
+        if strict:
+            raise
         return ""
 
 
-def read_text(path: Path, longest: int = LONGEST_HEADER) -> str:
+def read_text(path: Path, longest: int = LONGEST_HEADER, errors: str = "strict") -> str:
     """The UTF-8 text of a regular file from an untrusted source; never waits for a pipe or a device.
 
     Raises:
-        ValueError: not a regular file, larger than `longest` bytes, or not UTF-8.
+        ValueError: not a regular file, larger than `longest` bytes, or not UTF-8 (unless errors="replace").
         OSError: it cannot be opened or read.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -191,7 +233,16 @@ def read_text(path: Path, longest: int = LONGEST_HEADER) -> str:
             raise ValueError("not a regular file")
         if found.st_size > longest:
             raise ValueError(f"larger than {longest} bytes")
-        return file.read(longest).decode("utf-8")
+        return file.read(longest).decode("utf-8", errors)
+
+
+def read_own(path: Path, longest: int) -> str:
+    """The text of a file that may have been cut off; any error is a ValueError that names the file."""
+    try:
+        return read_text(path, longest, "replace")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: cannot be read: {reason}") from None
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """A run's checkpoints: their states, the newest that is whole, and those that are removed."""
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -40,11 +42,15 @@ LONGEST_STATE = 2**20  # bytes
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoint folders, in the order of their steps; differently named ones are not checkpoints."""
-    found = {}
-    for path in (run / "checkpoints").glob("step-[0-9]*"):
-        step = re.fullmatch("step-([0-9]+)", path.name)
-        if step and path.name == name_of(int(step[1])) and path.is_dir():
-            found[int(step[1])] = path
+    found, folder = {}, run / "checkpoints"
+    try:
+        names = os.listdir(folder)  # unlike glob, no Python ignores its errors
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    for name in names:
+        step = re.fullmatch("step-([0-9]+)", name)
+        if step and name == name_of(int(step[1])) and (folder / name).is_dir():
+            found[int(step[1])] = folder / name
     return [found[step] for step in sorted(found)]
 
 
@@ -205,10 +211,13 @@ def prune(run: Path, keep: int, newest: Path) -> None:
     if old and not any(map(is_good, kept)):
         good = next(filter(is_good, reversed(old)), None)
         old = [path for path in old if path != good]
+    in_use = contextlib.suppress(PermissionError)  # by a reader, on Windows; the next call removes it
     for path in old:
-        discard(path)
+        with in_use:
+            discard(path)
     for path in newest.parent.glob(".step-*.tmp"):
-        shutil.rmtree(path)
+        with in_use:
+            shutil.rmtree(path)
 
 
 def discard(path: Path) -> None:
@@ -218,5 +227,5 @@ def discard(path: Path) -> None:
     elif path.exists():
         aside = path.with_name(f".{path.name}.old.tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        files.rename(path, aside)
         shutil.rmtree(aside)

@@ -130,6 +130,7 @@ def training_losses(
     counts: Sequence[Tensor] = (),
     dtype: torch.dtype = torch.float32,
     run: Callable[..., Any] = Block.__call__,
+    masks: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Losses:
     """One forward pass of training; backpropagate the sum of the losses.
 
@@ -139,10 +140,12 @@ def training_losses(
         counts: `Losses.counts` of the step's previous pass, to which this pass is added.
         dtype: of the matrix products.
         run: how to call a block, see `Transformer.trunk`.
+        masks: of `data.Windows.masks`: what each token sees, and the targets that count.
     """
+    visible, counted = masks
     with autocast(inputs.device, dtype, enabled=dtype != torch.float32):
-        hidden, routings = model.trunk(inputs, run=run)
-        named = {"cross_entropy": head_cross_entropy(model.norm(hidden), model.head.weight, targets)}
+        hidden, routings = model.trunk(inputs, mask=visible, run=run)
+        named = {"cross_entropy": head_cross_entropy(model.norm(hidden), model.head.weight, targets, counted)}
     here = [balance.tokens_per_expert(routing, dropped=True) for routing in routings]
     here = [before + new for before, new in zip(counts, here)] if counts else here
     for layer in zip(routings, here):

@@ -60,7 +60,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def check_compiler(device: torch.device, asked: str) -> None:
     """Raise ValueError naming the option `asked` if torch.compile has no C++ compiler."""
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX") or default
     if device.type == "cpu" and shutil.which(name) is None:
         raise ValueError(
             f"{asked}: torch.compile needs a C++ compiler, and {name!r} was not found; "

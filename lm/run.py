@@ -21,6 +21,7 @@ from tqdm import tqdm
 from . import checkpoint, files, history
 from .config import Config
 
+LONGEST_LOG = 2**30  # bytes of metrics.jsonl
 GRACE = 10  # seconds that a step may take after a signal; then it is abandoned
 SCALARS = ("loss", "val_loss", "learning_rate", "grad_norm", "max_violation")  # for TensorBoard
 
@@ -54,10 +55,19 @@ class Run:
 
     @contextlib.contextmanager
     def at_work(self, done: int) -> Iterator[None]:
-        """Set up the progress bar, the log and the signal handlers for the steps after `done`."""
+        """Set up the progress bar, the log and the signal handlers for the steps after `done`.
+
+        Raises:
+            RunFailed: a file cannot be written, as on a full disk; the last checkpoint is intact.
+        """
         self.saved = done
-        with self.signals(), self.progress(done) as self.bar, self.open_log() as self.metrics:
-            yield
+        try:
+            with self.signals(), self.progress(done) as self.bar, self.open_log() as self.metrics:
+                yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RunFailed(f"{self.folder}: {error}; {self.last_checkpoint()}") from None
 
     def open_log(self) -> Any:
         """Open metrics.jsonl for appending."""
@@ -197,6 +207,7 @@ def open_run(run: Path, resume: bool) -> Iterator[None]:
 
     Raises:
         ValueError: the folder cannot be written, is in use, or does not match `resume`.
+        OSError: the disk is full or failing.
     """
     checkpoint.check_name(run)
     is_run = (run / "config.toml").exists()
@@ -207,17 +218,18 @@ def open_run(run: Path, resume: bool) -> Iterator[None]:
             raise ValueError(f"{run}: is a file; expected a folder")
         if is_run:
             raise ValueError(f"{run}: already holds a run; use --resume, or another folder with --out-dir")
-        if any(path.name not in (".lock", ".owner", ".config.toml.tmp") for path in run.iterdir()):
+        if any(not path.name.startswith((".lock", ".owner", ".config.toml.tmp")) for path in run.iterdir()):
             raise ValueError(f"{run}: neither empty nor a run; use another folder with --out-dir")
     lock, owner = filelock.FileLock(run / ".lock"), run / ".owner"
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        owner.write_text(str(os.getpid()))
+        owner.write_text(str(os.getpid()), encoding="utf-8")
     except filelock.Timeout:
-        raise ValueError(f"{run}: in use by process {owner.read_text()}") from None
+        raise ValueError(f"{run}: in use by process {owner.read_text('utf-8')}") from None
     except OSError as error:
-        raise ValueError(f"{run}: cannot be written: {error.strerror}") from None
+        kind = OSError if error.errno in files.DISK else ValueError
+        raise kind(f"{run}: cannot be written: {error.strerror}") from None
     try:
         yield
     finally:
@@ -232,7 +244,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     rows = []
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = files.read_own(path, LONGEST_LOG).splitlines() if os.path.lexists(path) else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

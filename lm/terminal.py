@@ -15,9 +15,11 @@ from .evaluate import evaluate as mean_loss
 from .hub.folder import Tokenizer, open_folder
 from .hub.tokenizer import Plain, encode_chat
 from .inference.engine import Engine, Request
+from .inference.generate import warn_unread
 from .inference.sampling import check_options
 
 AT_ONCE = 64  # sequences that lm generate decodes together
+LONGEST_PROMPT = 2**24  # bytes
 
 
 class Output:
@@ -45,9 +47,8 @@ def generate(options: Any) -> int:
     prompts = [read_prompt(prompt) for prompt in options.prompt or ["\n"]]
     if options.num_samples < 1:
         raise ValueError(f"num_samples={options.num_samples} must be at least 1")
-    check_options(
-        options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
-    )
+    sampling = (options.temperature, options.top_k, options.top_p)
+    check_options(options.max_new_tokens, *sampling, None, options.seed, options.min_p)
     model, config, tokenizer = open_folder(options.run, options.trust_code, options.device)
     texts = [(prompt, tokenizer.encode(prompt)) for prompt in prompts for _ in range(options.num_samples)]
     if not all(tokens for _, tokens in texts):
@@ -58,6 +59,8 @@ def generate(options: Any) -> int:
     engine = Engine(model, at_once, at_once * pages_for(longest) * PAGE, compile=options.compile)
     seeds = [None if options.seed is None else options.seed + number for number in range(len(texts))]
     requests = [submit(engine, tokens, options, s, tokenizer, window) for (_, tokens), s in zip(texts, seeds)]
+    for request in requests:
+        warn_unread(request)
     output = Output()
     for number, ((prompt, tokens), request) in enumerate(zip(texts, requests), 1):
         if len(texts) > 1:
@@ -73,7 +76,7 @@ def submit(
 ) -> Request:
     """Submit a request with a command's sampling options."""
     sampling = (options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed)
-    return engine.submit(tokens, *sampling, tokenizer.ends, window)
+    return engine.submit(tokens, *sampling, tokenizer.ends, window, options.min_p)
 
 
 def stream_text(
@@ -95,21 +98,20 @@ def stream_text(
 def read_prompt(prompt: str) -> str | bytes:
     """The prompt itself, or the contents of FILE:PATH or, for -, of standard input."""
     if prompt == "-":
-        return sys.stdin.buffer.read()
-    if prompt.startswith("FILE:"):
-        path = Path(prompt.removeprefix("FILE:"))
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"prompt: {path}: cannot be read: {error.strerror}") from None
-    return prompt
+        text = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
+    elif prompt.startswith("FILE:"):
+        text = data.open_text(Path(prompt.removeprefix("FILE:")))[: LONGEST_PROMPT + 1].tobytes()
+    else:
+        return prompt
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"prompt: {prompt}: larger than {LONGEST_PROMPT} bytes")
+    return text
 
 
 def chat(options: Any) -> int:
     """`lm chat`: a conversation on standard input and output, by the model's chat template if it has one."""
-    check_options(
-        options.max_new_tokens, options.temperature, options.top_k, options.top_p, None, options.seed
-    )
+    sampling = (options.temperature, options.top_k, options.top_p)
+    check_options(options.max_new_tokens, *sampling, None, options.seed, options.min_p)
     model, config, tokenizer = open_folder(options.run, options.trust_code, options.device)
     print("Type a message; the model continues the whole conversation. An empty line ends it.")
     window = config.model.max_length or config.train.context
@@ -117,7 +119,7 @@ def chat(options: Any) -> int:
     engine = Engine(model, 1, window, compile=options.compile)
     history: list[int] = []
     messages: list[dict[str, str]] = []
-    output = Output()
+    output, warned = Output(), False
     while True:
         try:
             line = input("> ")
@@ -129,6 +131,7 @@ def chat(options: Any) -> int:
             messages.append({"role": "user", "content": line})
             prompt = encode_chat(tokenizer, messages)
             request = submit(engine, prompt, options, options.seed, tokenizer, window)
+            warned = warned or warn_unread(request)
             answer = stream_text(engine, request, tokenizer, prompt, output)
             messages.append({"role": "assistant", "content": answer.decode()})
             output.write(b"\n")
@@ -136,6 +139,7 @@ def chat(options: Any) -> int:
         plain = Plain(tokenizer, line)
         history += plain.encode(plain.mark(line + "\n"), special=not history)
         request = submit(engine, history, options, options.seed, tokenizer, window)
+        warned = warned or warn_unread(request)
         stream_text(engine, request, tokenizer, history, output)
         output.write(b"\n")
         history += [*request.tokens, *tokenizer.encode("\n", special=False)]
@@ -145,11 +149,12 @@ def evaluate(options: Any) -> int:
     """`lm eval`: the loss on a whole text in nats per byte, and per token where tokens are not bytes."""
     model, config, tokenizer = open_folder(options.run, options.trust_code, options.device)
     if options.data is None:
-        _, text = data.load(config.data, config.model.vocab_size)
+        _, text = data.load(config.data, config.model.vocab_size, config.train.seed)
     else:
         text = data.open_text(options.data)
     tokens = tokenizer.encode_array(text)
-    windows = data.Windows(tokens, min(config.model.max_length or config.train.context, 1024))
+    context = min(config.model.max_length or config.train.context, 1024)
+    windows = data.Windows(tokens, context, **data.separators(config))
     dtype = machine.pick_dtype(config.train.dtype, model.embedding.weight.device)
     loss = mean_loss(model, windows, None, dtype, config.train.batch_size)
     if len(tokens) != len(text):

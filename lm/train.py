@@ -49,9 +49,7 @@ def train(config: Config, run: Path, resume: bool = False) -> int:
     model.initialize(torch.Generator().manual_seed(config.train.seed))
     parts.try_parts(model)
     device = machine.or_cpu(config.train.device, device, functools.partial(trial_step, model, config.train))
-    texts = data.load(config.data, config.model.vocab_size)
-    windows = data.Windows(texts[0], config.train.context, config.train.seed)
-    validation = data.Windows(texts[1], config.train.context)
+    windows, validation = data.open_windows(config)
     with console.streams(), open_run(run, resume):
         trainer = Trainer(config, run, model.to(device), windows, validation)
         trainer.read_text()
@@ -253,8 +251,9 @@ class Trainer:
         with self.may_be_abandoned():
             for part in range(train.accumulation):
                 inputs, targets = self.batch(part)
+                masks = self.windows.masks(inputs, targets)
                 losses, counts = loss.training_losses(
-                    self.model, inputs, targets, train, counts, self.dtype, self.run_block
+                    self.model, inputs, targets, train, counts, self.dtype, self.run_block, masks
                 )
                 (sum_of(losses) / train.accumulation).backward()
                 for name, value in losses.items():
@@ -336,7 +335,10 @@ class Trainer:
         """Cross-entropy of the next batch."""
         self.model.eval()
         inputs, targets = self.batch()
-        losses = loss.training_losses(self.model, inputs, targets, self.config.train, (), self.dtype)
+        masks = self.windows.masks(inputs, targets)
+        losses = loss.training_losses(
+            self.model, inputs, targets, self.config.train, (), self.dtype, masks=masks
+        )
         return float(losses.named["cross_entropy"])
 
     @torch.no_grad()

@@ -152,7 +152,7 @@ text = tokenizer.decode(written[0].tolist())
 print(text[:400].strip())
 
 # %%
-known = set(re.findall("[a-z]+", (data.CORPUS / "train.txt").read_text().lower()))
+known = set(re.findall("[a-z]+", (data.CORPUS / "train.txt").read_text("utf-8").lower()))
 longer = [word for word in re.findall("[a-z]+", text.lower())[:-1] if len(word) >= 4]
 share = sum(word in known for word in longer) / len(longer)
 print(f"{share:.0%} of {len(longer)} words of four or more letters occur in the training text")

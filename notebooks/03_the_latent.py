@@ -149,7 +149,7 @@ assert rank == {"MHA": 768, "MLA": 512}
 
 # %%
 results = Path(lm.__file__).parents[1] / "experiments" / "results" / "convert.json"
-trainings = json.loads(results.read_text())["trainings"]
+trainings = json.loads(results.read_text("utf-8"))["trainings"]
 for name in ("MLA, exact", "MLA, half the cache"):
     found = [row for row in trainings if row["model"] == name]
     lost = sum(row["after"] - row["before"] for row in found) / len(found)

@@ -115,7 +115,7 @@ assert kept[every] == 176 and kept[few] == 32
 
 # %%
 results = Path(lm.__file__).parents[1] / "experiments" / "results" / "rope.json"
-trainings = json.loads(results.read_text())["trainings"]
+trainings = json.loads(results.read_text("utf-8"))["trainings"]
 loss = {name: common.mean(common.last(trainings)[name]) for name in rope.KINDS}
 print("\n".join(f"{name:22}held-out loss {value:.3f}" for name, value in loss.items()))
 assert loss[none] - loss[few] > 0.2 and abs(loss[few] - loss[every]) < 0.05

@@ -200,6 +200,13 @@ def test_the_readmes_tables_have_at_most_twelve_words_a_cell():
     assert len(cells) > 100 and not [cell for cell in cells if len(cell.split()) > 12]
 
 
+def test_the_readme_lists_every_extra():
+    table = (ROOT / "README.md").read_text().partition("| extra | ")[2].partition("\n\n")[0]
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert {*re.findall(r"^\| `(\w+)` \| ", table, re.M)} == {*config["options.extras_require"]}
+
+
 def commands():
     """The shell commands that pages name, in blocks of code without a language and between backticks."""
     found = set()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-PACKAGES = ("moe", "mla", "lm")
+PACKAGES = ("moe", "mla", "lm", "rl")
 FILES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -1,27 +1,20 @@
-"""The server that checks answers, each in its own process; started by homework.Checker.
+"""Check an answer, in a process that `server.py` starts for one of three stages:
 
-It reads jobs from standard input, one line of JSON each, and writes two lines per job: the process id, then
-the exit status. The server imports torch and pytest but none of the project's packages. It forks for every
-job, so a check takes about a second. A check has three stages:
-
-- answer: the fork patches the student's function into its module (exercises/grader/overlay.py), runs the
+- answer: the process patches the student's function into its module (exercises/grader/overlay.py), runs the
   exercise's probe on it, and saves the outputs.
-- judge: another fork, which never loads the student's file, compares these outputs with those of the original
-  source and of the source with each known mistake.
-- tests: a fork with the student's function again runs the project's tests.
+- judge: another process, which never loads the student's file, compares these outputs with those of the
+  original source and of the source with each known mistake.
+- tests: a process with the student's function again runs the project's tests.
 
 The result of a stage is written last: a missing one means that the stage failed.
 """
 
-import contextlib
 import functools
 import importlib
 import inspect
 import itertools
 import json
 import os
-import resource
-import signal
 import sys
 import time
 import traceback
@@ -33,10 +26,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from . import exercise, overlay, watch
+from . import exercise, overlay, system, watch
 from .compare import Outcome, compare, same
 
-PRELOADED = ("hypothesis.stateful", "torch._dynamo", "torch.utils.flop_counter")  # slow imports of the tests
 MEMORY = 4 << 30  # bytes that an answer may allocate
 OUTPUT = 1 << 20  # bytes that an answer may print
 FORBIDDEN = (  # audit events of the interpreter that no answer needs
@@ -57,58 +49,20 @@ GUARDED = (
 DIAGNOSIS = 20  # seconds to look for the mistakes that explain a result
 
 
-def main() -> None:
-    """Answer jobs until standard input ends."""
-    torch.set_num_threads(1)
-    for name in PRELOADED:
-        importlib.import_module(name)
-    torch.testing.assert_close(torch.ones(1), torch.ones(1))  # its first call imports more
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                run_job(job)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                with contextlib.suppress(Exception):
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                LEAVE(status)
-        print(json.dumps({"pid": child}), flush=True)
-        _, status = os.waitpid(child, 0)
-        with contextlib.suppress(ProcessLookupError):  # processes that it left running
-            os.killpg(child, signal.SIGKILL)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
-
-
-LEAVE = os._exit
-
-
 def run_job(job: dict[str, Any]) -> None:
-    """Run one job in the fork: set the limits, check, write the report."""
-    os.setpgrp()
+    """Run one job in its process: set the limits, check, write the report."""
     out = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(out, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.dont_write_bytecode = True
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() if LINUX else 0
-    for kind, most in ((resource.RLIMIT_DATA, used + MEMORY), (resource.RLIMIT_FSIZE, OUTPUT)):
-        resource.setrlimit(kind, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    system.confine(MEMORY, OUTPUT)
     os.chdir(job["root"])
     result = STAGES[job["stage"]](exercise.load(Path(job["exercise"])), job)
     new = Path(job["result"] + ".new")
-    torch.save(result, new) if job["stage"] == "answer" else new.write_text(json.dumps(result))
+    torch.save(result, new) if job["stage"] == "answer" else new.write_text(json.dumps(result), "utf-8")
     new.replace(job["result"])
-
-
-LINUX = sys.platform == "linux"
 
 
 def guard(path: str, root: str) -> list[str]:

@@ -70,14 +70,15 @@ def of_values(found: torch.Tensor, expected: torch.Tensor) -> str:
         return "is transposed: its last two axes are swapped"
     if found.ndim and is_close(found.sort(-1).values, expected.sort(-1).values):
         return "has the right values in a different order along its last axis"
-    for axis, name in enumerate(("first axis", "second axis")[: max(0, found.ndim - 1)]):
+    near = digits(found, expected)
+    for axis, name in enumerate(() if near else ("first axis", "second axis")[: max(0, found.ndim - 1)]):
         ours, theirs = expected.transpose(0, axis), found.transpose(0, axis)
         if len(ours) > 2 and (is_close(theirs[1:], ours[:-1]) or is_close(theirs[:-1], ours[1:])):
             return f"is shifted by one along its {name}"
         if len(ours) > 1 and is_close(theirs[0], ours[0]):
             return f"is correct only at index 0 of its {name}"
     wrong = f"differs in {int(mismatches(found, expected).sum())} of {found.numel()} elements"
-    return f"{wrong}, {worst(found, expected)}{digits(found, expected)}"
+    return f"{wrong}, {worst(found, expected)}{near}"
 
 
 def worst(found: torch.Tensor, expected: torch.Tensor) -> str:
@@ -94,6 +95,8 @@ def worst(found: torch.Tensor, expected: torch.Tensor) -> str:
 def digits(found: torch.Tensor, expected: torch.Tensor) -> str:
     """A remark if values are nearly right, as when a step runs in a lower precision."""
     finite = expected.isfinite()
+    if (finite != found.isfinite()).any():
+        return ""
     size = float(expected[finite].abs().max()) if finite.any() else 1.0
     gap = float((found.double() - expected.double())[finite].abs().max()) if finite.any() else 1.0
     for dtype, most in (("float32", 1e-6), ("float16 or bfloat16", 1e-2)):

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import select
 import sys
 import textwrap
 import time
@@ -17,7 +16,7 @@ from lm import cli
 from lm.config import nearest
 from lm.console import visible
 
-from . import grade, overlay, source, submissions, teacher
+from . import grade, overlay, source, submissions, system, teacher
 from .exercise import Exercise
 from .homework import FOLDER, Checker, Homework, first_line, origin
 from .verdict import is_done, shown
@@ -283,39 +282,29 @@ def run_reset(options: Reset) -> int:
 
 def run_watch(options: Watch) -> int:
     """lm exercise watch: check at every save, until q"""
-    import termios
-    import tty
-
     homework = Homework(options.homework)
     exercise = chosen(homework, options.name)
-    before = termios.tcgetattr(sys.stdin)
-    with Checker() as checker:
-        try:
-            tty.setcbreak(sys.stdin)
-            seen = None
-            while True:
-                path = homework.start(exercise)
-                stamp = path.stat().st_mtime_ns if path.exists() else 0
-                if stamp != seen:
-                    seen = stamp
-                    print("\033[2J\033[H", end="")
-                    check_and_show(homework, exercise, checker)
-                    print("\nh hint   n next   l list   s solution   r reset   q quit", flush=True)
-                if not select.select([sys.stdin], [], [], 0.2)[0]:
-                    continue
-                key = sys.stdin.read(1)
-                if key == "q":
-                    return 0
-                if key in ("n", "r"):
-                    seen = None
-                    if key == "r":
-                        homework.reset(exercise)
-                    else:
-                        exercise = homework.current()
-                elif key in SAID:
-                    print(f"\n{SAID[key](homework, exercise)}", flush=True)
-        finally:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+    seen = None
+    with system.keys() as pressed, Checker() as checker:
+        while True:
+            path = homework.start(exercise)
+            stamp = path.stat().st_mtime_ns if path.exists() else 0
+            if stamp != seen:
+                seen = stamp
+                print("\033[2J\033[H", end="")
+                check_and_show(homework, exercise, checker)
+                print("\nh hint   n next   l list   s solution   r reset   q quit", flush=True)
+            key = pressed(0.2)
+            if key == "q":
+                return 0
+            if key in ("n", "r"):
+                seen = None
+                if key == "r":
+                    homework.reset(exercise)
+                else:
+                    exercise = homework.current()
+            elif key in SAID:
+                print(f"\n{SAID[key](homework, exercise)}", flush=True)
 
 
 def run_grade(options: Grade) -> int:

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
@@ -15,7 +16,7 @@ from lm import __version__
 from lm.console import visible
 from lm.files import write_file
 
-from . import overlay, source, submissions
+from . import overlay, source, submissions, system
 from .exercise import Exercise, load_all, named
 from .homework import EXERCISES, Checker, origin
 from .submissions import Submission
@@ -42,6 +43,8 @@ def run(
     Raises:
         ValueError: the folder does not exist or holds no submission.
     """
+    if not system.FORKS:
+        print(system.UNCONFINED, file=sys.stderr)
     every = load_all(EXERCISES)
     exercises = [named(name, every) for name in only] or list(every.values())
     with tempfile.TemporaryDirectory() as unpacked:
@@ -101,10 +104,11 @@ def blank_total(exercise: Exercise, checker: Checker, place: Path) -> int:
     """The number of checks of an exercise."""
     path = place / exercise.file
     path.write_text(exercise.blank(origin(exercise).read_text("utf-8")), encoding="utf-8")
-    report = checker.check(exercise, path)
-    if not report["checks"]:
-        raise RuntimeError(f"{exercise.name}: its checks cannot be run here: {why(report)}")
-    return points(report)[1]
+    for _ in range(2):  # a busy machine can exceed the time limit once
+        report = checker.check(exercise, path)
+        if report["checks"]:
+            return points(report)[1]
+    raise RuntimeError(f"{exercise.name}: its checks cannot be run here: {why(report)}")
 
 
 def graded(
@@ -130,13 +134,14 @@ def graded(
     except (ValueError, OSError, RecursionError, MemoryError) as error:
         says = str(error).replace(f"{path.absolute()}", visible(path.name)) or type(error).__name__
         return {**row, "says": visible(says)}
-    passed = points(report)[0]
+    passed, count = points(report)
     tests = report["tests"] or {"passed": 0, "total": 0}
     done = is_done(report)
     says = "" if done else "; ".join(report["mistakes"]) or why(report)
     return row | {
-        "score": round(exercise.points * (passed / total if passed < total or done else 0), 2),
-        "checks_passed": passed, "tests_passed": tests["passed"], "tests": tests["total"],
+        "score": round(exercise.points * (passed / count if passed < count or done else 0), 2),
+        "checks": count if report["checks"] else total, "checks_passed": passed,
+        "tests_passed": tests["passed"], "tests": tests["total"],
         "mistakes": report["mistakes"], "says": visible(says), "seconds": report["seconds"],
     }  # fmt: skip
 
@@ -210,7 +215,7 @@ def gradescope(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def commit() -> str:
     """The clone's git commit; empty if unknown."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()

@@ -9,10 +9,8 @@ import itertools
 import json
 import os
 import re
-import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,14 +18,12 @@ from typing import Any
 
 from lm.files import write_file
 
-from . import overlay, source
+from . import overlay, source, system
 from .exercise import Exercise, load_all, named
 
 FOLDER = Path("homework")
 EXERCISES = Path("exercises")
 SEED = 1
-# -P and append: a statistics.py in the working folder must not shadow the standard library
-SERVER = "import sys; sys.path.append(sys.argv[1]); from exercises.grader.check import main; main()"
 
 
 class Homework:
@@ -119,18 +115,19 @@ def first_line(exercise: Exercise, path: Path) -> int:
 
 
 class Checker:
-    """Checks each answer in its own process, forked from a server that has already loaded torch."""
+    """Checks each answer in its own process, started by a server, which forks if the system can."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.server = self.start_server()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.start_server()
 
-    def start_server(self) -> subprocess.Popen[bytes]:
+    def start_server(self) -> None:
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-X", "faulthandler", "-c", SERVER, os.getcwd()],
+        self.server = subprocess.Popen(
+            system.python("main"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment, start_new_session=True,
         )  # fmt: skip
+        self.lines = system.Lines(self.server.stdout)
 
     def __enter__(self) -> "Checker":
         return self
@@ -140,8 +137,7 @@ class Checker:
         self.folder.cleanup()
 
     def stop_server(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.server.pid, signal.SIGKILL)
+        system.kill(self.server.pid)
         self.server.wait()
 
     def check(self, exercise: Exercise, path: Path, seed: int = SEED, every: bool = False) -> dict[str, Any]:
@@ -189,7 +185,7 @@ class Checker:
     def run(self, job: dict[str, Any], seconds: int) -> dict[str, Any]:
         """Send a job to the server -> how its process ended: "status", and "late" if it had to be stopped"""
         assert self.server.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # it has ended
             self.server.stdin.write(json.dumps(job).encode() + b"\n")
         begun = self.answer(120)
         if not begun:
@@ -198,21 +194,21 @@ class Checker:
             end = self.answer(seconds)
         except RuntimeError:  # an answer stopped the server: the next one gets another
             self.stop_server()
-            self.server = self.start_server()
+            self.start_server()
             return {"status": 1}
-        for number, patience in ((signal.SIGABRT, 3), (signal.SIGKILL, 10)):
+        for number, patience in ((signal.SIGABRT, 3), (system.KILL, 10)):
             if "status" not in end:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(begun["pid"], number)
+                system.kill(begun["pid"], number)
                 end = {"late": True, **self.answer(patience)}
+        if "status" not in end:  # its line would be read as the answer to the next job
+            self.stop_server()
+            self.start_server()
         return end
 
     def answer(self, seconds: float) -> dict[str, Any]:
         """The server's next line, parsed; {} if it does not arrive in time."""
-        assert self.server.stdout is not None
-        ready, _, _ = select.select([self.server.stdout], [], [], seconds)
-        line = self.server.stdout.readline() if ready else b""
-        if ready and not line:
+        line = self.lines.next(seconds)
+        if line == b"":
             raise RuntimeError(
                 "the checking process ended; if torch or pytest is missing: pip install -e '.[dev]'"
             )

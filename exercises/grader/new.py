@@ -72,6 +72,7 @@ def begin(kind: str, name: str) -> int:
     own, test, config = made
     print(f"{own}: already works; change it", f"{test}: run it with .venv/bin/pytest {test}", sep="\n")
     print(f"{config}: train it with .venv/bin/lm train --preset {config}")
+    print(f"commands that open its run need --trust-code: .venv/bin/lm generate runs/{module} --trust-code")
     print("compare it with the others: .venv/bin/lm experiment projects")
     return 0
 

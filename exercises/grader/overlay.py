@@ -42,7 +42,9 @@ def merge(tree: ast.Module, student: str, name: str, path: Path) -> set[str]:
     if found is None:
         raise ValueError(f"{path}: {name} not found; keep the names of the function and its class")
     new = found[1]
-    if head(new) != head(ours) or type(new) is not type(ours):
+    if type(new) is not type(ours):
+        raise ValueError(f"{path}:{new.lineno}: async def {name}: write def, without async")
+    if head(new) != head(ours):
         raise ValueError(f"{path}:{new.lineno}: {name}({head(new)}): keep the signature {name}({head(ours)})")
     new.decorator_list = ours.decorator_list
     for decorator in new.decorator_list:

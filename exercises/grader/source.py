@@ -57,7 +57,7 @@ def read(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text") from None
+        raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
 
 
 def notes(path: Path) -> dict[str, dict[str, Any]]:

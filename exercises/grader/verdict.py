@@ -11,9 +11,8 @@ from .homework import first_line
 
 def is_done(report: dict[str, Any]) -> bool:
     """Whether all checks and all tests passed."""
-    return (
-        bool(report["checks"]) and all(row["passed"] for row in report["checks"]) and report["tests"]["good"]
-    )
+    checks, tests = report["checks"], report["tests"]  # None: they ended without a result
+    return bool(checks) and all(row["passed"] for row in checks) and bool(tests and tests["good"])
 
 
 def points(report: dict[str, Any]) -> tuple[int, int]:
@@ -72,7 +71,7 @@ def shown(exercise: Exercise, path: Path, report: dict[str, Any]) -> str:
 def why(report: dict[str, Any]) -> str:
     """The first problem in a report."""
     if report["raised"]:
-        return f"{report['raised']['type']} {report['raised']['says']}"
+        return f"{report['raised']['type']} {report['raised']['says']}".strip()
     wrong = [f"{row['name']} {row['says']}" for row in report["checks"] if not row["passed"]]
     failed = [f"{row['test']}: {row['says']}" for row in (report["tests"] or {}).get("failed", [])]
     return (wrong + failed or ["all checks and tests pass"])[0]

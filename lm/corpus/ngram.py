@@ -105,7 +105,7 @@ def main() -> None:
         "best_order": best,
         "best": round(losses[best].item(), 4),
     }
-    (folder / "baselines.json").write_text(json.dumps(baselines, indent=2) + "\n")
+    (folder / "baselines.json").write_text(json.dumps(baselines, indent=2) + "\n", "utf-8")
     print(json.dumps(baselines, indent=2))
 
 

@@ -1,5 +1,6 @@
 """The tokens that a model folder's other files add to its tokenizer.json, as transformers adds them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,4 +90,4 @@ def text_of(token: Any) -> str | None:
 
 def read_optional(path: Path) -> dict[str, Any]:
     """A JSON object, empty if the file does not exist."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if os.path.lexists(path) else {}

@@ -70,6 +70,8 @@ def import_folder(folder: Path, out: Path, dtype: torch.dtype | None = None) -> 
         copy_tokenizer(folder, into)
         if aside:
             shards.write(into, unchanged(aside), 5 * 10**9, "mtp")
+        if not (into / "tokenizer.json").exists():
+            warnings.warn(f"{folder}: holds no tokenizer.json, so {out} has none", stacklevel=2)
 
     files.commit(out, write)
     return aside

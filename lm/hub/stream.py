@@ -1,13 +1,26 @@
 """Decodes tokens one at a time, so that the pieces add up to the text of all tokens."""
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
 UNKNOWN = "\ufffd"  # stands for invalid UTF-8
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of byte fallback
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Turn what the `tokenizers` library raises, plain Exceptions and Rust panics, into ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ not in ("Exception", "PanicException"):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tokenizer.json fails: {reason:.200}") from None
 
 
 class Decoding:
@@ -33,7 +46,8 @@ class Decoding:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        with one_line():
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def find_context(self) -> int | None:
         """A token that stands for all previous text: only whether there is any matters."""

@@ -1,7 +1,10 @@
 """A model folder's tokenizer: tokenizer.json, end-of-text tokens and chat template."""
 
+import contextlib
+import os
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,11 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_json
+from ..files import read_text, write_json
 from ..tokenizer import ByteTokenizer
 from . import added, template
 from .added import read_optional
-from .stream import Decoding, Writer
+from .stream import Decoding, Writer, one_line
+
+LONGEST = 256 * 2**20  # bytes of a tokenizer.json
+LONGEST_TEMPLATE = 2**20
+UNREAD = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tiktoken.model",
+    "spiece.model",
+)  # of slow tokenizers
 
 
 class FileTokenizer:
@@ -34,9 +47,13 @@ class FileTokenizer:
             needed = "pip install -c constraints.txt -e '.[lm,hf]'"
             raise ValueError(f"{folder}: its tokenizer.json needs the extra hf: {needed}") from None
         path = folder / "tokenizer.json"
+        text = read_file(path, LONGEST)
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+            with silenced(), one_line():
+                self.tokenizer = Tokenizer.from_str(text)
+                with contextlib.suppress(Exception):  # such as a letter that it lacks, but not a panic
+                    self.tokenizer.decode(self.tokenizer.encode("Go é 日本\n").ids)
+        except ValueError as error:
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if highest >= vocab_size:
@@ -55,7 +72,8 @@ class FileTokenizer:
         Raises:
             ValueError: the text has a token that the model lacks, such as one added for padding.
         """
-        ids: list[int] = self.tokenizer.encode(as_unicode(text), add_special_tokens=special).ids
+        with one_line():
+            ids: list[int] = self.tokenizer.encode(as_unicode(text), add_special_tokens=special).ids
         highest = max(ids, default=0)
         if highest >= self.vocab_size:
             name = self.tokenizer.id_to_token(highest)
@@ -67,7 +85,8 @@ class FileTokenizer:
         written = "" if by_model else self.chat_template or ""
         tokens = self.tokenizer.get_added_tokens_decoder()
         spans = []
-        found = self.tokenizer.encode(text, add_special_tokens=False)
+        with one_line():
+            found = self.tokenizer.encode(text, add_special_tokens=False)
         for id, (start, stop) in zip(found.ids, found.offsets):
             token = tokens.get(id)
             if token is None or start == stop:
@@ -82,10 +101,9 @@ class FileTokenizer:
         """Token ids of a text within another; plain: without added tokens, of which the text is one."""
         encode = self.encode_plain if plain else partial(self.encode, special=False)
         newline = self.encode("\n", special=False)
-        ids = encode("\n" + text)  # SentencePiece would put a space before the first token
-        if ids[: len(newline)] == newline:
-            return ids[len(newline) :]
-        return encode(text)
+        with one_line():
+            ids = encode("\n" + text)  # SentencePiece would put a space before the first token
+            return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of an added token's text as text, even if the vocabulary has it as a word."""
@@ -119,15 +137,20 @@ class FileTokenizer:
 
 
 def open_tokenizer(folder: Path, vocab_size: int) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer of a model folder, by default bytes.
+    """The tokenizer of a model folder, by default bytes; warns if that is a guess.
 
     Raises:
         ValueError: there is no tokenizer.json, and the vocabulary is too large for bytes.
     """
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return FileTokenizer(folder, vocab_size)
+    unread = [name for name in UNREAD if (folder / name).exists()]
+    cure = "; save it with transformers' AutoTokenizer, which writes tokenizer.json"
+    lacks = f"{folder}: holds no tokenizer.json" + (f" but {unread[0]}{cure}" if unread else "")
     if vocab_size > 2 * ByteTokenizer.vocab_size:
-        raise ValueError(f"{folder}: holds no tokenizer.json, and {vocab_size} tokens cannot be bytes")
+        raise ValueError(f"{lacks}; a model of {vocab_size} tokens does not read bytes")
+    if not (folder / "config.toml").exists():  # a Hugging Face folder: ours are of bytes unless imported
+        warnings.warn(f"{lacks}; text is read as bytes", stacklevel=2)
     tokenizer = ByteTokenizer()
     tokenizer.ends = stated_ends(folder) or tokenizer.ends
     return tokenizer
@@ -164,17 +187,45 @@ def as_unicode(text: str | bytes) -> str:
 def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The chat template: chat_template.jinja, else the (default) one in the tokenizer's settings."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from None
+    if os.path.lexists(path):
+        return read_file(path, LONGEST_TEMPLATE)
     found = settings.get("chat_template")
     if isinstance(found, list):
-        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
     if isinstance(found, dict):
         found = found.get("default")
+    if isinstance(found, str) and re.search("[\ud800-\udfff]", found):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template holds a lone surrogate")
     return found if isinstance(found, str) else None
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drop what is written to standard error's descriptor, such as the report of a Rust panic."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def read_file(path: Path, longest: int) -> str:
+    """The text of an untrusted file.
+
+    Raises:
+        ValueError: it cannot be read, is longer than `longest` bytes or not UTF-8; names the file.
+    """
+    try:
+        return read_text(path, longest)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def encode_chat(tokenizer: ByteTokenizer | FileTokenizer, messages: list[dict[str, str]]) -> list[int]:

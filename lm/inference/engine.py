@@ -26,6 +26,9 @@ class Request:
     Attributes:
         prompt: token ids.
         tokens: the completion so far, without the token that ended it.
+        ended: the token that ended it; None before, and if something else did.
+        log_probs: of each token and then of `ended`, at the temperature and truncation that drew it.
+        experts: with `record_experts`, the experts (layers, top_k) of each token read; else None.
         finished: None, or the reason: "stop" (a token of `ends`), "length", "cancelled" or "error".
         error: with "error", what went wrong, in one line.
     """
@@ -38,9 +41,13 @@ class Request:
         seed: int | None,
         ends: Collection[int],
         window: int | None,
+        record_experts: bool = False,
     ):
         self.prompt = list(prompt)
         self.tokens: list[int] = []
+        self.ended: int | None = None
+        self.log_probs: list[float] = []
+        self.experts: list[Tensor] | None = [] if record_experts else None
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.ends = ends
@@ -151,22 +158,28 @@ class Engine:
         ends: Collection[int] = (),
         window: int | None = None,
         min_p: float = 0.0,
+        record_experts: bool = False,
     ) -> Request:
         """Queue a request; options as in `generate.generate`.
 
         Args:
             ends: ids that end the completion.
             window: as in `generate.stream`.
+            record_experts: keep the routers' choices in `Request.experts`.
 
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary, or does not fit in the cache with
-                its completion; an option out of range.
+                its completion; an option out of range; record_experts with a window, or where the engine
+                compiles or has no step over pages.
         """
+        if record_experts and (window is not None or self.compiled or not self.paged):
+            raise ValueError("record_experts: needs a step over pages that is not compiled, and no window")
         check_options(max_new_tokens, temperature, top_k, top_p, window, seed, min_p)
         if not len(prompt):
             raise ValueError("the prompt is empty; it needs at least one token")
         self.model.check(torch.tensor([list(prompt)]), None)
-        request = Request(prompt, max_new_tokens, (temperature, top_k, top_p, min_p), seed, ends, window)
+        sampling = (temperature, top_k, top_p, min_p)
+        request = Request(prompt, max_new_tokens, sampling, seed, ends, window, record_experts)
         request.slide()
         longest, trained = self.longest(request), self.model.config.max_length
         if window is None and 0 < trained < longest:
@@ -204,30 +217,36 @@ class Engine:
         return whole if request.window is None else min(whole, request.window)
 
     def run(self) -> None:
-        """Step until no request is left."""
+        """Step until no request is left; the weights are checked for changes once, at the start."""
+        changed = True
         while self.busy:
-            self.step()
+            self.step(changed)
+            changed = False
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
+    def step(self, changed: bool = True) -> list[Request]:
         """Read a chunk of prompts and generate a token for each request that is fully read -> those requests
 
         After a failure (out of memory, say) every request is as before the step, or one token further.
+
+        Args:
+            changed: whether the weights may have changed since the last step.
         """
         self.retire()
-        self.fresh = False
+        self.fresh = not changed
         ready: list[Request] = []
         logits: list[Tensor] = []
         try:
             budget = CHUNK
-            for request in self.reading():
-                while budget > 0 and request.unread > 1:
-                    chunk = min(request.unread, budget, self.longest_chunk(request))
-                    last = self.read([request], chunk)
-                    budget -= chunk
-                    if request.unread == 0:
-                        self.remember(request)
-                        ready.append(request)
+            for group in self.reading():
+                while budget > 0 and group[0].unread > 1:
+                    chunk = min(group[0].unread, max(1, budget // len(group)), self.longest_chunk(group))
+                    last = self.read(group, chunk)
+                    budget -= chunk * len(group)
+                    if group[0].unread == 0:
+                        for request in group:
+                            self.remember(request)
+                        ready += group
                         logits.append(last)
                 if budget <= 0:
                     break
@@ -244,11 +263,29 @@ class Engine:
             raise
         return ready
 
-    def reading(self) -> Iterator[Request]:
-        """Requests with unread prompt tokens: the active ones, then waiting ones as they become active."""
-        yield from [request for request in self.active if request.unread > 1]
-        while self.waiting and len(self.active) < self.max_batch and self.let_in(self.waiting[0]):
-            yield self.active[-1]
+    def reading(self) -> Iterator[list[Request]]:
+        """Requests with unread prompt tokens: the active ones, then waiting ones as they become active.
+
+        They come in groups to be read together: of equal length, and without a first page in common, which
+        is read once for all.
+        """
+        yield from [[request] for request in self.active if request.unread > 1]
+        group: list[Request] = []
+        while self.waiting and len(self.active) < self.max_batch:
+            new = self.waiting[0]
+            starts = {tuple(request.sequence[request.start :][:PAGE]) for request in [*group, new]}
+            room = CHUNK // (len(group) + 1) >= len(new.sequence) - new.start
+            if group and not (room and len(starts) > len(group)):
+                yield group
+                group = []
+            if not self.let_in(new):
+                break
+            if group and group[0].unread != new.unread:
+                yield group
+                group = []
+            group.append(new)
+        if group:
+            yield group
 
     def let_in(self, request: Request) -> bool:
         """Make the first waiting request active if there are pages for its maximum length."""
@@ -257,15 +294,19 @@ class Engine:
             other
             for other in self.active
             if (other.prompt, other.weights) == (request.prompt, self.weights) and other.row.length >= known
+            if (other.experts is None) == (request.experts is None)
         ]
-        if not self.paged:
+        if not self.paged or (request.experts is not None and not same):
             row = Row([], 0)
         elif same and same[0].start == request.start == 0:
             row = self.pages.fork(same[0].row, known)  # the last page too, until one of them writes to it
+            request.experts = same[0].experts and same[0].experts[:known]
         else:
             row = self.pages.open(request.sequence[request.start :])
         request.row, request.need, request.weights = row, pages_for(self.longest(request)), self.weights
-        if sum(map(self.outstanding, [*self.active, request])) > self.pages.available:
+        everyone, room = [*self.active, request], self.pages.available
+        most = sum(other.need + 1 for other in everyone)  # quicker than the exact sum
+        if most > room and sum(map(self.outstanding, everyone)) > room:
             self.pages.truncate(row, 0)
             return False
         if not self.fresh and self.refresh():  # the pages found may be of the old weights
@@ -291,7 +332,12 @@ class Engine:
             tables, lengths = [row.pages for row in rows], [row.length for row in rows]
             plan = Plan(tables, lengths, time, self.device, compiled is not None)
             tokens = torch.tensor(chunks, device=self.device).flatten()
-            logits = (compiled or self.decoder.step)(tokens, self.pools, plan)[:, -1]
+            if any(request.experts is not None for request in requests):
+                chosen: list[Tensor] = []
+                logits = self.decoder.step(tokens, self.pools, plan, experts=chosen)[:, -1]
+                self.record(requests, time, torch.stack(chosen, 1))
+            else:
+                logits = (compiled or self.decoder.step)(tokens, self.pools, plan)[:, -1]
         else:
             tokens = torch.tensor(chunks, device=self.device).unsqueeze(1)  # (requests, 1, time)
             passes = [self.model(chunk, request.caches) for chunk, request in zip(tokens, requests)]
@@ -299,6 +345,12 @@ class Engine:
         for row in rows:
             row.length += time
         return logits
+
+    def record(self, requests: list[Request], time: int, experts: Tensor) -> None:
+        """Keep the experts (requests x time, layers, top_k) of the tokens just read."""
+        for request, new in zip(requests, experts.unflatten(0, (-1, time))):
+            if request.experts is not None:
+                request.experts[request.row.length :] = new.unbind(0)
 
     def write(self, requests: list[Request], logits: Tensor) -> None:
         """Draw each request's next token from its logits (requests, vocab), or end it if they allow none."""
@@ -308,14 +360,17 @@ class Engine:
         for (temperature, top_k, top_p, min_p), those in kinds.items():
             generators = [requests[at].generator for at in those]
             choose = sampler(temperature, top_k, top_p, generators, min_p)
-            for at, token in zip(those, choose(logits[those]).tolist()):
+            tokens, log_probs = choose(logits[those])
+            for at, token, log_prob in zip(those, tokens.tolist(), log_probs.tolist()):
                 request = requests[at]
                 if token < 0:
                     most, read = logits[at].amax().item(), len(request.sequence)
                     request.error = f"the largest logit after {read} tokens is {most}; it must be finite"
                     request.finished = "error"
                     continue
+                request.log_probs.append(log_prob)
                 if token in request.ends:
+                    request.ended = token
                     request.finished = "stop"
                     continue
                 request.tokens.append(token)
@@ -344,6 +399,7 @@ class Engine:
             self.active.remove(request)
         self.waiting = deque(r for r in self.waiting if not r.finished)
 
-    def longest_chunk(self, request: Request) -> int:
-        """Tokens whose attention scores stay within SCORES."""
-        return max(1, SCORES // (self.model.config.attention.num_heads * len(request.sequence)))
+    def longest_chunk(self, group: list[Request]) -> int:
+        """Tokens of each whose attention scores stay within SCORES."""
+        rows = sum(len(request.sequence) for request in group)
+        return max(1, SCORES // (self.model.config.attention.num_heads * rows))

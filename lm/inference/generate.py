@@ -1,5 +1,6 @@
 """Generation from a batch of prompts, of equal or different lengths."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from mla.paged import PAGE, pages_for
 
 from .. import machine
 from ..model import Transformer
-from .engine import Engine
+from .engine import Engine, Request
 from .sampling import check_options
 
 STEP = 700  # bytes of a tensor with one token per row, without its tokens
@@ -68,8 +69,8 @@ def stream(
 
     Args:
         window: a number of tokens, such as the context length in training. When it is full, the second half
-            is read again as a new window, so a longer prompt loses its oldest tokens. None: no limit, with a
-            warning beyond the model's max_length.
+            is read again as a new window. Warns of a longer prompt, which loses its oldest tokens. None: no
+            limit, with a warning beyond the model's max_length.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, window, seed, min_p)
     if not prompts or not all(prompts):
@@ -84,6 +85,8 @@ def stream(
         engine.submit(prompt, max_new_tokens, temperature, top_k, top_p, own, window=window, min_p=min_p)
         for prompt, own in zip(prompts, seeds)
     ]
+    for request in requests:
+        warn_unread(request)
     for made in range(max_new_tokens):
         while any(len(request.tokens) <= made for request in requests):
             engine.step()
@@ -91,3 +94,11 @@ def stream(
                 if request.finished == "error":
                     raise ValueError(f"prompt {row}: {request.error}")
         yield torch.tensor([request.tokens[made] for request in requests], device=device)
+
+
+def warn_unread(request: Request) -> bool:
+    """Warn if a prompt is longer than its window, so that its first tokens are not read -> whether it is"""
+    if request.start:
+        said = f"the first {request.start:,} of the prompt's {len(request.prompt):,} tokens are not read"
+        warnings.warn(f"{said}: the prompt exceeds the window of {request.window:,} tokens", stacklevel=3)
+    return request.start > 0

@@ -12,18 +12,19 @@ def sampler(
     top_p: float,
     generators: Sequence[torch.Generator],
     min_p: float = 0.0,
-) -> Callable[[Tensor], Tensor]:
-    """A function logits (batch, vocab) -> (batch,) int64, with one generator per row.
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function logits (batch, vocab) -> tokens (batch,) int64 and their log-probabilities, fp32.
 
-    A row whose largest logit is not finite (NaN, an overflow, or -inf everywhere) gives -1. A single logit of
-    -inf is a token with probability 0.
+    Each row draws from its own generator. A row whose largest logit is not finite (NaN, an overflow, or -inf
+    everywhere) gives -1. A single logit of -inf is a token with probability 0. The log-probabilities are
+    those of the distribution that is drawn from: at this temperature, of the tokens that are left.
     """
 
-    def choose(logits: Tensor) -> Tensor:
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
         best = logits.argmax(-1, keepdim=True)  # of a row with NaN: the place of one
         broken = ~logits.gather(-1, best).isfinite()  # (batch, 1)
         if temperature == 0:
-            return best.masked_fill(broken, -1).squeeze(1)
+            return best.masked_fill(broken, -1).squeeze(1), logits.new_zeros(len(logits))
         device = logits.device
         scaled = logits.float().masked_fill(broken, 0).cpu()
         if temperature < 1:
@@ -37,8 +38,12 @@ def sampler(
             beyond = before >= top_p * ranked.sum(-1, keepdim=True)
             ranked[:, 1:][beyond[:, 1:]] = 0  # always keep the first, even if top_p times the sum is 0
         ranked[ranked < min_p * ranked[:, :1]] = 0
-        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(ranked, generators)]
-        return order.gather(1, torch.stack(drawn)).to(device).masked_fill(broken, -1).squeeze(1)
+        waits = torch.empty_like(ranked)
+        for row, generator in zip(waits, generators):
+            row.exponential_(generator=generator)
+        drawn = (ranked / waits).argmax(-1, keepdim=True)  # the first of exponential clocks is a fair draw
+        log_probs = (ranked.gather(1, drawn) / ranked.sum(-1, keepdim=True)).log().squeeze(1)
+        return order.gather(1, drawn).to(device).masked_fill(broken, -1).squeeze(1), log_probs
 
     return choose
 

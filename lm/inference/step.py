@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mla import GroupedQueryAttention, MultiheadLatentAttention
 from mla.paged import ROWS, Plan, changed, entry_of, step_of
-from moe import Experts, MoE, SwiGLU
+from moe import Experts, MoE, Routing, SwiGLU
 from moe.router import described
 
 from .. import machine
@@ -62,7 +62,14 @@ class Decoder:
         self.marks = [mark(tensor) for tensor in weights_of(model)]
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, pools: Sequence[Tensor], plan: Plan, last: int = 1) -> Tensor:
+    def step(
+        self,
+        tokens: Tensor,
+        pools: Sequence[Tensor],
+        plan: Plan,
+        last: int = 1,
+        experts: list[Tensor] | None = None,
+    ) -> Tensor:
         """Read `plan.time` more tokens of each row -> the logits at the last positions
 
         tokens (rows x time,) int64, pools: each layer's memory -> (rows, last, vocab)
@@ -70,6 +77,7 @@ class Decoder:
         Args:
             last: number of positions, from the end, to return logits for: 1 to draw a token, more to verify
                 drafts.
+            experts: a list to which each MoE layer's choice (rows x time, top_k) is appended.
         """
         tokens = F.pad(tokens, (0, plan.filled - plan.tokens))
         x = self.view.embedding(tokens)  # (filled, dim)
@@ -77,7 +85,10 @@ class Decoder:
             x = x + attend(block.attention, block.attention_norm(x), pool, plan)
             normed = block.mlp_norm(x)
             if isinstance(block.mlp, MoE):
-                x = x + moe_step(block.mlp, normed, plan.tokens, tokens, mixes)
+                y, routing = moe_step(block.mlp, normed, plan.tokens, tokens, mixes)
+                x = x + y
+                if experts is not None:
+                    experts.append(routing.experts)
             else:
                 x = x + block.mlp(normed)
         if plan.time > 1:
@@ -126,16 +137,19 @@ class Decoder:
         return ours
 
 
-def moe_step(layer: MoE, x: Tensor, count: int, tokens: Tensor, mixes: bool) -> Tensor:
-    """`MoE.forward` where only the first `count` rows of x (filled, dim) are tokens -> y (filled, dim)
+def moe_step(layer: MoE, x: Tensor, count: int, tokens: Tensor, mixes: bool) -> tuple[Tensor, Routing]:
+    """`MoE.forward` where only the first `count` rows of x (filled, dim) are tokens
+
+    -> y (filled, dim), the routing of those rows
 
     mixes: the router compares all rows, so it must not see the padding.
     """
     routed, tokens = (x[:count], tokens[:count]) if mixes else (x, tokens)
     routing = layer.router(routed, tokens=tokens) if layer.needs_tokens else layer.router(routed)
     y = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
-    y[:count] += layer.experts(x[:count], routing.map(lambda part: part[:count]))
-    return y
+    routing = routing.map(lambda part: part[:count])
+    y[:count] += layer.experts(x[:count], routing)
+    return y, routing
 
 
 def by_columns(matrix: Tensor) -> Tensor:

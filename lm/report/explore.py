@@ -2,6 +2,7 @@
 
 import base64
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from moe import Capacity, SigmoidRouter, SoftmaxRouter
 from moe.router import described
 
 from .. import checkpoint, data, files, history
-from ..config import Config
 from ..console import visible
 from ..hub import folder
 from ..hub.tokenizer import open_tokenizer
@@ -36,10 +36,18 @@ def write(path: Path, trust_code: bool = False) -> Path:
         ValueError: the folder has no complete model, or the page does not support its routers.
     """
     config, (tokens, shown) = folder.read_config(path, trust_code), passage(path, trust_code)
-    stored: list[Path | None] = [None]
-    if folder.kind_of(path) == folder.RUN:
-        stored = [*whole_checkpoints(path)]
-    model = read_model(path, stored[-1], config, trust_code)
+
+    def read(place: Path) -> tuple[Path, int, Transformer]:
+        model = checkpoint.load_model(config.model, place / "model.safetensors")
+        return place, history.read_state(place)["step"], model
+
+    step: int | None = None
+    older: list[Path] = []
+    if folder.kind_of(path) == folder.RUN:  # perhaps beside a training that prunes
+        newest, step, model = history.read_newest(path, read)
+        older = whole_before(path, newest)
+    else:
+        model = folder.load(path, trust_code)
     routers = read_routers(model)
     router = routers[0]  # all have the same settings
     head = {
@@ -57,13 +65,13 @@ def write(path: Path, trust_code: bool = False) -> Path:
     }
     name = visible(path.resolve().name)
     room = PAGE_BYTES - len(render(name, {**head, "tokens": shown, "checkpoints": []}).encode())
-    count, kept = fit(room, len(routers), router.num_experts, len(tokens), len(stored))
-    read = []
-    for place in (stored[index] for index in kept):
-        there = model if place == stored[-1] else read_model(path, place, config, trust_code)
-        step = None if place is None else history.read_state(place)["step"]
-        read.append({"step": step, "layers": scores_of(there, tokens[:count])})
-    text = render(name, {**head, "tokens": shown[:count], "checkpoints": read})
+    count, kept = fit(room, len(routers), router.num_experts, len(tokens), len(older) + 1)
+    drawn = []
+    for place in (older[index] for index in kept[:-1]):
+        if (found := read_unchanged(place, read)) is not None:
+            drawn.append({"step": found[1], "layers": scores_of(found[2], tokens[:count])})
+    drawn.append({"step": step, "layers": scores_of(model, tokens[:count])})
+    text = render(name, {**head, "tokens": shown[:count], "checkpoints": drawn})
     files.write_file(path / "explore.html", text)
     return path / "explore.html"
 
@@ -72,7 +80,7 @@ def passage(path: Path, trust_code: bool) -> tuple[Tensor, list[str]]:
     """A held-out passage as token ids (time,), and the text displayed for each token."""
     config = folder.read_config(path, trust_code)
     tokenizer = open_tokenizer(path, config.model.vocab_size)
-    text = data.load(config.data, config.model.vocab_size)[1]
+    text = data.load(config.data, config.model.vocab_size, config.train.seed)[1]
     if isinstance(tokenizer, ByteTokenizer):
         tokens = measure.passage(data.Windows(text, config.train.context), MOST_TOKENS)
         return tokens, [measure.show(token) for token in tokens.tolist()]
@@ -80,13 +88,6 @@ def passage(path: Path, trust_code: bool) -> tuple[Tensor, list[str]]:
     ids = tokenizer.encode(bytes(some.tolist()))[:MOST_TOKENS]
     texts = [tokenizer.decode([token]).replace(" ", "␣").replace("\n", "↵") for token in ids]
     return torch.tensor(ids), [visible(text) or "∎" for text in texts]
-
-
-def read_model(path: Path, stored: Path | None, config: Config, trust_code: bool) -> Transformer:
-    """The model of a checkpoint, or the folder's only model if `stored` is None."""
-    if stored is None:
-        return folder.load(path, trust_code)
-    return checkpoint.load_model(config.model, stored / "model.safetensors")
 
 
 def read_routers(model: Transformer) -> list[Any]:
@@ -114,23 +115,30 @@ def bare(router: Any) -> Any:
     return router.router if isinstance(router, Capacity) else router
 
 
-def whole_checkpoints(run: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first; damaged ones are skipped with a warning.
-
-    Raises:
-        ValueError: there are none.
-    """
-    found = history.checkpoints(run)
+def whole_before(run: Path, newest: Path) -> list[Path]:
+    """A run's complete checkpoints before `newest`, oldest first; damaged ones are skipped with a warning."""
     whole = []
-    for path in found:
+    for path in history.checkpoints(run):
         try:
-            history.check_whole(path)
-            whole.append(path)
+            if int(path.name[5:]) < int(newest.name[5:]) and read_unchanged(path, history.check_whole):
+                whole.append(path)
         except ValueError as error:
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
-    if not whole:
-        raise ValueError(f"{run}: {'every checkpoint is damaged' if found else 'no checkpoint yet'}")
     return whole
+
+
+def read_unchanged(place: Path, read: Callable[[Path], Any]) -> Any:
+    """read(checkpoint), or None if a running training removes or replaces the checkpoint meanwhile."""
+    before, failure, found = history.identity(place), None, None
+    try:
+        found = read(place)
+    except (OSError, ValueError) as error:
+        failure = error
+    if before is None or history.identity(place) != before:
+        return None
+    if failure is not None:
+        raise failure
+    return found
 
 
 def fit(

@@ -1,6 +1,7 @@
 """report.html: a run's losses, samples and cache size, and the work of its experts, on one page."""
 
 import base64
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from ..hub import folder
 from ..model import Transformer
 from ..run import read_metrics
 from . import figures, info, measure, page
+
+LONGEST_SAMPLES = 2**26  # bytes of samples.txt
 
 
 def write(run: Path, trust_code: bool = False) -> Path:
@@ -27,7 +30,7 @@ def write(run: Path, trust_code: bool = False) -> Path:
     rows = read_metrics(run)
     if not rows:
         raise ValueError(f"{run / 'metrics.jsonl'}: has no rows yet")
-    validation = data.Windows(data.load(config.data, config.model.vocab_size)[1], config.train.context)
+    _, validation = data.open_windows(config)
     baseline = measure.read_baseline(config)
     caches = measure.cache_bytes(model, config)
     pictures = {"loss": figures.draw_loss(rows, baseline), "cache": figures.draw_cache(caches)}
@@ -56,7 +59,7 @@ def write(run: Path, trust_code: bool = False) -> Path:
         caches=caches,
         v3_caches=info.v3_cache_bytes("bf16"),
         counts=measure.counts(config, model),
-        samples=samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else "",
+        samples=files.read_own(samples, LONGEST_SAMPLES) if os.path.lexists(samples) else "",
         hue=measure.hue,
     )
     files.write_file(run / "report.html", text)

@@ -20,11 +20,15 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..hub.folder import open_folder
+from mla.paged import PAGE
+
+from .. import budget, count, machine
+from ..config import ModelConfig
+from ..hub.folder import open_folder, read_config
 from ..report.page import policy
 from . import connections
 from .answers import Answer, Limits, Served
-from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason, unknown_model
+from .protocol import Chat, Completion, ErrorShape, Problem, problem_of, reason, shorten, unknown_model
 
 MAX_BODY = 2**20  # bytes
 BACKLOG = 128  # connections that may wait to be accepted
@@ -37,6 +41,10 @@ def serve(options: Any) -> int:
     for name, least in (("max_batch", 1), ("max_queue", 0), ("max_seconds", 1)):
         if not least <= getattr(limits, name) < float("inf"):
             raise ValueError(f"{name}={getattr(limits, name)} must be at least {least}")
+    if limits.max_queue > limits.connections:
+        most = f"{limits.connections}, the connections that may be open at once"
+        raise ValueError(f"max_queue={limits.max_queue} must be at most {most}")
+    check_batch(limits.max_batch, read_config(options.run, options.trust_code).model)
     listener = listen(options.host, options.port)
     if not is_loopback(options.host):
         warnings.warn(f"host {options.host}: anyone who reaches this machine can use the model", stacklevel=1)
@@ -57,6 +65,17 @@ def serve(options: Any) -> int:
     print(f"{served.name}: chat at {address}/, OpenAI API at {address}/v1; press Ctrl-C to stop", flush=True)
     server.run(sockets=[listener])
     return 128 + stopped[0] if stopped else 1
+
+
+def check_batch(max_batch: int, config: ModelConfig) -> None:
+    """Raise ValueError if that many sequences, each with one page of cache, exceed this machine's memory."""
+    page = PAGE * count.cache_bytes_per_token(count.without_custom_parts(config))
+    needed, here = max_batch * (budget.SAMPLE_BYTES + page), machine.memory()
+    if 0 < here < needed:
+        raise ValueError(
+            f"max_batch={max_batch:,} sequences take at least {needed / 2**30:,.0f} GiB; "
+            f"this machine has {here / 2**30:,.0f} GiB"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -149,6 +168,8 @@ class Guard:
         try:
             self.check_names(headers)
             body = await self.read(headers, receive)
+            if scope["method"] == "HEAD":  # as GET; uvicorn drops the body
+                scope = {**scope, "method": "GET"}
             if body is not None:
                 await self.app(scope, receive_whole, send)
         except Problem as problem:
@@ -177,8 +198,12 @@ class Guard:
         """The body, or None if the client disconnected.
 
         Raises:
-            Problem: the body is too large or too slow.
+            Problem: the body is compressed, too large or too slow.
         """
+        coding = headers.get("content-encoding", "identity")
+        if coding.strip().lower() not in ("identity", ""):
+            said = f"Content-Encoding {shorten(ascii(coding))} is not supported; send the body uncompressed"
+            raise Problem(415, said, Connection="close")
         large = Problem(413, f"the body is larger than {MAX_BODY} bytes", Connection="close")
         if int(headers.get("content-length", 0)) > MAX_BODY:
             raise large
@@ -250,7 +275,8 @@ def make_app(served: Served) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        problem = Problem(error.status_code, f"{request.method} {request.scope['path']!a}: {error.detail}")
+        path = request.scope["path"]
+        problem = Problem(error.status_code, f"{request.method} {shorten(ascii(path))}: {error.detail}")
         problem.headers |= dict(error.headers or {})
         return problem.response()
 

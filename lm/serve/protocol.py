@@ -141,8 +141,8 @@ def check_unsupported(fields: dict[str, Any] | None, ignored: Collection[str], p
         if not any(
             value == n and isinstance(value, bool) == isinstance(n, bool) for n in NEUTRAL.get(name, [])
         ):
-            said = f"{path}{name}: not supported; leave it out"
-            raise Problem(400, said, path + name, "unsupported_parameter")
+            name = shorten(path + name)
+            raise Problem(400, f"{name}: not supported; leave it out", name, "unsupported_parameter")
 
 
 class TextPart(BaseModel):
@@ -287,7 +287,7 @@ def problem_of(error: RequestValidationError) -> Problem:
 
 def unknown_model(asked: str, model: str) -> Problem:
     """The error for a model that is not served here."""
-    return Problem(404, f"model {asked!a}: must be {model}", "model", "model_not_found")
+    return Problem(404, f"model {shorten(ascii(asked))}: must be {model}", "model", "model_not_found")
 
 
 def reason(error: Exception) -> str:

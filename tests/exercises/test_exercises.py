@@ -106,6 +106,13 @@ def test_right_answers_agree_and_mistakes_differ_from_them_and_from_each_other(a
 
 WRONG = {  # edits that no exercise lists -> what the report says
     "rms-norm": [
+        ("+ eps)", "+ max(eps, 1e-5))", "y of small x"),
+        ("weight).to(x.dtype)", "weight.to(x.dtype)).to(x.dtype)", "as if a step ran in float16 or bfloat16"),
+        (
+            "wide.square().mean(-1, keepdim=True) + eps",
+            "wide.square().mean(-1, keepdim=True).clamp(min=eps)",
+            "y differs in",
+        ),
         (".to(x.dtype), scale", ".to(x.dtype), scale.half()", "its dtype is float16, expected float32"),
         (
             "wide * scale * weight",
@@ -114,12 +121,23 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ),
         ("wide.square().mean", "wide.bfloat16().square().mean", "mean runs in bfloat16"),
     ],
-    "frequencies": [("return turn if", "turn = turn.half()\n        return turn if", "its dtype is float16")],
+    "frequencies": [
+        ("1.0 / theta **", "1.0 / int(theta) **", "of 6 features"),
+        ("scaling.slow_down(turn, theta)", "scaling.slow_down(turn, dim)", "slowed down"),
+        ("return turn if", "turn = turn.half()\n        return turn if", "its dtype is float16"),
+    ],
     "rope": [
+        (
+            "return turned",
+            "cos.mul_(2).div_(2).add_(1).sub_(1)\n        return turned",
+            "cos is changed in place",
+        ),
         ("cos - odd", "cos.bfloat16() - odd", "as if a step ran in float16 or bfloat16"),
         ("return turned", "x.zero_()\n        return turned", "leaf Variable"),
     ],
     "router": [
+        ("+ 1e-20)", "+ 1e-9)", "tiny scores: weights"),
+        ("scores = sigmoid(logits)", "scores = logits.detach().sigmoid()", "no gradient reaches it"),
         (
             "weights = scores.gather(-1, experts)",
             "weights = choice.gather(-1, experts) - self.bias.expand_as(choice).gather(-1, experts)",
@@ -136,6 +154,8 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ("return Routing(", "x.detach().neg_()\n        return Routing(", "x is changed in place"),
     ],
     "group-limit": [
+        ('float("-inf")', "torch.finfo(choice.dtype).min", "expected -inf"),
+        ("return grouped.masked_fill(", "return grouped.double().masked_fill(", "its dtype is float64"),
         ("group_scores = grouped.", "group_scores = grouped.half().", "close scores"),
         (
             "return grouped.",
@@ -144,6 +164,16 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ),
     ],
     "balance-loss": [
+        (
+            "chosen.sum(1).to(scores.dtype)",
+            "chosen.to(torch.uint8).sum(1, dtype=torch.uint8).to(scores.dtype)",
+            "load of 5000 tokens",
+        ),
+        (
+            "return load, share, real",
+            "return load, share, real.float()",
+            "its dtype is float32, expected bool",
+        ),
         (
             "share = normalized.sum(1) / total",
             "share = normalized.half().sum(1) / total",
@@ -156,14 +186,36 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ),
     ],
     "bias-update": [
+        (
+            "bias.add_(step.to(bias.dtype), alpha=rate)",
+            "bias.set_(bias + rate * step.to(bias.dtype))",
+            "the buffer itself",
+        ),
+        (
+            "-violations(tokens_per_expert.to(bias.device), bias.dtype)",
+            "(tokens_per_expert.float().mean() - tokens_per_expert) / tokens_per_expert.float().mean()",
+            "bias after no tokens is infinite or NaN",
+        ),
         ("bias.add_(", "tokens_per_expert.zero_()\n    bias.add_(", "tokens_per_expert is changed in place"),
         ("step.to(bias.dtype)", "step.half().to(bias.dtype)", "change, proportional"),
     ],
     "dispatch": [
-        ("target.view_as(experts)", "target.view_as(experts).short()", "index"),
+        ("return Order(sizes", "return Order(sizes.int()", "sizes, as they are its dtype is int32"),
+        ("return Order(sizes", "return Order(counts", "sizes, filled up"),
+        (
+            "target.view_as(experts)",
+            "torch.tensor(target.view_as(experts).tolist())",
+            "target of no tokens its shape is (0,)",
+        ),
+        ("target.view_as(experts)", "target.view_as(experts).short()", "its dtype is int16, expected int64"),
         ("source = ", "experts.clamp_(min=0)\n    source = ", "experts is changed in place"),
     ],
     "compress": [
+        (
+            "self.kv_norm(latent), k_rope",
+            "torch.nn.functional.rms_norm(latent, latent.shape[-1:], self.kv_norm.weight, 1e-5), k_rope",
+            "latent of small x",
+        ),
         (
             "return self.kv_norm(latent), k_rope",
             "x.data.mul_(2)\n        return self.kv_norm(latent), k_rope",
@@ -176,6 +228,16 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ),
     ],
     "rotate": [
+        (
+            "self.rope(both, positions)",
+            "self.rope(both.float(), positions).type_as(both)",
+            "query of float64",
+        ),
+        (
+            "return q_rope, k_rope.squeeze(2)",
+            "return q_rope, k_rope.squeeze()",
+            "key of one token its shape is",
+        ),
         ("self.rope(both, positions)", "self.rope(both, positions.bfloat16())", "query of bf16"),
         (
             "self.rope(both, positions)",
@@ -190,6 +252,11 @@ WRONG = {  # edits that no exercise lists -> what the report says
     ],
     "expand": [
         (
+            "self.scale, visible)",
+            "self.scale, None if visible is None else visible.tril())",
+            "masked differs",
+        ),
+        (
             "k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)",
             "k_rope = k_rope.repeat(1, 1, self.num_heads).unflatten(-1, (-1, self.num_heads)).mT",
             "differs in",
@@ -197,6 +264,7 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ("kv = self.kv_b(latent)", "kv = self.kv_b(latent.data)", "gradient of the latent"),
     ],
     "absorb": [
+        ("scores.softmax(-1)", "scores.softmax(-1).bfloat16()", "as if a step ran in float16 or bfloat16"),
         ("scores.softmax(-1)", "scores.bfloat16().softmax(-1)", "softmax runs in bfloat16"),
         ("scores.softmax(-1)", "scores.half().softmax(-1)", "softmax runs in float16"),
         ("scores.softmax(-1)", "scores.softmax(-1, dtype=torch.bfloat16)", "softmax runs in bfloat16"),
@@ -207,6 +275,16 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ),
     ],
     "cache": [
+        (
+            "return self.entries[:, :total]",
+            "return self.entries[:, :total].detach()",
+            "no gradient reaches it",
+        ),
+        (
+            "self.lengths = [row + time for row in start]",
+            "self.lengths = [float(row + time) for row in start]",
+            "lengths",
+        ),
         (
             "return self.entries[:, :total]",
             "self.kept = [new]\n        return self.entries[:, :total]",
@@ -220,19 +298,40 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ("return self.entries[:, :total]", "return self.entries[:, :total].half()", "its dtype is float16"),
     ],
     "yarn": [
+        (
+            "return turn / self.factor * (1 - kept) + turn * kept",
+            "return (turn / self.factor * (1 - kept) + turn * kept).half().float()",
+            "as if a step ran in float16",
+        ),
         ("dim = 2 * len(turn)", "turn.mul_(1.5)\n        dim = 2 * len(turn)", "turn is changed in place"),
         ("return turn / self.factor", "return turn.half() / self.factor", "differs in"),
     ],
     "gate-scale": [
+        ("return total / samples", "return torch.tensor(total / samples)", "the results are floats is False"),
+        (
+            "float((1 / p.norm(dim=-1)).double().sum())",
+            "float((1 / p.norm(dim=-1)).half().sum())",
+            "as if a step ran in float16",
+        ),
         ("logits.sigmoid()", "logits.half().sigmoid()", "sigmoid runs in float16"),
         ("return total / samples", "return torch.tensor(total / samples).half().item()", "differs in"),
     ],
-    "flops": [("return 6 * in_products", "return 6.0 * in_products", "its dtype is float32, expected int64")],
+    "flops": [
+        (
+            "return 6 * in_products",
+            "import numpy\n    return numpy.int64(6) * in_products",
+            "is an int is False",
+        ),
+        ("return 6 * in_products", "return 6.0 * in_products", "its dtype is float32, expected int64"),
+    ],
     "upcycle": [
+        ("down.transpose(0, 1)", "down.transpose(0, 1).squeeze()", "down, 1 shard its shape is"),
         ("down.transpose(0, 1)", "down.data.neg_().transpose(0, 1)", "mlp.down.weight is changed in place"),
         ("down.transpose(0, 1)", "down.float().double().transpose(0, 1)", "as if a step ran in float32"),
     ],
     "expert-choice": [
+        ("scores, logits)", "scores, logits.log_softmax(-1))", "logits, two sequences differs"),
+        ("where(chosen, -1)", "where(chosen, -1).int()", "its dtype is int32"),
         ("logits.softmax(-1)", "logits.half().softmax(-1).float()", "softmax runs in float16"),
         ("scores.where(chosen, 0)", "scores.data.where(chosen, 0)", "no gradient reaches it"),
     ],

@@ -3,11 +3,13 @@
 `command(..., before=("hide", "fastapi"))` calls hide("fastapi") in the child.
 """
 
+import ctypes
 import itertools
 import os
 import pkgutil
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -77,3 +79,38 @@ def full_disk(step, size):
         save(self, model, optimizer, state)
 
     Run.save = limited
+
+
+def failing_at(folder, number, error):
+    """quick(), and at change `number` of the files below `folder`: raise OSError(error), or if 0, kill."""
+    quick()
+    fsync, changes = os.fsync, itertools.count(1)
+    events = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.chmod")
+
+    def change():
+        if next(changes) == number:
+            if not error:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(error, os.strerror(error))
+
+    def hook(event, arguments):
+        opens = event == "open" and str(arguments[0]).startswith(folder)
+        if event in events or (opens and arguments[2] & os.O_CREAT):
+            change()
+
+    os.fsync = lambda handle: (change(), fsync(handle))
+    sys.addaudithook(hook)
+
+
+def traced(log, calls, injections):
+    """quick(), and let strace log these system calls of this process and inject failures."""
+    quick()
+    with open("/proc/self/status") as status:
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: a child may trace
+        options = ["-q", "-y", "-s0", f"--output={log}", f"--trace={calls}", "--signal=none"]
+        options += [f"--inject={injection}" for injection in injections]
+        tracer = subprocess.Popen(["strace", *options, f"--attach={os.getpid()}"])
+        while "TracerPid:\t0\n" in status.read():
+            assert tracer.poll() is None, "strace cannot attach"
+            time.sleep(0.001)
+            status.seek(0)

@@ -386,9 +386,11 @@ def test_a_router_in_the_working_folder_trains_and_later_needs_trust(tiny, optio
     ended = command("train", *arguments, "--out-dir", "run", cwd=tmp_path, before=("quick",))
     assert ended.code == 0, ended.err
     for name, more in (("generate", ["--max-new-tokens", "3"]), ("eval", []), ("report", [])):
-        assert "--trust-code" in one_line(command(name, "run", *more, cwd=tmp_path), name)
+        said = one_line(command(name, "run", *more, cwd=tmp_path), name)
+        assert said.endswith(f"(--trust-code): lm {' '.join([name, 'run', *more])} --trust-code\n")
         assert command(name, "run", *more, "--trust-code", cwd=tmp_path).code == 0
-    assert "--trust-code" in one_line(command("train", "--resume", "--out-dir", "run", cwd=tmp_path), "train")
+    said = one_line(command("train", "--resume", "--out-dir", "run", cwd=tmp_path), "train")
+    assert said.endswith(": lm train --resume --out-dir run --trust-code\n")
     more = ["--trust-code", "--train.steps", "3"]
     assert command("train", "--resume", "--out-dir", "run", *more, cwd=tmp_path, before=("quick",)).code == 0
     (tmp_path / "my_router.py").write_text("raise SystemExit('lm info runs no code')")

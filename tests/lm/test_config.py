@@ -58,6 +58,10 @@ def test_toml_round_trip_keeps_every_value(tmp_path_factory, table, groups, size
     table["train"] |= {"num_devices": groups, "top_devices": min(table["train"]["top_devices"], groups)}
     if groups == 1:
         table["train"] |= {"device_loss": 0.0, "communication_loss": 0.0}
+    table["train"]["answers_only"] &= table["train"]["document_mask"]
+    table["data"] |= {"document_end": chr(groups), "answer_start": chr(100 + size)}
+    if table["data"]["generator"]:
+        table["data"] |= {"path": "", "validation": ""}
     config = Config.from_dict(table)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
@@ -234,7 +238,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(table, said):
 BAD_FILES = {
     "a key twice": b"[train]\nsteps = 1\nsteps = 2\n",
     "a table twice": b"[train]\n[train]\n",
-    "a BOM": b"\xef\xbb\xbf[train]\nsteps = 1\n",
+    "two BOMs": b"\xef\xbb\xbf\xef\xbb\xbf[train]\nsteps = 1\n",
     "not UTF-8": b'[data]\npath = "\xff"\n',
     "20,000 brackets": b"a = " + b"[" * 20000,
     "5,000 digits": b"[train]\nsteps = " + b"9" * 5000,

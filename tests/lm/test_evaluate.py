@@ -18,9 +18,9 @@ def test_coverage_counts_the_targets_that_the_loss_is_the_mean_of(
     windows = data.Windows(np.arange(context + 1 + extra, dtype=np.int64) % 256, context)
     scored, mean = [], evaluate.loss.head_cross_entropy
 
-    def counted(hidden, weight, targets):
+    def counted(hidden, weight, targets, mask):
         scored.extend(targets.flatten().tolist())
-        return mean(hidden, weight, targets)
+        return mean(hidden, weight, targets, mask)
 
     monkeypatch.setattr(evaluate.loss, "head_cross_entropy", counted)
     evaluate.evaluate(model, windows, None, torch.float32, 4)

@@ -48,8 +48,8 @@ def slow_step(monkeypatch, step, part):
     """That forward pass of that step sends SIGTERM and takes a minute."""
     losses, calls = loss.training_losses, []
 
-    def slow(model, *given):
-        found = losses(model, *given)
+    def slow(model, *given, **options):
+        found = losses(model, *given, **options)
         if model.training:
             calls.append(0)
             if len(calls) == part:

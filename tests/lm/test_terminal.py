@@ -23,6 +23,8 @@ from tests.lm.command import lm, lm_into_head, one_line
         (["--top-k", "-1"], "top_k=-1 must be at least 1"),
         (["--top-k", "0"], "top_k=0 must be at least 1"),
         (["--top-p", "1.5"], "top_p=1.5 must lie above 0 and at most at 1"),
+        (["--min-p", "1.5"], "min_p=1.5 must lie in 0..1"),
+        (["--min-p", "nan"], "min_p=nan must lie in 0..1"),
         (["--max-new-tokens", "-1"], "max_new_tokens=-1 must be at least 0"),
         (["--seed", "-1"], "seed=-1 must lie in 0.."),
         (["--seed", str(2**70)], "must lie in 0.."),
@@ -32,7 +34,8 @@ from tests.lm.command import lm, lm_into_head, one_line
         (["--prompt", "FILE:missing"], "missing: cannot be read: No such file or directory"),
         (["--prompt", "FILE:."], "cannot be read: Is a directory"),
         (["--prompt", "FILE:"], "cannot be read: Is a directory"),
-        (["--prompt", "FILE:empty"], "the prompt is empty"),
+        (["--prompt", "FILE:empty"], "empty: the file is empty"),
+        (["--prompt", "FILE:/dev/zero"], "/dev/zero: cannot be read: not a regular file"),
         (["--prompt", "-"], "the prompt is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -91,8 +94,27 @@ def test_a_prompt_longer_than_the_context_is_accepted(trained_once, command, tmp
     prompt = b"abcdefgh " * 100
     (tmp_path / "prompt").write_bytes(prompt)
     greedy = ["generate", trained_once, "--max-new-tokens", 5, "--temperature", 0]
-    ended = command(*greedy, "--prompt", f"FILE:{tmp_path / 'prompt'}")
-    assert ended.out == expected(trained_once, prompt, 5, temperature=0)
+    ended = command(*greedy, "--prompt", f"FILE:{tmp_path / 'prompt'}", "--num-samples", 2)
+    with pytest.warns(UserWarning, match="the first 892 of the prompt's 900 tokens are not read"):
+        text = expected(trained_once, prompt, 5, temperature=0)
+    assert ended.out == b"--- 1\n" + text + b"--- 2\n" + text
+    said = "the prompt exceeds the window of 16 tokens"
+    assert ended.err == f"lm: warning: the first 892 of the prompt's 900 tokens are not read: {said}\n"
+    ended = command(*greedy, "--prompt", "a" * 16)
+    assert ended.err == ""
+
+
+@pytest.mark.parametrize("writing", ["generate", "chat"])
+def test_min_p_of_1_is_greedy(trained_once, command, tmp_path, writing):
+    (tmp_path / "lines").write_text("abc\n")
+    options = ["--max-new-tokens", 9, *(["--prompt", "abc"] if writing == "generate" else [])]
+    how = {"stdin": tmp_path / "lines"}
+    greedy = command(writing, trained_once, *options, "--temperature", 0, **how).out
+    drawn = [
+        command(writing, trained_once, *options, "--temperature", 3, *more, **how).out
+        for more in ([], ["--min-p", 1])
+    ]
+    assert drawn[0] != greedy == drawn[1]
 
 
 def test_bytes_are_bytes_whatever_the_locale(trained_once):
@@ -121,7 +143,7 @@ def test_ctrl_c_ends_generate_without_a_traceback(trained_once, command):
 def test_chat_continues_the_whole_conversation(trained_once, command, tmp_path):
     (tmp_path / "said").write_text("abc\nde fé\n\nnever read\n")
     ended = command("chat", trained_once, "--max-new-tokens", 8, "--temperature", 0, stdin=tmp_path / "said")
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.code == 0 and ended.err.count("\n") == 1 and "tokens are not read" in ended.err  # once
     first = expected(trained_once, b"abc\n", 8, temperature=0)
     history = first + "de fé\n".encode()
     second = expected(trained_once, history, 8, temperature=0)

@@ -45,6 +45,15 @@ def test_a_difference_is_described_in_words(found, right, said):
     assert difference(found, right).startswith(said) and bool(difference(found, right)) == bool(said)
 
 
+def test_values_that_are_nearly_right_are_said_to_be_so():
+    """Also where the wrong ones happen to lie outside the first row; never if one side is infinite."""
+    near = RIGHT.clone()
+    near[1] += 2e-3
+    assert "nearly right, as if a step ran in float16 or bfloat16" in difference(near, RIGHT)
+    closed = RIGHT.where(RIGHT > 0, -math.inf)
+    assert difference(closed.clamp(min=torch.finfo().min), closed).endswith("expected -inf")
+
+
 @pytest.mark.parametrize(
     "dtype, close", [(torch.float32, 1e-4), (torch.float64, 1e-9), (torch.bfloat16, 4e-3)]
 )

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from exercises.grader import exercise, homework, source, verdict
+from exercises.grader import exercise, grade, homework, source, submissions, verdict
 from lm import cli
 from tests.helpers import ROOT, refused
 
@@ -151,6 +151,35 @@ def test_one_students_files_cost_only_that_student(tmp_path, capsys):
     assert rows["file device"]["says"] == "rms_norm.py: is a symbolic link; hand in a regular file"
     with open(out / "a.csv", newline="") as file:
         assert not [cell for row in csv.reader(file) for cell in row if cell[:1] in ("=", "+", "@")]
+
+
+class Busy:
+    """A checker on a machine so busy that the blank's checks end without results, at first or always."""
+
+    def __init__(self, failures):
+        self.failures = failures
+
+    def check(self, about, path, *_, **__):
+        self.failures -= 1
+        row = {"name": "y", "stage": "values", "passed": True, "says": ""}
+        report = {"raised": None, "mistakes": [], "tests": {"good": True, "passed": 3, "total": 3}}
+        report |= {"used": [], "seconds": 1.0, "output": "", "checks": [row] * 12}
+        late = {"type": "", "says": "not finished after 60 s", "line": None}
+        return {**report, "checks": [], "tests": None, "raised": late} if self.failures >= 0 else report
+
+
+def test_points_never_exceed_the_maximum_on_a_busy_machine(tmp_path):
+    path = tmp_path / "rms_norm.py"
+    path.write_text(answer(RIGHT))
+    handed_in = submissions.Submission({"rms-norm": path})
+    assert grade.blank_total(ABOUT, Busy(1), tmp_path) == 13
+    with pytest.raises(RuntimeError, match="its checks cannot be run here: not finished after 60 s"):
+        grade.blank_total(ABOUT, Busy(2), tmp_path)
+    path.write_text(answer(RIGHT))
+    row = grade.graded("ann", handed_in, ABOUT, Busy(0), 2, total=1)
+    assert (row["score"], row["checks_passed"], row["checks"]) == (10, 13, 13)
+    row = grade.graded("ann", handed_in, ABOUT, Busy(1), 2, total=13)
+    assert (row["score"], row["checks"], row["says"]) == (0, 13, "not finished after 60 s")
 
 
 @pytest.mark.parametrize("content", [*NOTES.values(), "{", "null", '{"rms-norm": null}'])

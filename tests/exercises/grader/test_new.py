@@ -34,9 +34,12 @@ def passes(*command):
 @pytest.mark.parametrize(
     "kind, name, cls", [("router", "my-own", "MyOwnRouter"), ("attention", "my_attention", "MyAttention")]
 )
-def test_a_skeleton_passes_its_test_trains_and_generates(kind, name, cls, clone, lm):
+def test_a_skeleton_passes_its_test_trains_and_generates(kind, name, cls, clone, lm, capsys):
     assert cli.main(["new", kind, name]) == 0
     module = name.replace("-", "_")
+    assert (
+        f" need --trust-code: .venv/bin/lm generate runs/{module} --trust-code\n" in capsys.readouterr().out
+    )
     own = clone / "exercises" / "projects" / f"{module}.py"
     made = {path.name for path in own.parent.iterdir() if path.suffix in (".py", ".toml")}
     assert made == {"checks.py", f"{module}.py", f"test_{module}.py", f"{module}.toml"}

@@ -140,7 +140,7 @@ assert rope.frequencies(1, 2, None, None) is rope.frequencies(1, 2, None, None) 
             "\ndef f(x, y=2, *, k=2):\n    return x\n",
             "answer.py:2: f(x, y=2, *, k=2): keep the signature",
         ),
-        ("async def f(x, y=1, *, k=2):\n    return x\n", "keep the signature"),
+        ("async def f(x, y=1, *, k=2):\n    return x\n", "write def, without async"),
         ("class f:\n    pass\n", "f not found"),
         ("def f(x, y=1, *, k=2)\n    return x\n", "answer.py:1: expected ':'"),
     ],

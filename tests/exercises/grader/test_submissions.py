@@ -1,5 +1,6 @@
 """Every file that a student hands in is matched to an exercise or named."""
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -65,7 +66,11 @@ def look(folder, tmp_path):
     "files, wanted, remark",
     [
         (["router.py"], {"router": "router.py"}, ""),
-        (["homework/router.py", "router.py"], {"router": "router.py"}, "router: router.py is graded, not"),
+        (
+            ["homework/router.py", "router.py"],
+            {"router": "router.py"},
+            "router: homework/router.py is graded",
+        ),
         (["Router.py"], {"router": "Router.py"}, ""),
         (["deep/down/my router (1).py"], {"router": "my router (1).py"}, ""),
         (["router.py", "router (1).py"], {"router": "router.py"}, "is graded, not router (1).py"),
@@ -76,6 +81,8 @@ def look(folder, tmp_path):
         ),
         (["router.ipynb"], {}, "fit no exercise: router.ipynb"),
         (["answers.tar.gz", "answers.rar"], {}, "fit no exercise: answers.rar, answers.tar.gz"),
+        (["a/Router.py", "b/Router.py"], {}, None),
+        ([".router.py", "._router.py", "rope.py"], {"rope": "rope.py"}, "not graded, hidden: .router.py"),
         (["router.bak1", "README.md", "__pycache__/router.pyc", ".git/router.py"], {}, ""),
         (
             ["clone/homework/rope.py", "clone/exercises/03_router.py", "clone/tests/test_router.py"],
@@ -91,6 +98,8 @@ def test_a_students_files_are_found_or_named(files, wanted, remark, tmp_path):
     found, loose = look(folder, tmp_path)
     assert names(found) == {"ann": wanted, "bob": {"rope": "rope.py"}} and loose == []
     remarks = found["ann"].remarks
+    if remark is None:
+        assert found["ann"].problems == {"router": "2 files could be it: a/Router.py, b/Router.py; keep one"}
     assert (len(remarks) == 1 and remark in remarks[0]) if remark else remarks == []
 
 
@@ -134,6 +143,80 @@ def test_an_archive_cannot_leave_its_folder_or_fill_the_disk(tmp_path):
             archive.writestr(f"{number}.py", bytes(1 << 24))
     assert unzip(path, tmp_path / "big") == "a.zip: unpacks to more than 20 MB"
     assert sum(one.stat().st_size for one in (tmp_path / "big").iterdir()) <= 21 << 20
+
+
+def archive_of(*entries):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in entries:
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
+def test_archives_within_an_archive_share_one_limit(tmp_path):
+    inner = archive_of(*((f"{number}.py", bytes(1 << 20)) for number in range(15)))
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "ann.zip").write_bytes(
+        archive_of(("a.zip", inner), ("b.zip", inner), ("rope.py", ""))
+    )
+    found, _ = look(tmp_path / "class", tmp_path)
+    assert names(found) == {"ann": {"rope": "rope.py"}}
+    assert "b.zip: unpacks to more than 20 MB" in found["ann"].remarks
+    assert sum(one.stat().st_size for one in (tmp_path / "unpacked").rglob("*.py")) <= 21 << 20
+
+
+@pytest.mark.parametrize(
+    "entries, wanted, remark",
+    [
+        ([("d" * 300 + "/yarn.py", ""), ("rope.py", "")], ["rope"], "not unpacked: ddd"),
+        ([("rope.py", ""), ("rope.py/yarn.py", "")], ["rope"], "not unpacked: rope.py/yarn.py"),
+        (
+            [*((f"{i}.txt", "") for i in range(600)), ("rope.py", "")],
+            ["rope"],
+            "holds 601 files; only 500 are",
+        ),
+        ([("C:\\work\\rope.py", "")], ["rope"], ""),
+    ],
+)
+def test_one_odd_entry_of_an_archive_does_not_cost_the_others(entries, wanted, remark, tmp_path):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "ann.zip").write_bytes(archive_of(*entries))
+    found, _ = look(tmp_path / "class", tmp_path)
+    assert list(found["ann"].files) == wanted
+    assert any(remark in one for one in found["ann"].remarks) == bool(remark)
+
+
+def test_an_encrypted_or_spoilt_archive_is_named(tmp_path):
+    encrypted = bytearray(archive_of(("rope.py", "x = 1\n" * 99)))
+    encrypted[6] |= 1
+    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(encrypted)
+    assert unzip(tmp_path / "a.zip", tmp_path / "out") == "a.zip: cannot be unpacked: it is encrypted"
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("rope.py", "x = 1\n" * 99)
+    spoilt = bytearray((tmp_path / "b.zip").read_bytes())
+    spoilt[45:60] = bytes(15)
+    (tmp_path / "b.zip").write_bytes(spoilt)
+    assert unzip(tmp_path / "b.zip", tmp_path / "out").startswith("b.zip: cannot be unpacked: ")
+
+
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
+    lay_out(tmp_path / "class" / "bob", "rope.py")
+    odd = os.fsencode(tmp_path / "class") + b"/\xffnn"
+    os.mkdir(odd)
+    with open(odd + b"/\xff.py", "w") as file:
+        file.write("x = 1\n")
+    found, _ = look(tmp_path / "class", tmp_path)
+    assert "".join([*found, *(remark for one in found.values() for remark in one.remarks)]).encode()
+
+
+def test_files_beyond_the_limit_are_counted_and_answers_come_first(tmp_path):
+    lay_out(tmp_path / "class" / "ann", *(f"{number}.txt" for number in range(600)), "rope.py")
+    lay_out(tmp_path / "class" / "bob", "rope.py")
+    found, _ = look(tmp_path / "class", tmp_path)
+    assert (
+        list(found["ann"].files) == ["rope"] and "601 files; only 500 are looked at" in found["ann"].remarks
+    )
 
 
 def test_a_single_submission_is_the_folder_itself_also_under_another_name(tmp_path):

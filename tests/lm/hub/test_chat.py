@@ -164,7 +164,7 @@ def test_lm_chat_writes_no_special_token_for_a_users_text(folder, invoke, monkey
 
         def submit(self, prompt, *_):
             seen.append(list(prompt))
-            return type("Request", (), {"tokens": [], "finished": "stop"})
+            return type("Request", (), {"tokens": [], "finished": "stop", "start": 0})
 
     config = type("Config", (), {"model": type("Model", (), {"max_length": 64})})
     monkeypatch.setattr(terminal, "Engine", Engine)

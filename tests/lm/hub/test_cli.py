@@ -1,6 +1,7 @@
 """`lm` on Hugging Face folders: import, export, generate, chat, eval, info, serve."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import httpx
@@ -60,12 +61,16 @@ def test_a_published_folder_generates_and_imports_and_exports(published, invoke,
 def sample(monkeypatch, *tokens):
     """Every model samples these tokens in turn."""
     drawn = iter(tokens)
-    monkeypatch.setattr(engine, "sampler", lambda *_: lambda logits: torch.tensor([next(drawn)]))
+
+    def choose(logits):
+        return torch.tensor([next(drawn)]), torch.zeros(1)
+
+    monkeypatch.setattr(engine, "sampler", lambda *_: choose)
 
 
 @pytest.fixture
 def submitted(monkeypatch):
-    """The arguments of every request to an engine: prompt, max_new_tokens, ..., window."""
+    """The arguments of every request to an engine: prompt, max_new_tokens, ..., window, min_p."""
     seen, submit = [], engine.Engine.submit
     monkeypatch.setattr(engine.Engine, "submit", lambda *given: seen.append(given[1:]) or submit(*given))
     return seen
@@ -93,7 +98,7 @@ def test_the_window_is_the_models_maximum_length(published, invoke, tmp_path, su
     assert invoke("generate", published, *options)[0] == 0
     lm.save(lm.Transformer(lm.Config.preset("nano").model), tmp_path / "no-maximum")
     assert invoke("generate", tmp_path / "no-maximum", *options)[0] == 0
-    assert [window for *_, window in submitted] == [200, lm.Config().train.context]
+    assert [window for *_, window, _ in submitted] == [200, lm.Config().train.context]
 
 
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
@@ -160,3 +165,29 @@ def test_serve_answers_as_chat_does(published, invoke, serving):
     assert "".join(choice["delta"]["content"] for choice in choices) == text
     prompt = served.tokenizer.encode("<b><user>to be é<assistant>", special=False)
     assert prompt[0] == 0 and answer["usage"]["prompt_tokens"] == len(prompt)
+
+
+def test_every_command_that_reads_text_warns_once_of_a_folder_without_a_tokenizer(
+    invoke, tiny, tmp_path, monkeypatch
+):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    lm.to_hf(lm.Transformer(tiny(model={"vocab_size": 300}).model), folder)
+    monkeypatch.setattr("lm.serve.app.Server.run", lambda *_, **__: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    (tmp_path / "text").write_bytes(b"to be or not " * 20)
+    options = {
+        "generate": ["--max-new-tokens", "2", "--num-samples", "3"],
+        "eval": ["--data", tmp_path / "text"],
+    }
+    said = f"lm: warning: {folder}: holds no tokenizer.json; text is read as bytes\n"
+    for command in ("generate", "chat", "eval", "explore", "serve"):
+        port = ["--port", "0"] if command == "serve" else []
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            _, _, errors = invoke(command, folder, *options.get(command, []), *port, said="to\nbe\n")
+        assert errors.count(said) == 1, (command, errors)
+    (folder / "vocab.json").touch()
+    assert f"{folder}: holds no tokenizer.json but vocab.json; save it with" in invoke("generate", folder)[2]
+    status, _, errors = invoke("import", folder, out)
+    assert (status, errors) == (0, f"lm: warning: {folder}: holds no tokenizer.json, so {out} has none\n")
+    assert invoke("generate", out, "--max-new-tokens", "2")[2] == ""

@@ -46,6 +46,19 @@ def test_presets_are_written_as_their_architecture(preset):
     assert written.get("num_nextn_predict_layers") == (0 if written["model_type"] == "deepseek_v3" else None)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_key_with_one_supported_value_may_state_it_and_nothing_else(kind):
+    raw, family = example(kind), FAMILIES[kind]
+    single = {"is_causal": True, "use_sliding_window": False, "mlp_bias": False, "moe_layer_freq": 1}
+    for key, right in {
+        **single,
+        **{key: right for key, right in family.must.items() if right in (0, 1)},
+    }.items():
+        assert to_ours({**raw, key: right}) == to_ours(raw)
+        for wrong in (not right, None if right is True else 7, "no", [], {}):
+            refused(lambda key=key, wrong=wrong: to_ours({**raw, key: wrong}), key, "is not supported")
+
+
 # --- round trips
 
 

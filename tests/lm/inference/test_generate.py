@@ -162,13 +162,21 @@ LOGITS = [1.3, -0.4, 0.9, 2.1, -3.0, 0.2, 1.1, -1.0]
 def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
     rows = 6000
     generators = [torch.Generator().manual_seed(row) for row in range(rows)]
-    drawn = sampler(temperature, top_k, top_p, generators, min_p)(torch.tensor([LOGITS] * rows))
+    drawn, log_probs = sampler(temperature, top_k, top_p, generators, min_p)(torch.tensor([LOGITS] * rows))
     assert drawn.shape == (rows,) and drawn.dtype == torch.int64
     counts = torch.bincount(drawn, minlength=len(LOGITS)).tolist()
     want = by_hand(LOGITS, temperature, top_k, top_p, min_p)
     assert {i for i, number in enumerate(counts) if number} <= set(want)
+    expected = [math.log(want[token]) for token in drawn.tolist()]
+    assert log_probs.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     chi_square = sum((counts[i] - rows * p) ** 2 / (rows * p) for i, p in want.items())
     assert chi_square < 30  # 7 degrees of freedom: one in ten thousand is above 29.9
+
+
+def drawn_by(*options):
+    """A function logits -> tokens."""
+    choose = sampler(*options)
+    return lambda logits: choose(logits)[0]
 
 
 @settings(max_examples=100)
@@ -182,7 +190,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
 def test_only_tokens_within_top_k_top_p_and_min_p_are_drawn(logits, temperature, top_k, top_p, min_p):
     want = by_hand(logits, temperature, top_k, top_p, min_p)
     generators = [torch.Generator().manual_seed(row) for row in range(200)]
-    choose = sampler(temperature, top_k, top_p, generators, min_p)
+    choose = drawn_by(temperature, top_k, top_p, generators, min_p)
     drawn = set(choose(torch.tensor([logits] * 200)).tolist())
     assert drawn <= set(want)
     assert {i for i, p in want.items() if p > 0.2} <= drawn  # missed once in 10^19
@@ -197,7 +205,7 @@ def test_min_p_keeps_the_tokens_that_transformers_keeps(min_p):
     for warp in chain:
         theirs = warp(None, theirs)
     generators = [torch.Generator().manual_seed(seed) for seed in range(40 * 500)]
-    drawn = sampler(1.0, 20, 0.9, generators, min_p)(logits.repeat_interleave(500, 0)).view(40, 500)
+    drawn = drawn_by(1.0, 20, 0.9, generators, min_p)(logits.repeat_interleave(500, 0)).view(40, 500)
     counts = torch.zeros(40, 30).scatter_add(1, drawn, torch.ones(40, 500))
     wanted = theirs.softmax(-1)
     assert not counts[wanted == 0].any()
@@ -207,12 +215,12 @@ def test_min_p_keeps_the_tokens_that_transformers_keeps(min_p):
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
 def test_the_lowest_temperatures_are_greedy(temperature):
     generators = [torch.Generator().manual_seed(row) for row in range(50)]
-    assert set(sampler(temperature, None, 1.0, generators)(torch.tensor([LOGITS] * 50)).tolist()) == {3}
+    assert set(drawn_by(temperature, None, 1.0, generators)(torch.tensor([LOGITS] * 50)).tolist()) == {3}
 
 
 def test_the_highest_temperature_is_uniform():
     generators = [torch.Generator().manual_seed(row) for row in range(4000)]
-    drawn = sampler(1e300, None, 1.0, generators)(torch.tensor([LOGITS] * 4000))
+    drawn = drawn_by(1e300, None, 1.0, generators)(torch.tensor([LOGITS] * 4000))
     counts = torch.bincount(drawn, minlength=8).tolist()
     assert sum((number - 500) ** 2 / 500 for number in counts) < 30
 
@@ -235,7 +243,7 @@ SAMPLINGS = [(0, None, 1.0, 0.0), (1.0, None, 1.0, 0.0), (0.7, 2, 0.9, 0.1), (5e
 def test_rows_without_a_finite_maximum_give_no_token_and_change_no_other_row(sampling, dtype):
     def draw(rows, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return sampler(*sampling[:3], generators, sampling[3])(torch.tensor(rows, dtype=dtype)).tolist()
+        return drawn_by(*sampling[:3], generators, sampling[3])(torch.tensor(rows, dtype=dtype)).tolist()
 
     sound = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).tolist()
     want = [draw([row], [seed])[0] for seed, row in enumerate(sound)]
@@ -250,7 +258,7 @@ def test_rows_without_a_finite_maximum_give_no_token_and_change_no_other_row(sam
 def test_infinite_ratios_are_probability_0(sampling, logits):
     generators = [torch.Generator().manual_seed(seed) for seed in range(20)]
     rows = torch.tensor([logits] * 20)
-    assert sampler(*sampling[:3], generators, sampling[3])(rows).tolist() == [1] * 20
+    assert drawn_by(*sampling[:3], generators, sampling[3])(rows).tolist() == [1] * 20
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -265,9 +273,9 @@ def test_a_model_with_nan_weights_raises_one_line(tiny, make_model, temperature)
 def test_bf16_logits_are_sampled_in_fp32():
     generators = [torch.Generator().manual_seed(row) for row in range(100)]
     logits = torch.tensor([LOGITS] * 100)
-    wide = sampler(1.0, None, 1.0, generators)(logits.bfloat16().float())
+    wide = drawn_by(1.0, None, 1.0, generators)(logits.bfloat16().float())
     generators = [torch.Generator().manual_seed(row) for row in range(100)]
-    assert torch.equal(sampler(1.0, None, 1.0, generators)(logits.bfloat16()), wide)
+    assert torch.equal(drawn_by(1.0, None, 1.0, generators)(logits.bfloat16()), wide)
 
 
 def test_the_same_seed_repeats_and_another_seed_differs(mla):
@@ -378,3 +386,15 @@ def test_fp32_and_bf16_models_generate(tiny, make_model, dtype):
     model = make_model(tiny().model, dtype)
     out = generate(model, torch.tensor(prompts_of(5, 5)), 6, seed=0)
     assert out.shape == (2, 11) and set(out.flatten().tolist()) <= set(range(256))
+
+
+def test_tokens_are_those_of_multinomial_row_by_row():
+    """The same random numbers as torch.multinomial's on the sorted row: seeds keep their meaning."""
+    logits = torch.randn(300, 257, generator=torch.Generator().manual_seed(1))
+    ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    want = [
+        order[row, torch.multinomial(ranked[row], 1, generator=torch.Generator().manual_seed(row))].item()
+        for row in range(300)
+    ]
+    generators = [torch.Generator().manual_seed(row) for row in range(300)]
+    assert drawn_by(1.0, None, 1.0, generators)(logits).tolist() == want

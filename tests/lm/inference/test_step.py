@@ -22,7 +22,8 @@ def test_padding_changes_no_token(name, shared):
     layer = MoE(router, Experts(8, 4, 3), SwiGLU(4, 5) if shared else None).double().eval()
     x, tokens = torch.randn(16, 4, dtype=torch.float64), torch.randint(20, (16,))
     mixes = described(router).mixes_tokens
-    y = moe_step(layer, x, 5, tokens, mixes)
+    y, routing = moe_step(layer, x, 5, tokens, mixes)
+    assert len(routing.experts) == 5
     torch.testing.assert_close(y[:5], layer(x[:5], tokens[:5])[0])
     assert mixes == (name in ("expert choice", "capacity in evaluation"))
 

@@ -163,6 +163,34 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(run, tmp_path):
     refused(lambda: explore.write(copy), "no checkpoint yet")
 
 
+@pytest.mark.parametrize("at", range(8))
+def test_a_checkpoint_pruned_meanwhile_is_left_out(run, tmp_path, monkeypatch, at):
+    """As beside a training that saves one checkpoint and removes the oldest at the read number `at`."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    last, reads = history.checkpoints(copy)[-1], []
+    aside = shutil.copytree(last, tmp_path / "step-000015")
+    (aside / "state.json").write_text((last / "state.json").read_text().replace('"step": 12', '"step": 15'))
+
+    def prune(original):
+        def read(*arguments):
+            reads.append(arguments)
+            if len(reads) == at + 1:
+                aside.rename(copy / "checkpoints" / aside.name)
+                for path in history.checkpoints(copy)[:4]:
+                    history.discard(path)
+            return original(*arguments)
+
+        return read
+
+    for owner, name in ((history, "check_whole"), (checkpoint, "load_model"), (history, "read_state")):
+        monkeypatch.setattr(owner, name, prune(getattr(owner, name)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps = [one["step"] for one in Source(explore.write(copy)).data["checkpoints"]]
+    assert len(reads) > at and steps == sorted(set(steps))
+    assert steps[-1] in (12, 15) and set(steps) <= {3, 6, 9, 12, 15}
+
+
 def test_a_folder_without_a_model_is_rejected(tmp_path):
     kinds = "expected a run, a saved model or a Hugging Face folder"
     for folder in (tmp_path / "absent", tmp_path):

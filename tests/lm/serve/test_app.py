@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 
+import lm
 from lm import cli
 from lm.serve import app as serve
 from tests.lm.serve.client import HEAD, HTTP, SECONDS, client_of, error_of, joined, post, start, wait_for
@@ -40,6 +41,29 @@ def test_wrong_methods_are_405(running):
         answer = HTTP.request(method, running.url + path)
         error_of(answer, 405)
         assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/v1/models", "/v1/models/drawn", "/v1/models/other", "/none"]
+)
+def test_head_is_get_without_the_body(running, path):
+    head, get = HTTP.head(running.url + path), HTTP.get(running.url + path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "GZIP, deflate", "x" * 1000])
+def test_a_compressed_body_is_415(running, coding):
+    answer = post(running, {"prompt": "hi"}, headers={"Content-Encoding": coding})
+    assert "send the body uncompressed" in error_of(answer, 415) and len(answer.content) < 300
+
+
+def test_an_error_does_not_repeat_long_input(running):
+    answers = [HTTP.get(f"{running.url}/{'x' * 9000}"), HTTP.get(f"{running.url}/v1/models/{'x' * 9000}")]
+    for field in ({"x" * 9000: 1}, {"model": "x" * 9000}, {"seed": "x" * 9000}):
+        answers.append(post(running, {"prompt": "hi", **field}))
+    for answer in answers:
+        assert answer.status_code in (400, 404) and len(answer.content) < 400
 
 
 def test_models_and_health(running, client):
@@ -278,6 +302,10 @@ def test_a_port_in_use_is_one_line(command, served_folder):
         (["--port", "-1"], "port=-1 must be in 0..65535"),
         (["--max-batch", "0"], "max_batch=0 must be at least 1"),
         (["--max-queue", "-1"], "max_queue=-1 must be at least 0"),
+        (["--max-batch", "1000000000"], "max_batch=1,000,000,000 sequences take at least "),
+        (["--max-batch", "9" * 20], "this machine has "),
+        (["--max-queue", "257"], "max_queue=257 must be at most 256, the connections that may be open"),
+        (["--max-queue", "1000000000"], "max_queue=1000000000 must be at most 256"),
         (["--max-seconds", "0"], "max_seconds=0.0 must be at least 1"),
         (["--max-seconds", "nan"], "max_seconds=nan must be at least 1"),
         (["--max-seconds", "inf"], "max_seconds=inf must be at least 1"),
@@ -294,6 +322,19 @@ def test_wrong_options_are_one_line(command, served_folder, arguments, told):
     )
     assert ended.code == 2 and ended.out == b"" and ended.err.count("\n") == 1, ended.err
     assert ended.err.startswith("lm serve: ") and told in ended.err
+
+
+def test_a_batch_must_fit_into_memory(served_folder, tiny, monkeypatch):
+    config = lm.Config.load(served_folder / "config.toml").model
+    per_token = 3 * (8 + 4) * 2  # layers, latent and rope key, bytes of bf16
+    room = 5 * (8192 + 64 * per_token)
+    monkeypatch.setattr("lm.machine.memory", lambda: room)
+    serve.check_batch(5, config)
+    with pytest.raises(ValueError, match="max_batch=6 sequences take at least"):
+        serve.check_batch(6, config)
+    serve.check_batch(5, tiny(attention={"kind": "own:Attention"}).model)
+    monkeypatch.setattr("lm.machine.memory", lambda: 0)  # unknown
+    serve.check_batch(6, config)
 
 
 def test_no_model_is_one_line(command, tmp_path):
