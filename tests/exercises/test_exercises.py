@@ -447,3 +447,17 @@ def test_a_hostile_answer_harms_only_itself_and_is_reported_with_its_line(tmp_pa
         path.write_text(text_of(about))  # the checker still works
         assert verdict.is_done(checker.check(about, path))
     assert (ROOT / "tests" / "mla" / "test_norm.py").read_bytes() == test
+
+
+def test_a_thread_of_an_answer_cannot_write_either(tmp_path):
+    about, target = EXERCISES["rms-norm"], tmp_path / "written"
+    body = (
+        "import pathlib, threading\n"
+        f"thread = threading.Thread(target=pathlib.Path.write_text, args=(pathlib.Path({str(target)!r}), 'x'))\n"
+        "thread.start()\nthread.join()\nreturn x"
+    )
+    path = tmp_path / about.file
+    path.write_text(about.with_body(text_of(about), body))
+    with homework.Checker() as checker:
+        report = checker.check(about, path)
+    assert not target.exists() and "an answer may not use open" in report["output"]
