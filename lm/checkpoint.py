@@ -145,7 +145,10 @@ def save_checkpoint(
         (into / "state.json").write_text(text, encoding="utf-8")
         history.discard(final)  # a damaged checkpoint of the same step
 
+    is_first = not final.parent.exists()
     final.parent.mkdir(exist_ok=True)
+    if is_first:
+        files.sync(run)
     files.commit(final, write)
     history.prune(run, keep, final)
     return final

@@ -70,6 +70,8 @@ def notes(path: Path) -> dict[str, dict[str, Any]]:
         found = json.loads(read(path))
     except RecursionError:
         raise ValueError(f"{path}: brackets are nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
         raise ValueError(f"{path}: expected one JSON object per exercise")
     kinds = {"hints": int, "minutes": int, "started": int | float, "done": bool, "solution": bool}

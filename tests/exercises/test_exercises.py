@@ -453,7 +453,8 @@ def test_a_thread_of_an_answer_cannot_write_either(tmp_path):
     about, target = EXERCISES["rms-norm"], tmp_path / "written"
     body = (
         "import pathlib, threading\n"
-        f"thread = threading.Thread(target=pathlib.Path.write_text, args=(pathlib.Path({str(target)!r}), 'x'))\n"
+        f"target = pathlib.Path({str(target)!r})\n"
+        "thread = threading.Thread(target=pathlib.Path.write_text, args=(target, 'x'))\n"
         "thread.start()\nthread.join()\nreturn x"
     )
     path = tmp_path / about.file

@@ -35,6 +35,7 @@ def test_data_is_on_disk_before_its_name(tiny, run, monkeypatch):
     monkeypatch.setattr(Path, "rename", recorded_rename)
     save_checkpoint(run, model, optimizer, state_of(2), keep=2)
     temporary = ".step-000002.tmp"
+    assert events.pop(0) == ("fsync", "run")  # which has a new folder for the checkpoints
     assert set(events[:3]) == {
         ("fsync", name) for name in ("model.safetensors", "optimizer.safetensors", "state.json")
     }

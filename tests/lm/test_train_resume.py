@@ -258,23 +258,3 @@ def test_killed_within_a_save_it_equals_an_uninterrupted_run(
     shorter, command, options, tmp_path, owner, name, number
 ):
     assert killed_within_a_save(shorter, command, options, tmp_path, owner, name, number)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "owner, name",
-    [
-        ("os", "fsync"),
-        ("pathlib.Path", "rename"),
-        ("pathlib.Path", "mkdir"),
-        ("pathlib.Path", "write_text"),
-        ("os", "open"),
-    ],
-)
-def test_killed_at_every_call_of_a_save_it_equals_an_uninterrupted_run(
-    shorter, command, options, tmp_path, owner, name
-):
-    number = 1
-    while killed_within_a_save(shorter, command, options, tmp_path, owner, name, number):
-        number += 1
-    assert number > 3
