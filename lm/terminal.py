@@ -13,6 +13,7 @@ from .console import visible
 from .evaluate import coverage
 from .evaluate import evaluate as mean_loss
 from .hub.folder import Tokenizer, open_folder
+from .hub.thinking import Splitter, splitter_for
 from .hub.tokenizer import Plain, encode_chat
 from .inference.engine import Engine, Request
 from .inference.generate import warn_unread
@@ -20,6 +21,7 @@ from .inference.sampling import check_options
 
 AT_ONCE = 64  # sequences that lm generate decodes together
 LONGEST_PROMPT = 2**24  # bytes
+FAINT, NORMAL = b"\x1b[2m", b"\x1b[22m"
 
 
 class Output:
@@ -31,14 +33,55 @@ class Output:
     def __init__(self) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if sys.stdout.isatty() else None
 
-    def write(self, text: bytes, last: bool = False) -> bytes:
-        """Write and flush -> the text itself; `last`: no more bytes of an incomplete character follow."""
+    def write(self, text: bytes, last: bool = False, faint: bool = False) -> bytes:
+        """Write and flush -> the text itself
+
+        Args:
+            last: no more bytes of an incomplete character follow.
+            faint: on a terminal, in faint type.
+        """
         shown = text
         if self.decoder is not None:
             safe = visible(self.decoder.decode(text, final=last), keep="\n\t")
             shown = safe.encode(sys.stdout.encoding or "utf-8", "replace")
+            if faint and shown:
+                shown = FAINT + shown + NORMAL  # at once, so that no interruption leaves the terminal faint
         sys.stdout.buffer.write(shown)
         sys.stdout.buffer.flush()
+        return text
+
+
+class ThinkingOutput:
+    """Writes a model's answer to standard output, its thought apart from the rest.
+
+    A terminal shows the thought faint; a pipe or file gets it between the lines "thinking:" and "answer:".
+
+    Attributes:
+        answer: the text written so far, without the thought.
+    """
+
+    def __init__(self, output: Output, splitter: Splitter):
+        self.output, self.splitter, self.answer = output, splitter, b""
+        self.thinking = False  # the newest text is of the thought
+
+    def write(self, text: bytes, last: bool = False) -> bytes:
+        """Write and flush what is certain -> the text itself; `last`: as in `Output.write`, for both parts."""
+        # Latin-1 has a character for each byte, so that bytes of any text survive
+        parts = self.splitter.add(text.decode("latin-1"), last)
+        thought, answer = (part.encode("latin-1") for part in parts)
+        plain = self.output.decoder is None
+        if thought:
+            if plain and not self.thinking:
+                self.output.write(b"thinking:\n")
+            self.thinking = True
+            self.output.write(thought, faint=True)
+        if self.thinking and (answer or last):
+            self.thinking = False
+            self.output.write(b"", last=True, faint=True)
+            if answer:
+                self.output.write(b"\nanswer:\n" if plain else b"\n")
+        self.output.write(answer, last)
+        self.answer += answer
         return text
 
 
@@ -80,18 +123,19 @@ def submit(
 
 
 def stream_text(
-    engine: Engine, request: Request, tokenizer: Tokenizer, prompt: list[int], output: Output
-) -> bytes:
-    """Stream a request's text to standard output -> the text. Other requests advance in the same steps."""
-    writer, said, text = tokenizer.writer(prompt), 0, b""
+    engine: Engine, request: Request, tokenizer: Tokenizer, prompt: list[int], output: Output | ThinkingOutput
+) -> None:
+    """Stream a request's text to standard output. Other requests advance in the same steps."""
+    writer, said = tokenizer.writer(prompt), 0
     while True:
         for token in request.tokens[said:]:
-            text += output.write(writer(token))
+            output.write(writer(token))
         said = len(request.tokens)
         if request.finished == "error":
             raise ValueError(request.error)
         if request.finished:
-            return text + output.write(writer.end(), last=True)
+            output.write(writer.end(), last=True)
+            return
         engine.step()
 
 
@@ -130,19 +174,21 @@ def chat(options: Any) -> int:
         if tokenizer.chat_template is not None:
             messages.append({"role": "user", "content": line})
             prompt = encode_chat(tokenizer, messages)
-            request = submit(engine, prompt, options, options.seed, tokenizer, window)
-            warned = warned or warn_unread(request)
-            answer = stream_text(engine, request, tokenizer, prompt, output)
-            messages.append({"role": "assistant", "content": answer.decode()})
-            output.write(b"\n")
-            continue
-        plain = Plain(tokenizer, line)
-        history += plain.encode(plain.mark(line + "\n"), special=not history)
-        request = submit(engine, history, options, options.seed, tokenizer, window)
+        else:
+            plain = Plain(tokenizer, line)
+            history += plain.encode(plain.mark(line + "\n"), special=not history)
+            prompt = history
+        request = submit(engine, prompt, options, options.seed, tokenizer, window)
         warned = warned or warn_unread(request)
-        stream_text(engine, request, tokenizer, history, output)
+        shown = ThinkingOutput(output, splitter_for(tokenizer, prompt))
+        stream_text(engine, request, tokenizer, prompt, shown)
         output.write(b"\n")
-        history += [*request.tokens, *tokenizer.encode("\n", special=False)]
+        answer, said = shown.answer.decode("utf-8", "surrogateescape"), request.tokens
+        messages.append({"role": "assistant", "content": answer})
+        if shown.splitter.thinks:  # later turns do not see the thought
+            plain = Plain(tokenizer, answer)
+            said = plain.encode(plain.mark(answer, by_model=True), special=False)
+        history += [*said, *tokenizer.encode("\n", special=False)]
 
 
 def evaluate(options: Any) -> int:

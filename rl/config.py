@@ -35,7 +35,8 @@ class ReasonConfig(Section):
     updates: int = number(2, 1)  # of the weights in a step, each on its share of the groups
     max_new_tokens: int = number(64, 1)
     temperature: float = number(1.0, 1e-3)
-    learning_rate: float = number(8e-4)
+    learning_rate: float = number(8e-4)  # the peak
+    decay: float = number(0.5, 0, 1)  # final share of the steps with linear decay to a tenth
     grad_clip: float = number(1.0)  # maximum gradient norm; 0: no clipping
     low: float = number(0.2)  # the ratio is clipped to 1 - low .. 1 + high; 0: the objective's own
     high: float = number(0.2)
@@ -61,6 +62,11 @@ class ReasonConfig(Section):
             )
         if self.level and self.curriculum != "none":
             raise ValueError("reason.curriculum: one level leaves nothing to choose; set reason.level 0")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 1..steps."""
+        left = (self.steps - step) / max(1e-9, self.decay * self.steps)
+        return self.learning_rate * (0.1 + 0.9 * min(1.0, left))
 
     @classmethod
     def load(cls, run: Path) -> Self:

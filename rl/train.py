@@ -114,7 +114,7 @@ class Reasoner:
         sampled = time.perf_counter()
         rewards = self.rewards(rollout, step)
         self.model.train()
-        share = config.prompts // config.updates
+        share, rate = config.prompts // config.updates, config.rate(step)
         kinds: dict[str, list[float]] = {name: [] for name in ("loss", "kl", "grad_norm", "moved")}
         counts: list[Tensor] = []
         entropy = 0.0
@@ -133,7 +133,7 @@ class Reasoner:
                 step, of_weights=start == 0, loss=float(loss.detach()), gradient_norm=float(norm)
             )
             for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate
+                group["lr"] = rate
             self.optimizer.step()
             self.optimizer.zero_grad()
             moved = float(objectives.mean((judged.log_probs.detach() - part.old).abs(), part.mask, "token"))
@@ -159,7 +159,7 @@ class Reasoner:
             "length_wrong": mean_or_none(lengths[~right]),
             "flat": float((~objectives.informative(rewards)).float().mean()),
             "entropy": entropy,
-            "learning_rate": config.learning_rate,
+            "learning_rate": rate,
             "max_violation": sum(violations) / max(1, len(violations)),
             "max_violations": violations,
             "seconds_sampling": round(sampled - began, 3),

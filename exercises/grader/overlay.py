@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .source import Function, find, parse, read
 
-PROJECT = ("moe", "mla", "lm", "experiments", "exercises")
+PROJECT = ("moe", "mla", "lm", "rl", "experiments", "exercises")
 
 
 class Piece(NamedTuple):

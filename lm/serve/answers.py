@@ -13,10 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from ..config import Config
 from ..hub.folder import Tokenizer
+from ..hub.thinking import Splitter, splitter_for
 from ..hub.tokenizer import encode_chat
 from ..inference.engine import Engine
 from ..model import Transformer
-from .protocol import Ask, Chat, Completion, Problem, Shape, reason
+from .protocol import Ask, Chat, Completion, Problem, reason
+from .shape import Said, Shape
 from .worker import Full, Job, Refused, Visible, Worker
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # the default max_tokens; 16 is OpenAI's
@@ -117,8 +119,8 @@ class Answer(Response):
         self.served, self.ask, self.shape = served, ask, Shape(ask, served.name)
         texts = ask.n * (len(ask.prompts()) if isinstance(ask, Completion) else 1)
         self.visible = [Visible(served.tokenizer, ask.stops()) for _ in range(texts)]
-        self.said = [""] * texts
-        self.finished: list[str | None] = [None] * texts
+        self.splitters = [Splitter("answer") for _ in range(texts)]  # /v1/completions splits nothing
+        self.said = [Said(None, "", None)] * texts
         self.tokens = 0  # generated in all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,6 +150,8 @@ class Answer(Response):
                 self.writers = [self.served.tokenizer.writer(p) for p in prompts for _ in range(self.ask.n)]
                 for visible, writer in zip(self.visible, self.writers):
                     visible.bytes_of = writer
+                if isinstance(self.ask, Chat):
+                    self.splitters = [splitter_for(self.served.tokenizer, prompts[0]) for _ in self.visible]
                 self.served.worker.submit(job, self.served.arguments(self.ask, prompts))
                 pieces = self.pieces(job)
                 if self.ask.stream:
@@ -157,8 +161,7 @@ class Answer(Response):
                     pass
         except Full:
             raise Problem(503, "the queue is full; try again later", Retry_After="1") from None
-        texts = [(text, finished or "length") for text, finished in zip(self.said, self.finished)]
-        await JSONResponse(self.shape.whole(texts, self.usage(prompts)))(scope, receive, send)
+        await JSONResponse(self.shape.whole(self.said, self.usage(prompts)))(scope, receive, send)
 
     async def stream(self, pieces: AsyncIterator[Any], prompts: list[list[int]], send: Send) -> None:
         """Send server-sent events; the status goes with the first, so an earlier error sets its own."""
@@ -169,11 +172,12 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
         try:
-            async for index, text, finished in pieces:
+            async for index, said in pieces:
                 if not started:
                     kind = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
                     await send({"type": "http.response.start", "status": 200, "headers": kind})
-                await say(self.shape.piece(index, text, finished, index not in started))
+                for piece in self.shape.pieces(index, said, index not in started):
+                    await say(piece)
                 started.add(index)
             if self.shape.counted:
                 await say(self.shape.last(self.usage(prompts)))
@@ -184,23 +188,23 @@ class Answer(Response):
             await say(problem.body())
         await send({"type": "http.response.body", "body": b""})
 
-    async def pieces(self, job: Job) -> AsyncIterator[tuple[int, str, str | None]]:
-        """Yield (sequence, new text, finish reason or None) as tokens arrive, until all are finished.
+    async def pieces(self, job: Job) -> AsyncIterator[tuple[int, Said]]:
+        """Yield (sequence, its new text) as tokens arrive, until all are finished.
 
         Raises:
             Problem: the engine rejected the request or failed, or the time limit came before the first token.
         """
         until = asyncio.get_running_loop().time() + self.served.limits.max_seconds
-        while None in self.finished:
+        while any(said.finished is None for said in self.said):
             try:
                 async with asyncio.timeout_at(until):
                     event = await job.events.get()
             except TimeoutError:
                 if not job.started:
                     raise Problem(503, "timed out in the queue; try again later", Retry_After="1") from None
-                for index, finished in enumerate(self.finished):
-                    if finished is None:
-                        yield index, self.end(index, "length"), "length"
+                for index, said in enumerate(self.said):
+                    if said.finished is None:
+                        yield index, self.say(index, "", "length")
                 return
             if isinstance(event, Problem):
                 raise event
@@ -211,7 +215,7 @@ class Answer(Response):
                 print(f"lm serve: {said}", file=sys.stderr)
                 raise Problem(500, said)
             index, tokens, finished = event
-            if self.finished[index] is not None:
+            if self.said[index].finished is not None:
                 continue  # decoded before the engine saw the cancellation
             gained = ""
             for token in tokens:
@@ -221,21 +225,22 @@ class Answer(Response):
                     finished = "stop"
                     self.served.worker.cancel(job, index)
                     break
-            self.said[index] += gained
-            if finished is not None:
-                gained += self.end(index, finished)
-            if gained or finished is not None:
-                yield index, gained, self.finished[index]
+            new = self.say(index, gained, finished)
+            if new.thought or new.answer or finished is not None:
+                yield index, new
 
-    def end(self, index: int, finished: str) -> str:
-        """Mark a sequence as finished -> its text that was held back"""
-        visible = self.visible[index]
-        held = ""
-        if not visible.stopped:
-            held = visible.show(self.writers[index].end().decode(), last=False) + visible.end()
-        self.said[index] += held
-        self.finished[index] = "stop" if visible.stopped else finished
-        return held
+    def say(self, index: int, text: str, finished: str | None) -> Said:
+        """Add text to a sequence, and what was held back if it is finished -> what is new"""
+        visible, splitter, known = self.visible[index], self.splitters[index], self.said[index]
+        if finished is not None:
+            if not visible.stopped:
+                text += visible.show(self.writers[index].end().decode(), last=False) + visible.end()
+            finished = "stop" if visible.stopped else finished
+        thought, answer = splitter.add(text, last=finished is not None)
+        new = Said(thought if splitter.thinks else None, answer, finished)
+        whole = None if new.thought is None else (known.thought or "") + new.thought
+        self.said[index] = Said(whole, known.answer + answer, finished)
+        return new
 
     def usage(self, prompts: list[list[int]]) -> dict[str, int]:
         """Token counts of the prompts and completions."""

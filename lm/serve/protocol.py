@@ -1,9 +1,7 @@
-"""The supported part of the OpenAI API: requests, responses and errors."""
+"""The supported part of the OpenAI API: requests and errors."""
 
 import sys
-import time
-import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -298,40 +296,3 @@ def reason(error: Exception) -> str:
 def shorten(text: str, length: int = 60) -> str:
     """Text cut to at most `length` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-class Shape:
-    """The JSON of the responses to one request, whole or streamed."""
-
-    def __init__(self, ask: Ask, model: str):
-        self.chat = isinstance(ask, Chat)
-        self.counted = ask.stream_options.include_usage
-        self.kind = "chat.completion" if self.chat else "text_completion"
-        self.head = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, texts: Iterable[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
-        """The whole response from (text, finish reason) pairs."""
-        choices = []
-        for index, (text, finished) in enumerate(texts):
-            said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finished})
-        return {**self.head, "object": self.kind, "choices": choices, "usage": usage}
-
-    def piece(self, index: int, text: str, finished: str | None, first: bool) -> dict[str, Any]:
-        """A streamed piece: new text of one sequence."""
-        role = {"role": "assistant"} if first else {}
-        said = {"delta": {**role, "content": text}} if self.chat else {"text": text}
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": finished}
-        return {**self.streamed(), "choices": [choice], **({"usage": None} if self.counted else {})}
-
-    def last(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last piece, if usage was requested."""
-        return {**self.streamed(), "choices": [], "usage": usage}
-
-    def streamed(self) -> dict[str, Any]:
-        """The fields that every piece has."""
-        return {**self.head, "object": "chat.completion.chunk" if self.chat else self.kind}

@@ -335,6 +335,39 @@ WRONG = {  # edits that no exercise lists -> what the report says
         ("logits.softmax(-1)", "logits.half().softmax(-1).float()", "softmax runs in float16"),
         ("scores.where(chosen, 0)", "scores.data.where(chosen, 0)", "no gradient reaches it"),
     ],
+    "advantage": [
+        ("rewards.std(", "rewards.half().std(", "as if a step ran in float16 or bfloat16"),
+        ("rewards.mean(", "rewards.half().mean(", "mean runs in float16"),
+        ("return centred", "return centred.double()", "its dtype is float64, expected float32"),
+        ("return centred", "rewards.neg_()\n    return centred", "rewards is changed in place"),
+        ("return centred", "return rewards.copy_(centred)", "the result shares memory with rewards"),
+        (".all(-1, keepdim=True)", ".any(-1, keepdim=True)", "normalized is zero everywhere"),
+    ],
+    "k3": [
+        ("gap.exp()", "gap.half().exp()", "exp runs in float16"),
+        ("gap.exp() - gap", "gap.data.exp() - gap.data", "no gradient reaches it"),
+        ("return gap", "log_probs.data.mul_(2)\n    return gap", "log_probs is changed in place"),
+        ("gap - 1", "gap.double() - 1", "its dtype is float64, expected float32"),
+        ("gap - 1", "gap.float() - 1", "as if a step ran in float32"),
+    ],
+    "grpo": [
+        ("mask).exp()", "mask).half().exp()", "exp runs in float16"),
+        ("mask).exp()", "mask).exp().bfloat16()", "as if a step ran in float16 or bfloat16"),
+        ("return mean(", "old.nan_to_num_()\n    return mean(", "old is changed in place"),
+        ("return mean(", "mask[0, 1] = False\n    return mean(", "mask is changed in place"),
+        ("low, high), mask", "low, high).double(), mask", "its dtype is float64, expected float32"),
+        ("log_ratio(log_probs, old, mask)", "(log_probs - old).nan_to_num(posinf=0)", "is infinite or NaN"),
+    ],
+    "majority": [
+        ("most_common(1)[0][0]", "most_common(2)[-1][0]", "clear votes"),
+        ("else None", "else 0", "the results are str or None is False"),
+        ("answer for answer in answers if", "answer for answer in list(answers)[1:] if", "ties"),
+        (
+            "return votes",
+            "answers[:] = dict.fromkeys(answers)\n    return votes",
+            "the answers are unchanged",
+        ),
+    ],
 }
 
 

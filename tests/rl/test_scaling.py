@@ -133,7 +133,7 @@ def test_thoughts_of_a_real_model(untrained):
     texts = think(untrained, problems, 9, least=4, seed=3)
     assert think(untrained, problems, 9, least=4, seed=3) == texts
     assert think(untrained, problems, 9, least=4, seed=4) != texts
-    assert len(set(texts)) == 6
+    assert len(set(think(untrained, problems[:1] * 6, 9, seed=3))) == 6  # each row has its own generator
     free = think(untrained, problems, None, seed=3)
     for text, longer in zip(texts, free):
         for completion, least, most in ((text, 4, 9), (longer, 0, 64)):
@@ -213,7 +213,7 @@ def test_answer_of(completion, want):
 def test_votes_by_hand(monkeypatch):
     problems = [tasks.Problem("1+1                =", "2"), tasks.Problem("9+3                =", "12")]
     said = [
-        [("2", True), ("3", True), ("3", True), ("2", True)],
+        [("2", True), ("2", True), ("3", True), ("3", True)],
         [("1", False), ("1", False), ("12", True), ("5", True)],  # cut off: no vote, and not right
     ]
 
@@ -230,6 +230,6 @@ def test_votes_by_hand(monkeypatch):
 
     monkeypatch.setattr(scaling, "sample", sample)
     got = scaling.votes("engine", problems, (1, 3, 4), 9)
-    assert got["majority"] == [1 / 2, 1 / 2, 2 / 2]
+    assert got["majority"] == [1 / 2, 1, 1]
     two, one = (pass_at_k(4, right, 3) for right in (2, 1))
     assert got["any"] == pytest.approx([(1 / 2 + 1 / 4) / 2, (two + one) / 2, 1])

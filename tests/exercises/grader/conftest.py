@@ -17,7 +17,7 @@ def clone(tmp_path, monkeypatch):
     """The working folder: links to the project, and an exercises/ that can be written to."""
     clone = tmp_path / "clone"
     (clone / "exercises" / "projects").mkdir(parents=True)
-    for name in ("moe", "mla", "lm", "experiments", "tests", "pyproject.toml"):
+    for name in ("moe", "mla", "lm", "rl", "experiments", "tests", "pyproject.toml"):
         (clone / name).symlink_to(ROOT / name)
     (clone / "exercises" / "grader").symlink_to(ROOT / "exercises" / "grader")
     for path in (ROOT / "exercises").glob("*.py"):
