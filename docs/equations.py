@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("moe", "mla", "lm")
+PACKAGES = ("moe", "mla", "lm", "rl")
 PAPERS = {
     "V2": "DeepSeek-V2 (arXiv 2405.04434)",
     "V3": "DeepSeek-V3 (arXiv 2412.19437)",
+    "R1": "DeepSeek-R1 (arXiv 2501.12948)",
+    "GRPO": "DeepSeekMath (arXiv 2402.03300)",
+    "GSPO": "GSPO (arXiv 2507.18071)",
     "RoFormer": "RoFormer (arXiv 2104.09864)",
     "Switch Transformer": "Switch Transformer (arXiv 2101.03961)",
     "ST-MoE": "ST-MoE (arXiv 2202.08906)",

@@ -6,7 +6,7 @@ TARGET = "rl.objectives:advantages"
 TESTS = ("tests/rl/test_objectives.py",)
 WHICH = "advantage or follows_the_expected or divides_each or one_deviation"
 BEGIN = "centred = rewards - "
-EQUATION = "DeepSeekMath (arXiv 2402.03300) section 4.1.2"
+EQUATION = "DeepSeek-R1 (arXiv 2501.12948) eq. 3"
 LEARN = "The other responses to the same prompt are the baseline, so no value model is needed; a flat group teaches nothing."
 HINTS = (
     "Which rewards does GRPO compare a response with? What is left if they are all equal?",

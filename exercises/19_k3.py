@@ -7,7 +7,7 @@ from exercises.grader.watch import backward
 TARGET = "rl.objectives:k3"
 TESTS = ("tests/rl/test_objectives.py",)
 WHICH = "kl_estimates or k3"
-EQUATION = "DeepSeekMath (arXiv 2402.03300) eq. 4"
+EQUATION = "GRPO (arXiv 2402.03300) eq. 4"
 LEARN = "k3 is at least 0 for every token, and its mean is the KL divergence; k1 has the same mean, but its mean gradient is 0."
 HINTS = (
     "The estimate is never negative. Where is x - log x - 1 equal to 0, and which ratio is x: pi_ref / pi or pi / pi_ref?",

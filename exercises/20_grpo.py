@@ -7,7 +7,7 @@ from exercises.grader.watch import backward
 TARGET = "rl.objectives:grpo"
 TESTS = ("tests/rl/test_objectives.py",)
 WHICH = "(grpo or clip or dr_grpo) and not reinforce and not fit and not gspo_is"
-EQUATION = "DeepSeekMath (arXiv 2402.03300) eq. 3; DAPO (arXiv 2503.14476) eq. 8"
+EQUATION = "GRPO (arXiv 2402.03300) eq. 3; DAPO (arXiv 2503.14476) eq. 8"
 LEARN = "The lower of the two products stops the gradient only where the ratio has already moved far enough the right way."
 HINTS = (
     "A response was bad, and its tokens have become more likely all the same. Should the clip stop their gradient?",

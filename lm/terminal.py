@@ -65,8 +65,8 @@ class ThinkingOutput:
         self.thinking = False  # the newest text is of the thought
 
     def write(self, text: bytes, last: bool = False) -> bytes:
-        """Write and flush what is certain -> the text itself; `last`: as in `Output.write`, for both parts."""
-        # Latin-1 has a character for each byte, so that bytes of any text survive
+        """Write and flush what is certain -> the text itself; `last`: no more text follows."""
+        # Latin-1 has a character for each byte, so that any bytes survive
         parts = self.splitter.add(text.decode("latin-1"), last)
         thought, answer = (part.encode("latin-1") for part in parts)
         plain = self.output.decoder is None

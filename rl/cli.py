@@ -64,13 +64,12 @@ class Eval:
 
         from . import scaling
         from .rollout import Sampling
-        from .train import as_text, measure
 
         model = open_folder(self.run, device="cpu").model
         engine = Engine(model, max_batch=256)
-        found: dict[str, Any] = measure(engine, chosen, Sampling(1), self.seed)
+        found: dict[str, Any] = scaling.measure(engine, chosen, Sampling(1), self.seed)
         if not self.json:
-            print(as_text(found))
+            print(scaling.as_text(found))
         if self.k > 1:
             counts = [count for count in COUNTS if count <= self.k]
             found |= {"k": counts, **scaling.votes(engine, chosen, counts, self.seed)}

@@ -14,6 +14,7 @@ from lm.config import Section, build, choice, number
 from . import tasks
 
 OPTIONS = "reason.toml"  # in the run folder
+CLIPS = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # low and high of the papers; others: 0.2
 MAY_CHANGE = ("steps", "processes", "save_every", "keep", "eval_every")  # on resuming
 
 
@@ -38,8 +39,8 @@ class ReasonConfig(Section):
     learning_rate: float = number(8e-4)  # the peak
     decay: float = number(0.5, 0, 1)  # final share of the steps with linear decay to a tenth
     grad_clip: float = number(1.0)  # maximum gradient norm; 0: no clipping
-    low: float = number(0.2)  # the ratio is clipped to 1 - low .. 1 + high; 0: the objective's own
-    high: float = number(0.2)
+    low: float = number(0.0)  # the ratio is clipped to 1 - low .. 1 + high; 0: as in the objective's paper
+    high: float = number(0.0)
     tau: float = number(0.02, 1e-9)  # kimi: strength of the pull to the old policy
     dynamic: bool = False  # sample again until `prompts` groups have rewards that differ (DAPO)
     curriculum: str = choice("none", "easy_first", "prioritized")  # which levels the problems come from
@@ -67,6 +68,11 @@ class ReasonConfig(Section):
         """The learning rate of step 1..steps."""
         left = (self.steps - step) / max(1e-9, self.decay * self.steps)
         return self.learning_rate * (0.1 + 0.9 * min(1.0, left))
+
+    def clips(self) -> tuple[float, float]:
+        """low and high, by default the paper's."""
+        low, high = CLIPS.get(self.objective, (0.2, 0.2))
+        return self.low or low, self.high or high
 
     @classmethod
     def load(cls, run: Path) -> Self:

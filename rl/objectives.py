@@ -26,7 +26,7 @@ def advantages(rewards: Tensor, normalize: bool = True) -> Tensor:
     flat = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # rounding of the mean must not be scaled up
     centred = centred.masked_fill(flat, 0)
     if normalize:
-        centred = centred / (rewards.std(-1, keepdim=True) + STD_EPS)  # GRPO eq. for A_i
+        centred = centred / (rewards.std(-1, keepdim=True) + STD_EPS)  # R1 eq. 3
     return centred.flatten()
 
 
@@ -101,7 +101,7 @@ def log_ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """min(rho A, clip(rho) A): no gain from moving further than the clip in the direction that A asks for"""
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)  # GRPO eq. 3
 
 
 def kimi(log_probs: Tensor, old: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:

@@ -1,9 +1,12 @@
 """Groups of completions sampled from a model, and what an update needs of them."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -228,3 +231,56 @@ def disagreement(routings: Sequence[Routing], rollout: Rollout) -> float:
         for routing, experts in zip(routings, rollout.experts)
     ]
     return float(torch.cat(differs).float().mean())
+
+
+class Sampler:
+    """Draws completions, in this process or in several others; the samples are the same."""
+
+    def __init__(self, model: Transformer, processes: int):
+        self.model = model
+        self.processes = processes
+        self.engine = Engine(model, max_batch=256) if processes == 1 else None
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Sampler":
+        if self.processes > 1:
+            spawn = get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.processes, spawn, start_worker, (self.model.config,))
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def draw(self, problems: list[Problem], seed: int, sampling: Sampling) -> list[Sample]:
+        """As `rollout.draw`, the groups in order."""
+        self.model.eval()
+        if self.pool is None:
+            assert self.engine is not None
+            return draw(self.engine, problems, seed, sampling)
+        weights = {name: tensor.detach().numpy() for name, tensor in self.model.state_dict().items()}
+        share = math.ceil(len(problems) / self.processes)
+        jobs = [
+            self.pool.submit(work, weights, problems[at : at + share], seed, sampling, at)
+            for at in range(0, len(problems), share)
+        ]
+        return [sample for job in jobs for sample in job.result()]
+
+
+WORKER: dict[str, Engine] = {}  # a worker process's engine
+
+
+def start_worker(config: Any) -> None:
+    """Build the model of a worker process."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step
+    torch.set_num_threads(1)
+    WORKER["engine"] = Engine(Transformer(config).eval(), max_batch=256)
+
+
+def work(weights: dict[str, Any], *what: Any) -> list[Sample]:
+    """`rollout.draw` in a worker process, with these weights."""
+    engine = WORKER["engine"]
+    engine.model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    return draw(engine, *what)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from . import tasks
 from .rollout import END, TOKENIZER, Sampling, sample
 from .tasks import CLOSE, OPEN, Problem
 
+EXAMPLES = 4  # problems whose completions `measure` keeps
 ANSWER = 4  # bytes of an answer after a thought that was closed, at most
 
 
@@ -111,3 +113,25 @@ def answer_of(completion: str) -> str | None:
     """The answer of a completion in form; None without one."""
     form = tasks.FORM.fullmatch(completion.partition(tasks.END)[0])
     return form[2] if form else None
+
+
+def measure(engine: Engine, problems: list[Problem], sampling: Sampling, seed: int = 0) -> dict[str, Any]:
+    """pass@1 and what goes with it, the means over all completions, and some examples."""
+    rollout = sample(engine, problems, seed, sampling)
+    return {
+        "pass_at_1": float(rollout.rewards.mean()),
+        "right": float(rollout.right.float().mean()),
+        "in_form": float(rollout.in_form.float().mean()),
+        "length": float(rollout.lengths.float().mean()),
+        "examples": [
+            [problem.prompt, rollout.completions[at * sampling.size].partition(tasks.END)[0]]
+            for at, problem in enumerate(problems[:EXAMPLES])
+        ],
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The means of `measure` in one line."""
+    return (
+        f"pass@1 {found['pass_at_1']:.3f}, form {found['in_form']:.3f}, length {found['length']:.1f} tokens"
+    )

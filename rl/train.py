@@ -4,8 +4,6 @@ import copy
 import math
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,18 @@ from moe import balance
 
 from . import objectives, tasks
 from .config import OPTIONS, ReasonConfig
-from .rollout import Judged, Rollout, Sample, Sampling, collect, disagreement, draw, judge, sample
+from .rollout import Judged, Rollout, Sample, Sampler, Sampling, collect, disagreement, judge
+from .scaling import as_text, measure
 from .tasks import Problem
 
 BASE = "base"  # the model it started from, a folder in the run folder: the reference of the KL term
-EXAMPLES = 4  # held-out problems whose completions are kept
 TRIES = 10  # rounds of dynamic sampling for one step
 
 
 def policy_loss(config: ReasonConfig, judged: Judged, rollout: Rollout, rewards: Tensor) -> Tensor:
     """The objective of the config on some groups -> ()"""
     log_probs, old, mask = judged.log_probs, rollout.old, rollout.mask
-    kind, low, high = config.objective, config.low, config.high
+    kind, (low, high) = config.objective, config.clips()
     if kind == "kimi":
         return objectives.kimi(log_probs, old, rewards, mask, config.tau)
     if kind == "rft":  # likelihood of the right completions alone: rejection sampling, then fine-tuning
@@ -237,84 +235,9 @@ class Reasoner:
         return measure(Engine(self.model, 256), problems, Sampling(1, config.max_new_tokens))
 
 
-def measure(engine: Engine, problems: list[Problem], sampling: Sampling, seed: int = 0) -> dict[str, Any]:
-    """pass@1 and what goes with it, the means over all completions, and some examples."""
-    rollout = sample(engine, problems, seed, sampling)
-    return {
-        "pass_at_1": float(rollout.rewards.mean()),
-        "right": float(rollout.right.float().mean()),
-        "in_form": float(rollout.in_form.float().mean()),
-        "length": float(rollout.lengths.float().mean()),
-        "examples": [
-            [problem.prompt, rollout.completions[at * sampling.size].partition(tasks.END)[0]]
-            for at, problem in enumerate(problems[:EXAMPLES])
-        ],
-    }
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """The means of `measure` in one line."""
-    return (
-        f"pass@1 {found['pass_at_1']:.3f}, form {found['in_form']:.3f}, length {found['length']:.1f} tokens"
-    )
-
-
 def mean_or_none(values: Tensor) -> float | None:
     """The mean; None of no values."""
     return float(values.mean()) if values.numel() else None
-
-
-class Sampler:
-    """Draws completions, in this process or in several others; the samples are the same."""
-
-    def __init__(self, model: Transformer, processes: int):
-        self.model = model
-        self.processes = processes
-        self.engine = Engine(model, max_batch=256) if processes == 1 else None
-        self.pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "Sampler":
-        if self.processes > 1:
-            spawn = get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.processes, spawn, start_worker, (self.model.config,))
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def draw(self, problems: list[Problem], seed: int, sampling: Sampling) -> list[Sample]:
-        """As `rollout.draw`, the groups in order."""
-        self.model.eval()
-        if self.pool is None:
-            assert self.engine is not None
-            return draw(self.engine, problems, seed, sampling)
-        weights = {name: tensor.detach().numpy() for name, tensor in self.model.state_dict().items()}
-        share = math.ceil(len(problems) / self.processes)
-        jobs = [
-            self.pool.submit(work, weights, problems[at : at + share], seed, sampling, at)
-            for at in range(0, len(problems), share)
-        ]
-        return [sample for job in jobs for sample in job.result()]
-
-
-WORKER: dict[str, Engine] = {}  # a worker process's engine
-
-
-def start_worker(config: Any) -> None:
-    """Build the model of a worker process."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step
-    torch.set_num_threads(1)
-    WORKER["engine"] = Engine(Transformer(config).eval(), max_batch=256)
-
-
-def work(weights: dict[str, Any], *what: Any) -> list[Sample]:
-    """`rollout.draw` in a worker process, with these weights."""
-    engine = WORKER["engine"]
-    engine.model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-    return draw(engine, *what)
 
 
 def train(config: ReasonConfig, start: Path | None, run: Path, resume: bool = False) -> int:

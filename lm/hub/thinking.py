@@ -11,7 +11,7 @@ TAIL = 16  # tokens at a prompt's end: enough for the tag, spelled in bytes, and
 class Splitter:
     """Splits a text that arrives in pieces; the result does not depend on where one piece ends.
 
-    A thought starts with <think> where the text starts. It ends with </think> or, without that, with the text.
+    A thought starts with <think> where the text starts. It ends with </think> or, without one, with the text.
     The tags belong to neither part, nor do the newlines next to them. A tag anywhere else is text.
 
     Args:

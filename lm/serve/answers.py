@@ -150,7 +150,7 @@ class Answer(Response):
                 self.writers = [self.served.tokenizer.writer(p) for p in prompts for _ in range(self.ask.n)]
                 for visible, writer in zip(self.visible, self.writers):
                     visible.bytes_of = writer
-                if isinstance(self.ask, Chat):
+                if True:
                     self.splitters = [splitter_for(self.served.tokenizer, prompts[0]) for _ in self.visible]
                 self.served.worker.submit(job, self.served.arguments(self.ask, prompts))
                 pieces = self.pieces(job)
@@ -202,8 +202,8 @@ class Answer(Response):
             except TimeoutError:
                 if not job.started:
                     raise Problem(503, "timed out in the queue; try again later", Retry_After="1") from None
-                for index, said in enumerate(self.said):
-                    if said.finished is None:
+                for index, known in enumerate(self.said):
+                    if known.finished is None:
                         yield index, self.say(index, "", "length")
                 return
             if isinstance(event, Problem):

@@ -27,6 +27,15 @@ SAME = (  # mutated lines that are equivalent to the original: correct answers
     *(f"if min(start) {than} max(start):" for than in (">", ">=", "is")),
     *(f"p = chosen / chosen.sum({axis}, keepdim=True)" for axis in ("1", "+1")),
     *(f"total += float((1 / p.norm(dim={axis})).double().sum())" for axis in ("1", "+1")),
+    *(f"centred = rewards - rewards.mean({axis}, keepdim=True)" for axis in ("1", "+1")),
+    *(f"flat = (rewards == rewards[:, :1]).all({axis}, keepdim=True)" for axis in ("1", "+1")),
+    *(f"centred = centred / (rewards.std({axis}, keepdim=True) + STD_EPS)" for axis in ("1", "+1")),
+    *(
+        f"return mean(-clipped(ratio, advantages.unsqueeze({axis}), low, high), mask, average, longest)"
+        for axis in ("1", "+1")
+    ),
+    "return votes.most_common( 2)[0][0] if votes else None",
+    "return votes.most_common(1)[ -1][0] if votes else None",
 )
 SAMPLE = 12  # mutants of each exercise; all of them: python -m tests.exercises.test_mutants
 

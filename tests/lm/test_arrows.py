@@ -26,7 +26,8 @@ cli
 RL = """
 tasks objectives
 config rollout
-train scaling stages
+scaling stages
+train
 report
 cli
 """

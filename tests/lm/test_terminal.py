@@ -1,14 +1,18 @@
 """`lm generate`, `lm chat` and `lm eval`, as processes."""
 
+import io
 import math
 import os
+import re
 import signal
+import sys
 
 import pytest
 import torch
 
-from lm import checkpoint, data, train
+from lm import checkpoint, data, terminal, train
 from lm.config import Config
+from lm.hub.thinking import Splitter
 from lm.inference import generate as decode
 from lm.run import read_metrics
 from tests.lm.command import lm, lm_into_head, one_line
@@ -149,6 +153,52 @@ def test_chat_continues_the_whole_conversation(trained_once, command, tmp_path):
     second = expected(trained_once, history, 8, temperature=0)
     answers = ended.out.split(b"> ")[1:]
     assert b"> ".join(answers) == first.removeprefix(b"abc\n") + b"> " + second.removeprefix(history) + b"> "
+
+
+class Screen(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def written(monkeypatch, text, size, kind, state="start"):
+    """What an answer that comes in pieces of `size` bytes looks like, and its text without the thought."""
+    monkeypatch.setattr(sys, "stdout", kind(io.BytesIO(), "utf-8"))
+    output = terminal.ThinkingOutput(terminal.Output(), Splitter(state))
+    for start in range(0, len(text), size):
+        assert output.write(text[start : start + size]) == text[start : start + size]
+    output.write(b"", last=True)
+    return sys.stdout.buffer.getvalue(), output.answer
+
+
+THINKING = [
+    # text, the bytes in a pipe, the thought and the answer on a terminal
+    (
+        b"<think>\nh\xff\nm\n</think>\n\n\xe2\x82",
+        b"thinking:\nh\xff\nm\nanswer:\n\xe2\x82",
+        "h\ufffd\nm",
+        "\n\ufffd",
+    ),
+    ("<think>é\x1b[0m".encode(), "thinking:\né\x1b[0m".encode(), r"é\x1b[0m", ""),
+    (b"<think>\xe2\x82</think>7", b"thinking:\n\xe2\x82\nanswer:\n7", "\ufffd", "\n7"),
+    (b"<think></think>7", b"7", "", "7"),
+    (b"\n7<think>", b"\n7<think>", "", "\n7<think>"),
+    (b"", b"", "", ""),
+]
+
+
+@pytest.mark.parametrize("text, piped, thought, answer", THINKING, ids=lambda value: ascii(value)[:30])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_thought_is_faint_on_a_terminal_and_under_a_line_of_its_own_in_a_pipe(
+    monkeypatch, text, piped, thought, answer, size
+):
+    assert written(monkeypatch, text, size, io.TextIOWrapper)[0] == piped
+    shown = written(monkeypatch, text, size, Screen)[0].decode()
+    pieces = re.split("\x1b\\[2m(.*?)\x1b\\[22m", shown, flags=re.S)  # plain, faint, plain, ...
+    assert "".join(pieces[1::2]) == thought
+    assert pieces[-1] == answer and set(pieces[:-1:2]) <= {""}
+    rest = text.partition(b"</think>")[2].lstrip(b"\n") if b"</think>" in text else b""
+    wanted = rest if text.startswith(b"<think>") else text
+    assert written(monkeypatch, text, size, Screen)[1] == wanted
 
 
 def test_chat_ends_with_its_input_and_rejects_invalid_options(trained_once, command):

@@ -158,6 +158,53 @@ def test_stop_keeps_the_text_and_frees_the_place(browser, serving, make_served, 
             permits.release(1000)
 
 
+def test_a_thought_is_dimmed_folded_and_not_sent_back(browser, serving, make_served, scripted):
+    thought = "hm <b> </b>\nso"
+    scripted(f"<think>\n{thought}\n</think>\n\nyes")
+    with serving(make_served()) as running:
+        page = Page(browser, running)
+        page.say("first")
+        assert page.shown() == [("message user", "first"), ("message assistant", "yes")]
+        [details] = browser.find_elements("css selector", "#log > details")
+        body = details.find_element("css selector", "div")
+        assert details.text == "Thinking" and not body.is_displayed()
+        order = "return [...document.querySelectorAll('#log > :not(#empty)')].map(e => e.className)"
+        assert browser.execute_script(order) == ["message user", "thought", "message assistant"]
+        details.find_element("css selector", "summary").click()
+        assert body.is_displayed() and body.get_attribute("textContent") == thought
+        assert browser.execute_script("return document.querySelectorAll('#log b').length") == 0
+        colour = "return getComputedStyle(document.querySelector(arguments[0])).color"
+        dim, plain = (browser.execute_script(colour, where) for where in ("#log > details div", ".assistant"))
+        assert dim != plain and contrast(browser, "#log > details div") > 4.5
+        page.say("second")
+        told = [bytes(request.prompt).decode() for request in running.served.worker.engine.requests]
+        assert told == ["first\n", "first\nyes\nsecond\n"]
+        page.get("new").click()
+        assert browser.find_elements("css selector", "#log > details") == [] and page.console() == []
+
+
+def test_a_thought_that_is_stopped_or_never_closed_stays(browser, serving, make_served, scripted):
+    permits = threading.Semaphore(len("<think>hm"))
+    scripted("<think>hm...", permits)
+    with serving(make_served()) as running:
+        try:
+            page = Page(browser, running)
+            page.type("x", Keys.ENTER)
+            thoughts = "return [...document.querySelectorAll('#log > details div')].map(e => e.textContent)"
+            page.wait_for(lambda: browser.execute_script(thoughts) == ["hm"])
+            page.type(Keys.ESCAPE)
+            page.wait_for(lambda: page.idle() and not running.served.worker.jobs)
+            assert page.shown() == [("message user", "x"), ("message assistant", "∅")]
+            permits.release(100)
+            page.say("y")
+            assert page.shown()[2:] == [("message user", "y"), ("message assistant", "∅")]
+            assert browser.execute_script(thoughts) == ["hm", "hm..."]
+            assert bytes(running.served.worker.engine.requests[-1].prompt) == b"x\n\ny\n"
+            assert page.console() == []
+        finally:
+            permits.release(1000)
+
+
 def test_messages_beyond_the_context_are_left_out_and_marked(browser, running):
     page = Page(browser, running)
     page.set("temperature", 0)
