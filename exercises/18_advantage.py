@@ -4,7 +4,7 @@ import torch
 
 TARGET = "rl.objectives:advantages"
 TESTS = ("tests/rl/test_objectives.py",)
-WHICH = "advantage or follows_the_expected or divides_each or one_deviation"
+WHICH = "advantages or divides_each or one_deviation"
 BEGIN = "centred = rewards - "
 EQUATION = "DeepSeek-R1 (arXiv 2501.12948) eq. 3"
 LEARN = "The other responses to the same prompt are the baseline, so no value model is needed; a flat group teaches nothing."
@@ -114,7 +114,7 @@ MISTAKES = (
     (
         "centred.masked_fill(flat, 0)",
         "rewards.copy_(centred.masked_fill(flat, 0))",
-        "the rewards are overwritten: they are still needed, for the report say",
+        "the rewards are overwritten: the report needs them later; use masked_fill on a new tensor",
     ),
     (
         "centred.flatten()",

@@ -6,9 +6,9 @@ from exercises.grader.watch import backward
 
 TARGET = "rl.objectives:grpo"
 TESTS = ("tests/rl/test_objectives.py",)
-WHICH = "(grpo or clip or dr_grpo) and not reinforce and not fit and not gspo_is"
-EQUATION = "GRPO (arXiv 2402.03300) eq. 3; DAPO (arXiv 2503.14476) eq. 8"
-LEARN = "The lower of the two products stops the gradient only where the ratio has already moved far enough the right way."
+WHICH = "(grpo or clip) and not reinforce and not fit and not expected_reward and not divides"
+EQUATION = "GRPO (arXiv 2402.03300) eq. 3"
+LEARN = "The lower product stops a token's gradient only once its ratio has moved far enough in the direction of the advantage."
 HINTS = (
     "A response was bad, and its tokens have become more likely all the same. Should the clip stop their gradient?",
     "For each token the ratio rho (responses, time) of the new to the old probability. Multiply it, and the clipped one, by "
@@ -29,7 +29,7 @@ MISTAKES = (
     (
         "-clipped(",
         "-(lambda r, a, l, h: torch.maximum(r * a, r.clamp(1 - l, 1 + h) * a))(",
-        "the larger product is kept: take the minimum, which stops a token only once it has moved far enough the right way",
+        "the larger product is kept: take the lower one, which stops a token only once it has moved far enough the right way",
     ),
     (
         "-clipped(",
@@ -105,6 +105,11 @@ MISTAKES = (
         "return mean(",
         "return (lambda values, *_: values.where(mask, 0).mean())(",
         "padding is in the denominator: divide by the number of tokens in the mask",
+    ),
+    (
+        "advantages.unsqueeze(-1)",
+        "(advantages - advantages.mean()).unsqueeze(-1)",
+        "the advantages are centred again, over all responses: use them as they are",
     ),
     (
         "mask, average, longest)",
@@ -207,8 +212,10 @@ def probe(module, generator):
     gains = torch.tensor([1.0, -1.0, 0.5, 1.5, -0.7]) * (0.6 + torch.rand(rows, generator=generator))
     shift = torch.linspace(-0.8, 0.8, rows * time)[torch.randperm(rows * time, generator=generator)]
     old = -0.9 - 2 * torch.rand(rows, time, generator=generator)
-    outside = ~mask & (torch.arange(time) % 2 == 0)  # half of it: finite values must not count either
-    old_padded = old.masked_fill(outside, float("nan"))
+    third = (
+        torch.arange(time) % 3
+    )  # of what is outside the mask, a third is finite, and must not count either
+    old_padded = old.masked_fill(~mask & (third == 0), float("nan"))
     found = {}
     for name, dtype, more in (
         ("sequence", torch.float32, {"low": 0.2, "high": 0.35}),
@@ -217,7 +224,8 @@ def probe(module, generator):
         ("constant, longest=None", torch.float32, {"low": 0.3, "high": 0.2, "average": "constant"}),
         ("default, fp64", torch.float64, {}),
     ):
-        new = (old + shift.view(rows, time)).masked_fill(outside, float("inf")).to(dtype).requires_grad_()
+        new = (old + shift.view(rows, time)).masked_fill(~mask & (third == 1), float("inf"))
+        new = new.to(dtype).requires_grad_()
         loss = module.grpo(new, old_padded.to(dtype), gains.to(dtype), mask, **more)
         backward(loss)
         found |= {f"loss, {name}": loss, f"gradient of log_probs, {name}": new.grad}

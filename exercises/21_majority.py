@@ -5,7 +5,7 @@ import torch
 TARGET = "rl.scaling:majority"
 TESTS = ("tests/rl/test_scaling.py",)
 WHICH = "majority or votes_by_hand"
-EQUATION = "self-consistency (arXiv 2203.11171) section 2; DeepSeek-R1's cons@64"
+EQUATION = "self-consistency (arXiv 2203.11171) section 2"
 LEARN = "Many samples and one vote: accuracy grows without training, as long as the right answer is the most frequent one."
 HINTS = (
     "Eight samples: three ended without an answer, two say 12, and three different answers came once. Which one is returned?",

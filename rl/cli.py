@@ -44,7 +44,7 @@ class Train:
 class Eval:
     """Measure held-out problems: pass@1, a majority vote, any of k, and accuracy by length of thought."""
 
-    run: tyro.conf.Positional[Path]  # a run folder or any other model folder
+    run: tyro.conf.Positional[Path]  # a run folder, any other model folder, or "sums": the packaged model
     task: str = "sums"
     level: int | None = None  # number of terms; by default any of the task's
     problems: int = 256
@@ -63,9 +63,10 @@ class Eval:
         from lm.inference.engine import Engine
 
         from . import scaling
+        from .pack import find
         from .rollout import Sampling
 
-        model = open_folder(self.run, device="cpu").model
+        model = open_folder(find(self.run), device="cpu").model
         engine = Engine(model, max_batch=256)
         found: dict[str, Any] = scaling.measure(engine, chosen, Sampling(1), self.seed)
         if not self.json:
@@ -89,7 +90,7 @@ class Eval:
 class Ask:
     """Put a problem to a model and show its thinking, then its answer."""
 
-    run: tyro.conf.Positional[Path]  # a run folder or any other model folder
+    run: tyro.conf.Positional[Path]  # a run folder, any other model folder, or "sums": the packaged model
     problem: tyro.conf.Positional[str]  # such as "7-6+3+5="
     temperature: float = 0.0  # 0: greedy
     seed: int = 0
@@ -101,10 +102,11 @@ class Ask:
         from lm.hub.folder import open_folder
         from lm.inference.engine import Engine
 
+        from .pack import find
         from .rollout import Sampling, sample
 
         problem = tasks.Problem(f"{text:<{tasks.WIDTH - 1}}=", "")
-        engine = Engine(open_folder(self.run, device="cpu").model, max_batch=1)
+        engine = Engine(open_folder(find(self.run), device="cpu").model, max_batch=1)
         completion = sample(engine, [problem], self.seed, Sampling(1, 64, self.temperature)).completions[0]
         thought, closed, answer = completion.partition(tasks.CLOSE)
         if closed:

@@ -58,7 +58,8 @@ class Reasoner:
         self.sampling = Sampling(config.size, config.max_new_tokens, config.temperature, config.replay)
         self.sampler = Sampler(model, config.processes)
         self.optimizer = build_optimizer(model, base.train)
-        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "responses": 0, "success": {}}
+        self.state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "responses": 0}
+        self.state |= {"success": {}, "informative": 0}  # by level; steps with groups that differ
         facts = machine.describe()
         self.state |= {key: facts[key] for key in ("cpu_capability", "threads", "torch")}
         self.state["dtype"] = str(torch.float32)
@@ -80,8 +81,13 @@ class Reasoner:
             if self.state["step"] == 0:
                 first = self.evaluate()
                 run.say("base: " + as_text(first))
+                if first["in_form"] == 0:
+                    run.say(
+                        "no completion of the base has the form <think>...</think>N, which earns the reward"
+                    )
             for step in range(self.state["step"] + 1, config.steps + 1):
                 row = self.step(step)
+                self.state["informative"] += row["flat"] < 1
                 self.state["seconds"] = time.perf_counter() - started
                 row["seconds"] = round(self.state["seconds"], 3)
                 last = step == config.steps
@@ -99,8 +105,13 @@ class Reasoner:
                     run.save(self.model, self.optimizer, self.state)
                 if run.signal:
                     break
+        if not self.state["informative"]:
+            run.say(
+                "all rewards of a group were equal in every step, so nothing was learned; try a lower level"
+            )
         if run.signal:
-            run.say(f"stopped after step {run.saved}, saved; resume with: lm reason train --resume ...")
+            go_on = f"lm reason train --resume --out-dir {run.folder}"
+            run.say(f"stopped after step {run.saved}, saved; resume with: {go_on}")
             return 128 + run.signal
         return 0
 

@@ -30,20 +30,22 @@ def sampler(
         if temperature < 1:
             scaled = scaled - scaled.amax(-1, keepdim=True)  # at most 0: the division gives no +inf
         probabilities = (scaled / max(temperature, 1e-30)).softmax(-1)
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        if top_k is not None:
-            ranked[:, top_k:] = 0
-        if top_p < 1:
-            before = ranked.cumsum(-1) - ranked  # the total probability of more likely tokens
-            beyond = before >= top_p * ranked.sum(-1, keepdim=True)
-            ranked[:, 1:][beyond[:, 1:]] = 0  # always keep the first, even if top_p times the sum is 0
-        ranked[ranked < min_p * ranked[:, :1]] = 0
-        waits = torch.empty_like(ranked)
-        for row, generator in zip(waits, generators):
-            row.exponential_(generator=generator)
-        drawn = (ranked / waits).argmax(-1, keepdim=True)  # the first of exponential clocks is a fair draw
-        log_probs = (ranked.gather(1, drawn) / ranked.sum(-1, keepdim=True)).log().squeeze(1)
-        return order.gather(1, drawn).to(device).masked_fill(broken, -1).squeeze(1), log_probs
+        if top_k is not None or top_p < 1 or min_p > 0:
+            ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            if top_k is not None:
+                ranked[:, top_k:] = 0
+            if top_p < 1:
+                before = ranked.cumsum(-1) - ranked  # the total probability of more likely tokens
+                beyond = before >= top_p * ranked.sum(-1, keepdim=True)
+                ranked[:, 1:][beyond[:, 1:]] = 0  # always keep the first, even if top_p times the sum is 0
+            ranked[ranked < min_p * ranked[:, :1]] = 0
+            probabilities = torch.zeros_like(probabilities).scatter_(1, order, ranked)
+        upto = probabilities.double().cumsum(-1)
+        shares = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+        cut = shares.unsqueeze(1) * upto[:, -1:]
+        drawn = torch.searchsorted(upto, cut, right=True).clamp(max=upto.shape[1] - 1)
+        log_probs = (probabilities.gather(1, drawn) / upto[:, -1:]).log().float().squeeze(1)
+        return drawn.to(device).masked_fill(broken, -1).squeeze(1), log_probs
 
     return choose
 

@@ -1,1 +1,1 @@
-"""`lm serve`: app is the server on connections; protocol, answers, shape are the API; worker runs the engine."""
+"""`lm serve`: app is the server on connections; protocol, answers, shape the API; worker runs the engine."""

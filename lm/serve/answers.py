@@ -150,7 +150,7 @@ class Answer(Response):
                 self.writers = [self.served.tokenizer.writer(p) for p in prompts for _ in range(self.ask.n)]
                 for visible, writer in zip(self.visible, self.writers):
                     visible.bytes_of = writer
-                if True:
+                if isinstance(self.ask, Chat):
                     self.splitters = [splitter_for(self.served.tokenizer, prompts[0]) for _ in self.visible]
                 self.served.worker.submit(job, self.served.arguments(self.ask, prompts))
                 pieces = self.pieces(job)

@@ -27,7 +27,7 @@ RL = """
 tasks objectives
 config rollout
 scaling stages
-train
+train pack
 report
 cli
 """

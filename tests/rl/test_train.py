@@ -19,7 +19,7 @@ from lm import cli, history
 from lm.config import Config
 from lm.inference.engine import Engine
 from lm.run import RunFailed, read_metrics
-from rl import objectives, tasks, train
+from rl import objectives, pack, tasks, train
 from rl import report as reports
 from rl.config import ReasonConfig, check_same
 from rl.rollout import Sampling, judge, sample
@@ -318,6 +318,34 @@ def test_a_reward_that_is_not_finite_stops_the_run(learned, tmp_path, monkeypatc
         one.model.head.weight[5] = float("nan")
     with pytest.raises((RunFailed, ValueError)):
         one.step(2)
+
+
+def test_a_run_that_learns_nothing_says_so(untrained, tmp_path, capsys):
+    one = reasoner(untrained, tmp_path, steps=2)
+    one.run.start(one.base)
+    assert one.run_steps() == 0
+    said = capsys.readouterr().out
+    assert "no completion of the base has the form <think>...</think>N" in said
+    assert "so nothing was learned; try a lower level" in said
+
+
+def test_a_packed_model_is_half_as_large_and_answers_by_its_name(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "MODELS", tmp_path / "models")
+    train.train(replace(ReasonConfig(**SHORT), steps=2), base, tmp_path / "run")
+    pack.pack(tmp_path / "run", "guesses")
+    folder = tmp_path / "models" / "guesses"
+    whole = history.newest_checkpoint(tmp_path / "run") / "model.safetensors"
+    assert (folder / "model.safetensors").stat().st_size < 0.6 * whole.stat().st_size
+    figures, rows = json.loads((folder / "figures.json").read_text()), read_metrics(tmp_path / "run")
+    assert figures["trained"]["pass_at_1"] == round(rows[-1]["held_out"]["pass_at_1"], 4)
+    assert figures["base"]["length"] == round(rows[0]["base"]["length"], 4) and figures["completions"] == 32
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["reason", "ask", "guesses", "3+4="]) == 0
+    assert capsys.readouterr().out.strip()
+    (tmp_path / "guesses").mkdir()  # a folder of that name comes first
+    assert cli.main(["reason", "ask", "guesses", "3+4="]) == 2
+    refused(lambda: pack.pack(tmp_path / "run", "guesses"), "guesses")
 
 
 def test_ask_shows_the_thinking_and_the_answer(base, capsys, monkeypatch):

@@ -388,13 +388,20 @@ def test_fp32_and_bf16_models_generate(tiny, make_model, dtype):
     assert out.shape == (2, 11) and set(out.flatten().tolist()) <= set(range(256))
 
 
-def test_tokens_are_those_of_multinomial_row_by_row():
-    """The same random numbers as torch.multinomial's on the sorted row: seeds keep their meaning."""
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_row_of_random_numbers_cuts_its_cumulative_probabilities(top_k):
+    """The inverse of the distribution function, by hand: one number of the row's generator for each token."""
     logits = torch.randn(300, 257, generator=torch.Generator().manual_seed(1))
-    ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    want = [
-        order[row, torch.multinomial(ranked[row], 1, generator=torch.Generator().manual_seed(row))].item()
-        for row in range(300)
-    ]
     generators = [torch.Generator().manual_seed(row) for row in range(300)]
-    assert drawn_by(1.0, None, 1.0, generators)(logits).tolist() == want
+    drawn = drawn_by(1.0, top_k, 1.0, generators)(logits).tolist()
+    for row in range(300):
+        share = float(torch.rand(1, generator=torch.Generator().manual_seed(row), dtype=torch.float64))
+        kept = {i: p for i, p in enumerate(logits[row].softmax(-1).tolist())}
+        if top_k is not None:
+            kept = {i: kept[i] for i in sorted(kept, key=kept.get)[-top_k:]}
+        total, upto = sum(kept.values()), 0.0
+        for i in sorted(kept):
+            upto += kept[i]
+            if upto > share * total:
+                break
+        assert drawn[row] == i

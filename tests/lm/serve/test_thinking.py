@@ -161,5 +161,6 @@ def test_choices_think_or_not_independently():
     [one, two] = shape.whole([Said("hm", "yes", "stop"), Said(None, "no", "length")], {})["choices"]
     assert one["message"] == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
     assert two["message"] == {"role": "assistant", "content": "no"} and two["finish_reason"] == "length"
-    both = list(shape.pieces(1, Said("hm", "yes", "stop"), first=False))
-    assert [piece["choices"][0]["finish_reason"] for piece in both] == [None, "stop"]
+    both = [piece["choices"][0] for piece in shape.pieces(1, Said("hm", "yes", "stop"), first=True)]
+    assert [choice["finish_reason"] for choice in both] == [None, "stop"]
+    assert [choice["delta"].get("role") for choice in both] == ["assistant", None]
