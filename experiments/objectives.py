@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed, folder in bases.items()
     }
     found = reasoning.learn_all(learners, given)
-    rows = [{"model": name, "seed": seed, **row} for (name, seed), row in found.items()]
+    rows = [{"model": name, "seed": seed, "steps": given.steps, **row} for (name, seed), row in found.items()]
     value = {name: [found[name, seed]["pass_at_1"] for seed in bases] for name in KINDS}
     length = {name: [found[name, seed]["length"] for seed in bases] for name in KINDS}
     table = [["", "pass@1", "length (tokens)", "of right ones", "of wrong ones", "groups without variance"]]

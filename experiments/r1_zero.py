@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in seeds
     }
     found = reasoning.learn_all(learners, given)
-    rows = [{"base_seed": base, "seed": seed, **row} for (base, seed), row in found.items()]
+    rows = [
+        {"model": f"base {base}", "seed": seed, "steps": given.steps, **row}
+        for (base, seed), row in found.items()
+    ]
     before = [found[base, 0]["base"] for base in bases]
     after = [row["pass_at_1"] for row in rows]
     longer = [row["length"] / row["base"]["length"] for row in rows]
@@ -49,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     figure, axes = common.plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, key, label in zip(axes, ("pass_at_1", "length"), ("pass@1, held out", "length (tokens)")):
         for row in rows:
-            axis.plot(row["steps"], row["curve"][key], color=f"C{row['base_seed']}", alpha=0.7)
+            colour = f"C{row['model'].split()[1]}"
+            axis.plot(row["evaluated_after"], row["curve"][key], color=colour, alpha=0.7)
         axis.set(xlabel="step", ylabel=label)
         common.tidy(axis)
     for base in bases:

@@ -79,7 +79,7 @@ def learned(one: Learner, folder: Path, measure: Measure | None = None) -> dict[
         "run": run.name,
         **{name: round(evaluated[-1][name], 4) for name in shown},
         "base": {name: round(evaluated[0][name], 4) for name in shown},
-        "steps": [found["step"] for found in evaluated],
+        "evaluated_after": [found["step"] for found in evaluated],
         "curve": {name: [round(found[name], 4) for found in evaluated] for name in shown},
         **{name: log[-1][name] for name in ("responses", "tokens", "length_right", "length_wrong")},
         "entropy": round(log[-1]["entropy"], 4),

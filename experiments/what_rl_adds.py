@@ -93,7 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
         "more of the base's text",
         "random reward",
     )
-    rows = [{"model": name, "seed": seed, **found[name, seed]} for name in names for seed in bases]
+    rows = [
+        {"model": name, "seed": seed, "steps": given.steps, **found[name, seed]}
+        for name in names
+        for seed in bases
+    ]
     value = {name: [found[name, seed]["pass_at_1"] for seed in bases] for name in names}
     any16 = {name: [found[name, seed]["any"][-1] for seed in bases] for name in names}
     vote = {name: [found[name, seed]["majority"][-1] for seed in bases] for name in names}

@@ -16,6 +16,7 @@ from tests.helpers import ROOT
 WITH_PICTURE = (
     *("faster", "cache", "balance", "shared_expert", "fineness", "convert"),
     *("architectures", "specialization", "expert_choice", "rope", "rivals", "projects"),
+    *("r1_zero", "what_rl_adds", "objectives"),
 )
 COMMAND = [sys.executable, "-c", "import sys; from lm.cli import main; sys.exit(main())", "experiment"]
 
@@ -40,7 +41,7 @@ def test_the_experiment_runs_with_quick(name, tmp_path):
 
 
 def test_every_experiment_takes_quick(experiments, capsys):
-    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"common", "cli", "command"}
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"common", "cli", "command", "reasoning"}
     assert names == {*WITH_PICTURE, "gate_scale", "training"}
     for name in names:
         with pytest.raises(SystemExit):
