@@ -329,8 +329,10 @@ def added() -> dict[str, importlib.metadata.EntryPoint]:
 def overview() -> str:
     """The help text of `lm`: the commands by group, one line each."""
     groups = {title: {name: summary(kind) for name, kind in group.items()} for title, group in GROUPS.items()}
-    if more := added():
-        groups["from other packages"] = {name: summary(entry) for name, entry in more.items()}
+    for name, entry in added().items():
+        ours = entry.dist is not None and entry.dist.name == "moe-mla"
+        title = "built on lm" if ours else "from other packages"
+        groups.setdefault(title, {})[name] = summary(entry)
     width = max(len(name) for group in groups.values() for name in group)
     lines = ["usage: lm COMMAND ... (lm COMMAND --help lists its options; lm --version)"]
     for title, group in groups.items():

@@ -79,9 +79,8 @@ for completion, expected in attempts.items():
 # third, a few thoughts never close. A tenth of all problems is held out. Training takes some minutes.
 
 # %%
-config = lm.Config.preset("reason")
-if QUICK:
-    config = common.changed(config, train={"steps": 60, "sample_every": 60, "eval_every": 60})
+short = {"steps": 60, "sample_every": 60, "eval_every": 60} if QUICK else {}
+config = common.changed(lm.Config.preset("reason"), train={"dtype": "float32", **short})
 scratch = tempfile.TemporaryDirectory()  # deleted at the end
 folder = Path(scratch.name)
 with contextlib.redirect_stdout(io.StringIO()):
@@ -125,6 +124,7 @@ def by_style(rollout):
     return found
 
 
+# %%
 first = sample(Engine(base, max_batch=256), problems, 0, Sampling(8))
 before = by_style(first)
 print(f"reward {first.rewards.mean():.3f}, length {first.lengths.float().mean():.1f} tokens")
@@ -215,6 +215,7 @@ def by_rewards(name, **options):
     return rows
 
 
+# %%
 rows = by_rewards("exact", steps=60)
 start, end = rows[0]["base"], rows[-1]["held_out"]
 if not QUICK:
@@ -245,13 +246,16 @@ if not QUICK:
 
 
 # %%
+NEAR = {"ha": "right", "textcoords": "offset points"}  # where labels stand
+
+
 def draw_log(axes, log, name, colour):
     """Accuracy and length on held-out problems over the steps."""
     held_out = [(0, log[0]["base"])] + [(row["step"], row["held_out"]) for row in log if "held_out" in row]
     for axis, key in zip(axes, ("pass_at_1", "length")):
         values = [found[key] for _, found in held_out]
         axis.plot([step for step, _ in held_out], values, "o-", color=colour)
-        axis.annotate(name, (held_out[-1][0], values[-1]), (0, 9), color=colour, **near)
+        axis.annotate(name, (held_out[-1][0], values[-1]), (0, 9), color=colour, **NEAR)
 
 
 def draw_styles(axis, shares, at):
@@ -264,7 +268,7 @@ def draw_styles(axis, shares, at):
         bottom += share
 
 
-near = {"ha": "right", "textcoords": "offset points"}
+# %%
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1, 1, 0.8))
 draw_log(axes, rows, "right and wrong", "C0")
 draw_log(axes, random, "coin", "C1")
@@ -327,10 +331,10 @@ figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
 for number, name in enumerate(curves):
     colour = f"C{number}"
     axes[0].plot(budgets, curves[name], "o-", color=colour)
-    axes[0].annotate(name, (budgets[-1], curves[name][-1]), (0, 8), color=colour, **near)
+    axes[0].annotate(name, (budgets[-1], curves[name][-1]), (0, 8), color=colour, **NEAR)
     axes[1].plot(counts, votes[name]["majority"], "o-", color=colour)
     axes[1].plot(counts, votes[name]["any"], "o--", color=colour)
-    axes[1].annotate(name, (1, votes[name]["majority"][0]), (0, -14), color=colour, **near | {"ha": "left"})
+    axes[1].annotate(name, (1, votes[name]["majority"][0]), (0, -14), color=colour, **NEAR | {"ha": "left"})
 axes[0].set(xlabel="bytes of thought, at most", ylabel="right and in form", ylim=(0, 1), xticks=budgets)
 axes[1].set(xlabel="completions of a problem", ylabel="share of the problems", ylim=(0, 1.02), xscale="log")
 axes[1].text(16, 0.02, "solid: the majority is right\ndashed: any is right", ha="right")

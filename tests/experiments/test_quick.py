@@ -41,7 +41,12 @@ def test_the_experiment_runs_with_quick(name, tmp_path):
 
 
 def test_every_experiment_takes_quick(experiments, capsys):
-    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"common", "cli", "command", "reasoning"}
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {
+        "common",
+        "cli",
+        "command",
+        "reasoning",
+    }
     assert names == {*WITH_PICTURE, "gate_scale", "training"}
     for name in names:
         with pytest.raises(SystemExit):

@@ -30,17 +30,17 @@ def test_the_overview_lists_every_command_in_aligned_groups(capsys):
     shown = capsys.readouterr()
     assert shown.err == ""
     usage, *groups = shown.out.rstrip("\n").split("\n\n")
-    assert usage.startswith("usage: lm COMMAND") and len(groups) == len(cli.GROUPS)
+    assert usage.startswith("usage: lm COMMAND") and len(groups) == len(cli.GROUPS) + 1
     listed, columns = [], set()
     for group in groups:
         title, *lines = group.splitlines()
-        assert title in cli.GROUPS and lines
+        assert title in [*cli.GROUPS, "built on lm"] and lines
         for line in lines:
             name, gap, text = re.fullmatch(r"  (\S+)( {2,})(\S.*)", line).groups()
             assert len(line) <= 100 and text.endswith(".")
             listed.append(name)
             columns.add(len(name + gap))
-    assert sorted(listed) == sorted(cli.COMMANDS) and len(columns) == 1
+    assert sorted(listed) == sorted([*cli.COMMANDS, "reason"]) and len(columns) == 1
     assert cli.main([]) == 2
     assert capsys.readouterr() == shown
 
@@ -74,7 +74,7 @@ def test_an_unknown_command_is_one_line_that_names_the_nearest(capsys, name, nea
     assert cli.main([name, "--help"]) == 2
     shown = capsys.readouterr()
     hint = f" (did you mean {near!r}?)" if near else ""
-    assert shown.err == f"lm: no command {name!r}{hint}; there are {', '.join(cli.COMMANDS)}\n"
+    assert shown.err == f"lm: no command {name!r}{hint}; there are {', '.join([*cli.COMMANDS, 'reason'])}\n"
     assert shown.out == ""
 
 
@@ -108,9 +108,14 @@ def test_other_packages_add_commands_by_an_entry_point(capsys, monkeypatch, tmp_
     assert cli.main(["ten", "--bad"]) == 2
     assert capsys.readouterr().err == "lm ten: --bad: expected a number\n"
     assert cli.main(["--help"]) == 0
-    *_, group = capsys.readouterr().out.split("\n\n")
+    shown = capsys.readouterr().out.rstrip()
+    group = next(part for part in shown.split("\n\n") if part.startswith("from other packages"))
     lines = group.splitlines()
-    assert lines[0] == "from other packages" and "  ten         Count to ten." in lines
+    assert (
+        "built on lm\n  reason " in shown
+        and lines[0] == "from other packages"
+        and "  ten         Count to ten." in lines
+    )
     assert "  broken      (cannot be loaded: No module named 'ten_absent')" in lines and len(lines) == 3
     assert cli.main(["tenn"]) == 2
     assert capsys.readouterr().err.startswith("lm: no command 'tenn' (did you mean 'ten'?); there are ")
