@@ -13,7 +13,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-CODE = ("moe", "mla", "lm", "experiments", "exercises", "benchmarks", "notebooks", "docs", "tests")
+CODE = ("moe", "mla", "lm", "rl", "experiments", "exercises", "benchmarks", "notebooks", "docs", "tests")
 TEXTS = ("CONTRIBUTING.md", "exercises/README.md", "lm/corpus/README.md")
 FILES = ("LICENSE", "exercises/gradescope/run_autograder")  # copied, as are files with these endings:
 ENDINGS = (".png", ".json", ".yml", ".sh")

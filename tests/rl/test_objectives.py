@@ -364,9 +364,12 @@ def test_means_of_the_kl_estimates():
 
 
 def test_k3_is_at_least_zero():
-    log_probs = -5 * torch.rand(200, dtype=torch.float64)
-    reference = -5 * torch.rand(200, dtype=torch.float64)
+    log_probs = (-12 * torch.rand(200, dtype=torch.float64)).requires_grad_()
+    reference = -12 * torch.rand(200, dtype=torch.float64)
     values = k3(log_probs, reference)
+    (gradient,) = torch.autograd.grad(values.sum(), log_probs)
+    log_probs = log_probs.detach()
+    torch.testing.assert_close(gradient, 1 - (reference - log_probs).exp(), rtol=1e-12, atol=1e-12)
     assert (values > 0).all() and not k3(log_probs, log_probs).any()
     for got, p, q in zip(values.tolist(), log_probs.tolist(), reference.tolist()):
         ratio = math.exp(q) / math.exp(p)

@@ -170,6 +170,8 @@ def test_accuracy():
         ([None, None, None, "4"], "4"),  # no answer, no vote
         ([None, "2", "9", "9", None, None], "9"),
         (["4", "04", "04"], "04"),
+        (["", "", "1"], ""),  # an answer, though an empty one
+        ([" 7", "7", "1", " 7"], " 7"),
         ([None, None], None),
         ([], None),
     ],
