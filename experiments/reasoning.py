@@ -53,9 +53,11 @@ def learn_all(
     learners: Mapping[Any, Learner], given: argparse.Namespace, measure: Measure | None = None
 ) -> dict[Any, dict[str, Any]]:
     """Run each -> a row for each; those found in `given.runs` are reused."""
+    different = {key(one): (name, one) for name, one in learners.items()}  # two names may share a run
     with common.processes(given.jobs) as pool:
-        running = {name: pool.submit(learned, one, given.runs, measure) for name, one in learners.items()}
-        return common.wait(running, lambda name, row: f"{name}: pass@1 {row['pass_at_1']:.3f}")
+        running = {name: pool.submit(learned, one, given.runs, measure) for name, one in different.values()}
+        done = common.wait(running, lambda name, row: f"{name}: pass@1 {row['pass_at_1']:.3f}")
+    return {name: dict(done[different[key(one)][0]]) for name, one in learners.items()}
 
 
 def key(one: Learner) -> str:

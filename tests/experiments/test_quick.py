@@ -16,7 +16,7 @@ from tests.helpers import ROOT
 WITH_PICTURE = (
     *("faster", "cache", "balance", "shared_expert", "fineness", "convert"),
     *("architectures", "specialization", "expert_choice", "rope", "rivals", "projects"),
-    *("r1_zero", "what_rl_adds", "objectives"),
+    *("r1_zero", "what_rl_adds", "objectives", "thinking", "distillation", "replay"),
 )
 COMMAND = [sys.executable, "-c", "import sys; from lm.cli import main; sys.exit(main())", "experiment"]
 
