@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     of = {name: common.shown(values) for name, values in value.items()}
     answer = [
         f"With 2 updates a step, {common.shown(moved[few], 4)} of the choices move, and pass@1 is "
-        f"{of['2 updates']} without and {of[few]} with replay. With 8 updates, {common.shown(moved[many], 4)} "
-        f"move, and it is {of['8 updates']} without and {of[many]} with replay. "
+        f"{of['2 updates']} without and {of[few]} with replay. With 8 updates, "
+        f"{common.shown(moved[many], 4)} move, and it is {of['8 updates']} without and {of[many]} with it. "
         "In fp32, sampling and training choose the same experts: there is no other mismatch to mend."
     ]
     gains = [a - b for a, b in zip(value[many], value["8 updates"])]
