@@ -20,7 +20,7 @@ from rl.rollout import Sampling
 
 from . import common
 
-STEPS = 2600  # of the base model
+STEPS = 4000  # of the base model
 HELD_OUT = 512  # problems
 Measure = Callable[[Transformer], dict[str, Any]]
 

@@ -170,7 +170,7 @@ def test_python_on_the_page_runs(page, tmp_path):
 TEXTS = ("README.md", "CONTRIBUTING.md", "lm/corpus/README.md", "exercises/README.md")
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
 PAGES = [page for page in (*TEXTS, *DOCS) if not page.startswith("docs/source/")]
-FOLDERS = "moe|mla|lm|docs|tests|experiments|benchmarks|exercises"
+FOLDERS = "moe|mla|lm|rl|docs|tests|experiments|benchmarks|exercises"
 FILE = re.compile(rf"\b(?:{FOLDERS})/[\w./-]+\.(?:py|toml|md|html)\b")
 
 
