@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lm import count, loss, machine
 from lm.config import Config, ModelConfig
-from lm.inference.engine import Engine, Request
+from lm.inference.engine import Engine
+from lm.inference.request import Request
 from lm.model import Transformer
 from lm.optim import build_optimizer
 from lm.parts import build_moe

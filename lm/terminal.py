@@ -15,8 +15,9 @@ from .evaluate import evaluate as mean_loss
 from .hub.folder import Tokenizer, open_folder
 from .hub.thinking import Splitter, splitter_for
 from .hub.tokenizer import Plain, encode_chat
-from .inference.engine import Engine, Request
+from .inference.engine import Engine
 from .inference.generate import warn_unread
+from .inference.request import Request
 from .inference.sampling import check_options
 
 AT_ONCE = 64  # sequences that lm generate decodes together

@@ -10,7 +10,8 @@ from mla.paged import PAGE, pages_for
 
 from .. import machine
 from ..model import Transformer
-from .engine import Engine, Request
+from .engine import Engine
+from .request import Request
 from .sampling import check_options
 
 STEP = 700  # bytes of a tensor with one token per row, without its tokens

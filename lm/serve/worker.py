@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..hub.folder import Tokenizer
-from ..inference.engine import Engine, Request
+from ..inference.engine import Engine
+from ..inference.request import Request
 
 Event = tuple[int, list[int], str | None]  # index of the sequence, new tokens, finish reason
 
