@@ -77,6 +77,14 @@ class Windows:
         windows = torch.stack([self.train(index) for index in range(first, first + size)])
         return windows[:, :-1], windows[:, 1:]
 
+    def question(self) -> list[int]:
+        """The text up to its first answer, as a prompt; empty without answers."""
+        if self.answer_start is None:
+            return []
+        begin = self.tokens[: self.context]
+        found = np.flatnonzero(begin == self.answer_start)
+        return begin[: int(found[0]) + 1].tolist() if len(found) else []
+
     def masks(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which inputs each input sees, and which targets the loss counts; None: all
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -350,10 +351,12 @@ class Trainer:
         """Generate a short sample; append it to samples.txt and print it."""
         train = self.config.train
         self.model.eval()
-        newline, last = self.tokenizer.encode("\n")[0], self.config.model.vocab_size - 1
-        prompt = [min(newline, last)]
+        prompt, end = self.validation.question(), self.validation.document_end
+        if not prompt:
+            prompt = [min(self.tokenizer.encode("\n")[0], self.config.model.vocab_size - 1)]
         steps = stream(self.model, [prompt], 200, 0.8, seed=train.seed, window=train.context)
-        text = self.tokenizer.decode([int(token) for token in steps])
+        tokens = list(itertools.takewhile(lambda token: token != end, map(int, steps)))
+        text = self.tokenizer.decode([*self.validation.question(), *tokens])
         with open(self.run.folder / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{text}\n")
         self.run.say(f"--- sample at step {step}:\n{text}\n---")

@@ -89,6 +89,19 @@ def test_the_training_loss_is_the_mean_over_the_answers(tiny, make_model, tmp_pa
     torch.testing.assert_close(found, sums / count, rtol=1e-9, atol=1e-9)
 
 
+def test_a_sample_answers_the_first_question_of_the_held_out_text(tiny, tmp_path, monkeypatch):
+    config = documents_config(tiny, tmp_path, steps=2, sample_every=2)
+    _, validation = data.open_windows(config)
+    question = bytes(validation.tokens[:64]).split(b"=")[0] + b"="
+    assert bytes(validation.question()) == question
+    drawn = iter([120, 121, END, 122])
+    monkeypatch.setattr(train, "stream", lambda model, prompts, *_, **__: (torch.tensor([t]) for t in drawn))
+    train.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "samples.txt").read_text() == f"--- step 2\n{question.decode()}xy\n"
+    assert data.Windows(np.zeros(9, np.uint8), 8).question() == []
+    assert data.Windows(np.zeros(9, np.uint8), 8, document_end=END, answer_start=START).question() == []
+
+
 def test_an_evaluation_counts_every_answer_once(tiny, make_model, tmp_path):
     config = documents_config(tiny, tmp_path)
     model, (_, windows) = make_model(config.model), data.open_windows(config)
