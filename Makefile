@@ -2,7 +2,7 @@
 # Both make .venv first. Other options of `lm train`: make train ARGS="--preset nano".
 PYTHON ?= python3
 ARGS ?=
-.PHONY: train test long lint coverage bench experiments notebooks docs tables clean
+.PHONY: train test long lint coverage bench experiments notebooks docs tables reason clean
 
 train: .venv/lm
 	.venv/bin/lm train $(ARGS)
@@ -29,12 +29,18 @@ bench: .venv/dev
 
 # hours; trainings in runs/experiments are reused
 experiments: .venv/lm
-	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization expert_choice rope rivals projects; do .venv/bin/lm experiment $$name || exit 1; done
+	for name in gate_scale convert faster cache balance architectures fineness shared_expert specialization expert_choice rope rivals projects r1_zero what_rl_adds objectives thinking distillation replay; do .venv/bin/lm experiment $$name || exit 1; done
 	.venv/bin/python docs/claims.py
 
 # half an hour: executes every notebook from its source
 notebooks: .venv/dev
 	cd notebooks && for source in [0-9]*.py; do ../.venv/bin/jupytext --quiet --to ipynb --execute $$source || exit 1; done
+
+# the packaged model rl/models/sums, about ten minutes on one core
+reason: .venv/lm
+	.venv/bin/lm train --preset reason --seed 2 --out-dir runs/reason
+	.venv/bin/lm reason train runs/reason --steps 120 --out-dir runs/reason-rl
+	rm -rf rl/models/sums && .venv/bin/python -m rl.pack runs/reason-rl sums
 
 # the site: open build/site/index.html; `.venv/bin/python -m mkdocs serve` also has its search
 docs: .venv/dev

@@ -384,3 +384,17 @@ def test_wrong_commands_are_one_line(words, said, capsys):
     assert cli.main(["reason", *words]) == 2
     out, err = capsys.readouterr()
     assert said in out + err and "Traceback" not in err
+
+
+def test_the_packaged_model_solves_what_its_figures_say(capsys, monkeypatch):
+    monkeypatch.undo()  # real problems
+    folder = pack.MODELS / "sums"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
+    figures = json.loads((folder / "figures.json").read_text())
+    problems = tasks.problems("sums", 5, 128, held_out=True)
+    engine = Engine(train.door.open_folder(folder, device="cpu").model, 128)
+    rollout = sample(engine, problems, 0, Sampling(1))
+    found = float(rollout.rewards.mean())
+    assert abs(found - figures["trained"]["pass_at_1"]) < 0.08  # 3.5 standard errors
+    assert cli.main(["reason", "ask", "sums", "7-6+3+5="]) == 0
+    assert capsys.readouterr().out == "thinking: 010409\n9\n"
