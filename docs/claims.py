@@ -7,12 +7,14 @@ import ast
 import json
 import re
 from pathlib import Path
+from statistics import fmean as mean
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 ORDER = (
     *("faster", "cache", "balance", "shared_expert", "fineness", "architectures", "specialization"),
     *("expert_choice", "rope", "rivals", "convert", "projects"),
+    *("r1_zero", "what_rl_adds", "objectives", "thinking"),
 )
 NOT_HERE = "Does not reproduce here, because"  # begins a paragraph that comes after what was found
 HEAD = """# The claims, measured
@@ -22,7 +24,8 @@ hold every training with its seed, and the machine. Unless stated otherwise, a l
 four held-out plays, as mean ± standard error over seeds. Differences are taken seed by seed, since models of
 one seed see the same text in the same order. "As claimed" is yes where every seed agrees with the prediction,
 and no where every seed contradicts a part of it. The models are variants of the preset `mini`; in `rivals`
-and `convert`, of `toy`. `lm experiment NAME` repeats one, `make experiments` all; trainings that are kept in
+and `convert`, of `toy`; on reinforcement learning, of `reason`. `lm experiment NAME` repeats one, `make
+experiments` all; trainings that are kept in
 runs/experiments are reused.
 """
 
@@ -99,6 +102,12 @@ def brief() -> dict[str, tuple[str, str, str]]:
     }
     kept, thirds = "MLPs, left as they were", "16 thirds, top 2, and a shared third"
     behind = float(cell("convert", thirds, "repaired")) - float(cell("convert", kept, "repaired"))
+    zero = json.loads((EXPERIMENTS / "results" / "r1_zero.json").read_text("utf-8"))["trainings"]
+    before, after = (
+        mean([row["base"]["pass_at_1"] for row in zero]),
+        mean([row["pass_at_1"] for row in zero]),
+    )
+    longer = mean([row["length"] / row["base"]["length"] for row in zero])
     return {
         "faster": (
             "Does MoE train faster at equal active parameters?",
@@ -156,6 +165,11 @@ def brief() -> dict[str, tuple[str, str, str]]:
             "Can trained GQA become MLA, and an MLP experts?",
             f"GQA exactly; an MLP in 16 thirds ends {behind:.3f} behind",
             "MLA: yes, with little training (arXiv 2502.07864)",
+        ),
+        "r1_zero": (
+            "Does reward alone teach a small model to think?",
+            f"pass@1 {before:.2f} to {after:.2f}, thoughts {longer:.1f} times as long",
+            "pass@1 0.156 to 0.710 (arXiv 2501.12948)",
         ),
         "projects": (
             "Can your own router or attention keep up?",

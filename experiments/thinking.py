@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         some = [common.mean(column(name, "any", at)) for at in range(len(COUNTS))]
         axes[1].plot(COUNTS, some, "s:", color=colour, label=f"{name} GRPO, any")
     axes[0].set(xlabel="bytes of thought", ylabel="accuracy, held out")
-    axes[1].set(xlabel="completions", xscale="log")
+    axes[1].set(xlabel="completions")
+    common.log_axis(axes[1], COUNTS)
     for axis in axes:
         common.tidy(axis)
         axis.legend(frameon=False, fontsize=8)

@@ -127,10 +127,11 @@ def main(arguments: list[str] | None = None) -> None:
             mean = [common.mean(column) for column in zip(*curves)]
             colour = f"C{names.index(name)}"
             axis.plot(COUNTS, mean, line, color=colour, label=name if kind == "majority" else None)
-    axis.set(xlabel="completions of a problem", ylabel="held-out problems solved", xscale="log")
+    axis.set(xlabel="completions of a problem", ylabel="held-out problems solved")
+    common.log_axis(axis, COUNTS)
     axis.set_title("majority vote (solid) and any (dashed)", fontsize=10)
     common.tidy(axis)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     common.save(figure, "what_rl_adds", given)
 
 

@@ -29,6 +29,7 @@ class ReasonConfig(Section):
     reward: str = choice("exact", "random")  # random: a control from which nothing can be learned
     format_reward: float = number(0.0)  # added where the completion has the form <think>...</think>N
     length_reward: float = number(0.0)  # weight of Kimi 1.5's length reward
+    length_after: float = number(0.5, 0, 1)  # share of the steps before it begins: at first it is too easy
     kl: float = number(0.0)  # weight of the KL divergence from the base model (k3)
     steps: int = number(60, 1)
     prompts: int = number(16, 1)  # problems in a step

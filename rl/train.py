@@ -232,9 +232,9 @@ class Reasoner:
             generator = torch.Generator().manual_seed(config.seed * 100_003 + step)
             return torch.rand(rollout.rewards.shape, generator=generator).round()
         rewards = rollout.rewards + config.format_reward * rollout.in_form
-        if config.length_reward:
+        if config.length_reward and step > config.length_after * config.steps:  # as Kimi 1.5 section 2.3.3
             rewards = rewards + config.length_reward * objectives.length_reward(
-                rollout.lengths, rollout.right
+                rollout.lengths, rollout.rewards > 0
             )
         return rewards
 

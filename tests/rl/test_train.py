@@ -169,9 +169,11 @@ def test_random_rewards_do_not_look_at_the_completions(learned, tmp_path):
 def test_format_and_length_rewards_are_added(learned, tmp_path):
     one = reasoner(learned, tmp_path, format_reward=0.25, length_reward=0.5)
     rollout = one.collect(1)
-    length = objectives.length_reward(rollout.lengths, rollout.right)
+    length = objectives.length_reward(rollout.lengths, rollout.rewards == 1)  # right, and in form
+    assert (rollout.right != (rollout.rewards == 1)).any()
     want = rollout.rewards + 0.25 * rollout.in_form.float() + 0.5 * length
-    assert torch.equal(one.rewards(rollout, 1), want) and want.unique().numel() > 3
+    assert torch.equal(one.rewards(rollout, 2), want - 0.5 * length)  # of 4 steps: not yet
+    assert torch.equal(one.rewards(rollout, 3), want) and want.unique().numel() > 3
 
 
 def test_prioritized_sampling_prefers_levels_that_fail(learned, tmp_path):
