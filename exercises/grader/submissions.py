@@ -228,6 +228,7 @@ def unzip(path: Path, where: Path, most: int = MOST_BYTES) -> str:
 def parts_of(info: zipfile.ZipInfo) -> list[str]:
     """An archive entry's path without anything that leads outside; [] for a folder or one too deep."""
     parts = [part for part in PurePosixPath(info.filename).parts if part not in ("/", "..", ".")]
+    parts = [part.replace(":", "_") for part in parts]  # on Windows, C:x would leave the folder
     return [] if info.is_dir() or len(parts) > DEPTH + 2 else parts
 
 

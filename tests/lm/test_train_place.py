@@ -36,10 +36,10 @@ def seen(monkeypatch):
     """The windows that training steps have used, in order."""
     used, losses = [], loss.training_losses
 
-    def recorded(model, inputs, *given):
+    def recorded(model, inputs, *given, **options):
         if torch.is_grad_enabled():
             used.extend(map(tuple, inputs.tolist()))
-        return losses(model, inputs, *given)
+        return losses(model, inputs, *given, **options)
 
     monkeypatch.setattr(loss, "training_losses", recorded)
     return used

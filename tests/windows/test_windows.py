@@ -189,6 +189,7 @@ class Console:
 def test_keys_are_read_from_windows_console(monkeypatch):
     monkeypatch.setitem(sys.modules, "termios", None)
     monkeypatch.setitem(sys.modules, "msvcrt", Console("hq"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with system.keys() as pressed:
         assert [pressed(0.05) for _ in range(3)] == ["h", "q", ""]
 
