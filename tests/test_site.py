@@ -137,7 +137,6 @@ def test_every_lesson_and_explorer_is_among_the_tested():
 
 def press(page, element):
     """Click an element as soon as nothing covers it."""
-    run(page, "arguments[0].scrollIntoView({block: 'center'})", element)
     wait(lambda: on_top(page, element))
     element.click()
 
@@ -155,9 +154,10 @@ def wait(done):
 
 
 def on_top(page, element):
-    """Whether a click in the middle of the element reaches it."""
+    """Whether a click in the middle of the element, scrolled to, reaches it."""
     return run(
         page,
+        "arguments[0].scrollIntoView({block: 'center'});"
         "const box = arguments[0].getBoundingClientRect();"
         "const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);"
         "return arguments[0].contains(top)",
