@@ -210,12 +210,14 @@ def test_sampling_in_processes_and_resuming_change_no_bit(base, tmp_path):
 
 @pytest.mark.long
 def test_a_run_improves_on_its_base(base, tmp_path):
-    options = ReasonConfig(**{**SHORT, "steps": 16, "prompts": 16, "size": 8, "learning_rate": 1e-3})
+    options = ReasonConfig(
+        **{**SHORT, "steps": 16, "prompts": 16, "size": 8, "learning_rate": 1e-3, "decay": 0}
+    )
     assert train.train(options, base, tmp_path / "run") == 0
     rows = rows_of(tmp_path / "run")
-    assert rows[-1]["in_form"] > max(0.85, rows[0]["in_form"])
-    early, late = (sum(row["in_form"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
-    assert late > early  # only completions in form are rewarded; the sums are guessed, before and after
+    assert rows[-1]["in_form"] > rows[0]["in_form"] + 0.2
+    early, late = (sum(row["reward"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
+    assert late > early + 0.03
     reports.write(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert rows[-1]["held_out"]["examples"][0][0].strip() in page and "0.000" not in page.split("<h2>")[0]
