@@ -25,13 +25,7 @@ KINDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Train each base with each objective."""
     given = command.options("objectives", __doc__, reasoning.STEPS, arguments)
-    bases = reasoning.bases(given)
-    learners = {
-        (name, seed): reasoning.Learner(folder, reasoning.seeded(reasoning.options(given, **changes), seed))
-        for name, changes in KINDS.items()
-        for seed, folder in bases.items()
-    }
-    found = reasoning.learn_all(learners, given)
+    bases, found = range(given.seeds), reasoning.compare(given, KINDS)
     rows = [{"model": name, "seed": seed, "steps": given.steps, **row} for (name, seed), row in found.items()]
     value = {name: [found[name, seed]["pass_at_1"] for seed in bases] for name in KINDS}
     length = {name: [found[name, seed]["length"] for seed in bases] for name in KINDS}

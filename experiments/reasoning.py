@@ -49,6 +49,19 @@ def options(given: argparse.Namespace, **changes: Any) -> ReasonConfig:
     return ReasonConfig(**{**fixed, **changes})
 
 
+def compare(
+    given: argparse.Namespace, kinds: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Train the base of each seed in each way, changes of GRPO's options -> a row for each (name, seed)"""
+    folders = bases(given)
+    learners = {
+        (name, seed): Learner(folder, seeded(options(given, **changes), seed))
+        for name, changes in kinds.items()
+        for seed, folder in folders.items()
+    }
+    return learn_all(learners, given)
+
+
 def learn_all(
     learners: Mapping[Any, Learner], given: argparse.Namespace, measure: Measure | None = None
 ) -> dict[Any, dict[str, Any]]:

@@ -17,16 +17,6 @@ from tests.helpers import refused
 from tests.lm.inference.kinds import KINDS, PREFIX
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
-def model(request, tiny, make_model):
-    return make_model(tiny(**request.param).model, std=0.3).float()
-
-
-@pytest.fixture(scope="module")
-def mla(tiny, make_model):
-    return make_model(tiny(**KINDS["mla"]).model, std=0.3).float()
-
-
 class Recorder(Engine):
     """An engine that keeps the logits of each drawn token."""
 

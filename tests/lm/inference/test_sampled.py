@@ -5,17 +5,7 @@ import torch
 
 from lm.inference.engine import CHUNK, Engine
 from tests.helpers import refused
-from tests.lm.inference.kinds import KINDS, PREFIX
-
-
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
-def model(request, tiny, make_model):
-    return make_model(tiny(**request.param).model, std=0.3).float()
-
-
-@pytest.fixture(scope="module")
-def mla(tiny, make_model):
-    return make_model(tiny(**KINDS["mla"]).model, std=0.3).float()
+from tests.lm.inference.kinds import PREFIX
 
 
 @torch.no_grad()
