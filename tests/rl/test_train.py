@@ -187,6 +187,26 @@ def test_prioritized_sampling_prefers_levels_that_fail(learned, tmp_path):
     assert {problem.level for problem in first.problems(1, 5)} == {4, 5, 6, 7, 8}
 
 
+def test_the_rate_falls_to_a_tenth_over_the_last_share_of_the_steps():
+    half = ReasonConfig(steps=10, decay=0.5, learning_rate=2.0)
+    wanted = [2.0] * 5 + [2 * (0.1 + 0.9 * left / 5) for left in (4, 3, 2, 1, 0)]
+    assert [half.rate(step) for step in range(1, 11)] == pytest.approx(wanted)
+    assert ReasonConfig(steps=10, decay=0, learning_rate=2.0).rate(10) == 2.0
+
+
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({}, (0.2, 0.2)),
+        ({"objective": "dapo"}, (0.2, 0.28)),
+        ({"objective": "gspo"}, (3e-4, 4e-4)),
+        ({"objective": "gspo", "low": 0.1, "high": 0.3}, (0.1, 0.3)),
+    ],
+)
+def test_each_objective_has_the_clip_of_its_paper(changes, want):
+    assert ReasonConfig(**changes).clips() == want
+
+
 def test_success_rates_are_moving_averages(learned, tmp_path):
     one = reasoner(learned, tmp_path)
     rollout = one.collect(1)
